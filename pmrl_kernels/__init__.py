@@ -1,0 +1,25 @@
+"""PMRL's loss as an ordinary, cheap, always-finite PyTorch loss.
+
+Aligns k modalities by pushing up the largest singular value of each instance's d x k embedding matrix
+(*Principled Multimodal Representation Learning*, arXiv 2507.17343), through k x k Gram matrices instead of
+singular value decompositions.
+"""
+
+from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
+from .modules import DominantSVLoss, PMRLLoss
+from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DominantSVLoss",
+    "DominantTriplet",
+    "PMRLComponents",
+    "PMRLLoss",
+    "dominant_singular_triplet",
+    "dominant_singular_value",
+    "dominant_sv_loss",
+    "instance_contrastive_loss",
+    "pmrl_loss",
+    "singular_values",
+]

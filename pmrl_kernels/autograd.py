@@ -1,0 +1,287 @@
+"""The autograd Functions: a backend's forward and backward functions in pairs, and nothing else.
+
+Each pair exists twice, since the two ways PyTorch has of writing a Function each lack something: the
+form with ``ctx`` in ``forward`` is some 30 µs a call faster, the form with ``setup_context`` is what
+``torch.func`` transforms accept. Both share their code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .backends import available
+
+_NO_JVP = (
+    "pmrl_kernels: forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented; "
+    "use reverse mode (torch.autograd.grad, torch.func.grad or vjp)"
+)
+_NO_DOUBLE_BACKWARD = (
+    "pmrl_kernels: differentiating through the gradient of this function (a gradient penalty, a Hessian) is not "
+    "implemented; for such a term use a formulation in plain torch operations"
+)
+_NO_VMAP = (
+    "pmrl_kernels: torch.vmap is not implemented; the functions are batched already, so reshape the mapped dimension "
+    "into the batch dimension B (this also rules out torch.func.hessian and jacobian helpers)"
+)
+
+
+class _ReverseOnly:
+    """What a Function tells ``torch.func``; left alone, ``torch.func.jvp`` returns zeros without a word.
+
+    Only for the forms used under transforms: Dynamo traces no Function that defines ``jvp``, and outside
+    transforms forward-mode differentiation raises by itself.
+    """
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_JVP)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(_NO_VMAP)
+
+
+class _Final(_ReverseOnly, Function):
+    """Passes finished gradients on and refuses to be differentiated.
+
+    ``once_differentiable`` does not do: it only raises when the incoming gradient itself requires one,
+    so a gradient penalty beside a task loss would silently lose the penalty. Here the gradients hang
+    in the graph below everything they were made from.
+    """
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_NO_DOUBLE_BACKWARD)
+
+
+def _final(grads: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``grads``, refusing a second differentiation where a graph of the backward pass is being made."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        result: tuple[Tensor | None, ...] = _Final.apply(len(grads), *grads, *sources)
+        return result
+    return grads
+
+
+class SpectralSettings(NamedTuple):
+    """What a spectral call computes, and by which backend."""
+
+    backend: str
+    fixed_temperature: float
+    normalize: bool
+    spectrum: bool
+    align: bool
+    want_u: bool
+    want_z: bool
+
+
+class _Spectral(Function):
+    """(settings, mask, temperature, *embeddings) -> (alignment, sigma, u, v, *z, *state)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: SpectralSettings,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        *embeddings: Tensor,
+    ) -> tuple[Tensor, ...]:
+        output = _spectral_forward(settings, mask, temperature, *embeddings)
+        _spectral_context(ctx, (settings, mask, temperature, *embeddings), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        backend, fixed, normalize, spectrum, align, *_ = settings = ctx.settings
+        mask, temperature, *rest = ctx.saved_tensors
+        embeddings, state = rest[: ctx.inputs], rest[ctx.inputs :]
+        needed = ctx.needs_input_grad
+        # Outputs that were not asked for are empty; their gradients say nothing.
+        alignment, sigma, u, v = grads[:4]
+        alignment = alignment if align else None
+        u = u if settings.want_u else None
+        z = grads[4 : len(grads) - len(state)]
+        with torch.no_grad():
+            found, slope = available[backend].operators.spectral_backward(
+                embeddings, mask, temperature, fixed, normalize, spectrum, align, state,
+                alignment, sigma, u, v, z, needed[3:],
+            )  # fmt: skip
+            tau = slope.to(temperature.dtype) if needed[2] else None
+        out = [x if want else None for x, want in zip(found, needed[3:], strict=True)]
+        return (None, None, *_final((tau, *out), temperature, *embeddings, *grads))
+
+
+def _spectral_forward(
+    settings: SpectralSettings, mask: Tensor | None, temperature: Tensor | None, *embeddings: Tensor
+) -> tuple[Tensor, ...]:
+    backend, *options = settings
+    call = available[backend].operators.spectral_forward
+    alignment, sigma, u, v, z, state = call(embeddings, mask, temperature, *options)
+    return (alignment, sigma, u, v, *z, *state)
+
+
+def _spectral_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    settings, mask, temperature, *embeddings = inputs
+    k = embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings)
+    state = output[4 + k * settings.want_z :]
+    ctx.settings, ctx.inputs = settings, len(embeddings)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*state)
+    ctx.save_for_backward(mask, temperature, *embeddings, *state)
+
+
+class _SpectralTransformed(_ReverseOnly, _Spectral):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _spectral_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _spectral_context(ctx, inputs, output)
+
+
+class _Instance(Function):
+    """(backend, fixed_temperature, rows, mask, temperature, u) -> (loss, losses)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _instance_forward(*inputs)
+        _instance_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 6
+        backend, fixed, rows = ctx.settings
+        mask, temperature, u, losses = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        with torch.no_grad():
+            call = available[backend].operators.instance_backward
+            h, slope = call(u, mask, temperature, fixed, rows, losses, grad)
+            tau = slope.to(temperature.dtype) if needed[4] else None
+        return (None, None, None, None, *_final((tau, h if needed[5] else None), temperature, u, grad))
+
+
+def _instance_forward(
+    backend: str, fixed: float, rows: str, mask: Tensor | None, temperature: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = available[backend].operators.instance_forward(u, mask, temperature, fixed, rows)
+    return result
+
+
+def _instance_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.settings = inputs[:3]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[3:], output[1])
+
+
+class _InstanceTransformed(_ReverseOnly, _Instance):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _instance_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _instance_context(ctx, inputs, output)
+
+
+class _Modality(Function):
+    """(backend, fixed_temperature, mask, temperature, u, *z) -> (loss, losses of both directions)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _modality_forward(*inputs)
+        _modality_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * len(needed)
+        backend, fixed = ctx.settings
+        mask, temperature, u, *z, forth, back = ctx.saved_tensors
+        with torch.no_grad():
+            call = available[backend].operators.modality_backward
+            H, h, slope = call(z, u, mask, temperature, fixed, forth, back, grad)
+            tau = slope.to(temperature.dtype) if needed[3] else None
+        out = [x if want else None for x, want in zip((h, *H), needed[4:], strict=True)]
+        return (None, None, None, *_final((tau, *out), temperature, u, *z, grad))
+
+
+def _modality_forward(
+    backend: str, fixed: float, mask: Tensor | None, temperature: Tensor | None, u: Tensor, *z: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = available[backend].operators.modality_forward
+    result: tuple[Tensor, Tensor, Tensor] = call(z, u, mask, temperature, fixed)
+    return result
+
+
+def _modality_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.settings = inputs[:2]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[2:], *output[1:])
+
+
+class _ModalityTransformed(_ReverseOnly, _Modality):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _modality_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _modality_context(ctx, inputs, output)
+
+
+def _transforming() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def spectral(
+    settings: SpectralSettings,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    embeddings: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """alignment (B,), sigma (B, min(d, k)) or (B, 1), u (B, d), v (B, k) and the z, k times (B, d), as asked for."""
+    function = _SpectralTransformed if _transforming() else _Spectral
+    alignment, sigma, u, v, *rest = function.apply(settings, mask, temperature, *embeddings)
+    k = v.shape[1]
+    return alignment, sigma, u, v, tuple(rest[:k]) if settings.want_z else ()
+
+
+def instance(
+    backend: str, fixed: float, rows: str, mask: Tensor | None, temperature: Tensor | None, u: Tensor
+) -> Tensor:
+    """The instance contrast of the rows of u (B, d): their mean loss, 0-d."""
+    function = _InstanceTransformed if _transforming() else _Instance
+    loss: Tensor = function.apply(backend, fixed, rows, mask, temperature, u)[0]
+    return loss
+
+
+def modality(
+    backend: str,
+    fixed: float,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    u: Tensor,
+    z: tuple[Tensor, ...],
+) -> Tensor:
+    """The modality contrast of the k tensors z (B, d) with u (B, d): the mean loss, 0-d."""
+    function = _ModalityTransformed if _transforming() else _Modality
+    loss: Tensor = function.apply(backend, fixed, mask, temperature, u, *z)[0]
+    return loss

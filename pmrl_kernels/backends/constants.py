@@ -1,0 +1,53 @@
+"""The numbers every backend shares: where a value counts as zero, tied, or too flat to differentiate.
+
+A backend that decided these for itself would return other gradients than its neighbour on the very
+inputs this package exists for (full alignment, orthogonal modalities, antipodal pairs). Compiled
+backends take them from here or are tested against this file.
+"""
+
+from __future__ import annotations
+
+EPS32 = 2.0**-23
+EPS64 = 2.0**-52
+
+MAX_MODALITIES = 32
+"""Largest k. Beyond it a k x k solve per instance is no longer the small problem the kernels are for."""
+
+
+def singular_value_floor(k: int, double_input: bool) -> float:
+    """Relative floor: a σ_j <= floor·σ₁ is not resolved, so its gradient weight is 0.
+
+    Up to 32-bit inputs keep their Gram in float64, which resolves σ down to eps32·σ₁ and beyond.
+    A float64 input's Gram loses everything below √(k·eps64)·σ₁.
+    """
+    return (k * EPS64) ** 0.5 if double_input else EPS32
+
+
+def eigenvalue_gap(k: int, double_input: bool) -> float:
+    """Relative gap: λ₁ − λ_j <= gap·λ₁ counts as a tie, where u₁ and v₁ have no derivative along v_j.
+
+    Up to 32-bit inputs, differences of a few eps32 are what rounding the inputs leaves of an exact tie.
+    """
+    return 16 * k * EPS64 if double_input else 4 * EPS32
+
+
+def zero_sum(k: int) -> float:
+    """|Σ_m (v₁)_m| at or below this is rounding noise around 0: the orientation's second rule decides."""
+    return 16 * k * EPS64
+
+
+PEAK_TIE = 4 * EPS32
+"""Entries of the top eigenspace's projector within this relative distance count as equally large; the
+lowest modality index among them wins. Far above the noise of any solver, so that all pick the same one."""
+
+
+def squarings(k: int, double_input: bool) -> int:
+    """Matrix squarings after which every resolved gap has converged.
+
+    P ← P² leaves (λ_j/λ₁)^(2^s) of v_j. With the smallest gap that counts, exp(−gap·2^s) must fall
+    below float64's rounding, e⁻⁴⁰ = 4e-18: 27 squarings for 32-bit inputs, 52 for k = 4 in float64.
+    """
+    gap, steps = eigenvalue_gap(k, double_input), 0
+    while gap * 2.0**steps < 40.0:
+        steps += 1
+    return steps

@@ -1,0 +1,762 @@
+"""The reference backend: the k-space formulation in pure PyTorch, forward and hand-written backward.
+
+It is the fallback where nothing is compiled and the oracle every kernel is tested against, so it
+imports nothing of the package's kernels and runs on any device that has float64. Three pairs:
+
+* ``spectral_forward`` / ``spectral_backward``: singular values, leading vectors and the alignment term
+  of every instance's d x k embedding matrix, through its k x k Gram matrix;
+* ``instance_forward`` / ``instance_backward``: contrast of leading vectors with one another;
+* ``modality_forward`` / ``modality_backward``: contrast of each modality with the leading vectors.
+
+The formulas are derived in docs/mathematics.md. Each function is an operator of the library
+``pmrl_reference``, which makes it one opaque node for ``torch.compile``: the loops over blocks stay
+loops at any batch size, a compiled model computes the very bits of the eager one, and neither a
+B x B matrix at large B nor a float64 copy of all embeddings ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import constants
+
+NAME = "reference"
+
+_HOST_BLOCK = 1 << 19  # float64 elements of embeddings held at a time: 4 MiB, about a core's cache
+_DEVICE_BLOCK = 1 << 24  # elsewhere launches cost more than memory
+_TILE = 1 << 22  # similarities held at a time: 16 MiB in float32
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run in this installation, or None. It always can."""
+    return None
+
+
+def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
+    """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
+    if device.type == "mps":
+        return "it keeps k x k matrices in float64, which mps devices lack"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading embeddings
+# ------------------------------------------------------------------------------------------------
+
+
+def _modalities(embeddings: Sequence[Tensor]) -> list[Tensor]:
+    """The k tensors (B, d), whether they came one by one or as one (B, k, d) stack."""
+    return list(embeddings[0].unbind(1)) if embeddings[0].dim() == 3 else list(embeddings)
+
+
+def _output_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _temperature(tensor: Tensor | None, value: float) -> Tensor | float:
+    """A tensor is never read by the host, so a bad one cannot raise: it turns the result into NaN."""
+    if tensor is None:
+        return value
+    return torch.where((tensor > 0) & tensor.isfinite(), tensor.double(), torch.nan)
+
+
+def _scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x·2^exponent, exactly. In two steps: 2^1074, which lifts the least subnormal, is no float64."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    for part in (half, exponent - half):
+        x = x * ((part.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return x
+
+
+class _Blocks:
+    """The k tensors (B, d) block by block of rows, each block one float64 (b, k, d) buffer.
+
+    Products of two float32 are exact in float64, so a Gram formed from a block keeps all there is to
+    know about small singular values. Absent modalities read as zeros, whatever their buffer holds.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], mask: Tensor | None, exponent: Tensor | None) -> None:
+        self.xs, self.mask, self.exponent = xs, mask, exponent
+        (self.B, self.d), self.k = xs[0].shape, len(xs)
+        budget = _HOST_BLOCK if xs[0].device.type == "cpu" else _DEVICE_BLOCK
+        self.rows = max(1, min(self.B, budget // (self.k * self.d)))
+        self._whole: Tensor | None = None  # a batch of one block is read once for all passes
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        if self._whole is not None:
+            yield slice(0, self.B), self._whole
+            return
+        buffer = self.xs[0].new_empty((self.rows, self.k, self.d), dtype=torch.float64)
+        for start in range(0, self.B, self.rows):
+            rows = slice(start, min(start + self.rows, self.B))
+            block = buffer[: rows.stop - start]
+            for m, x in enumerate(self.xs):
+                block[:, m].copy_(x[rows])
+            if self.mask is not None:
+                block.masked_fill_(~self.mask[rows, :, None], 0.0)
+            if self.exponent is not None:
+                block = _scale_by_power_of_two(block, -self.exponent[rows, :, None])
+            if self.rows == self.B:
+                self._whole = block
+            yield rows, block
+
+
+def _exponents(xs: Sequence[Tensor], mask: Tensor | None, normalize: bool) -> Tensor:
+    """Powers of two (B, k) that bring float64 embeddings to order 1, where squares stay in range.
+
+    One for each embedding when it will be normalised anyway, else one for each instance.
+    """
+    peak = xs[0].new_zeros((xs[0].shape[0], len(xs)), dtype=torch.float64)
+    for rows, block in _Blocks(xs, mask, None):
+        peak[rows] = block.abs().amax(-1)
+    if not normalize:
+        peak = peak.amax(1, keepdim=True).expand(-1, len(xs))
+    # The exponent of an Inf or NaN is unspecified; such a row is NaN in the end, whatever its scale.
+    return torch.frexp(peak.nan_to_num(nan=1.0, posinf=1.0)).exponent
+
+
+# ------------------------------------------------------------------------------------------------
+# k-space: eigenpairs of the Gram matrix
+# ------------------------------------------------------------------------------------------------
+
+
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (B, k) in descending order, at least 0, and eigenvectors (B, k, k) in columns.
+
+    LAPACK raises for the whole batch when one matrix holds a NaN, so such a matrix is kept from it
+    and its results are NaN.
+    """
+    bad = ~G.isfinite().all(-1).all(-1)
+    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    eigenvalues, V = torch.linalg.eigh(torch.where(bad[:, None, None], eye, G))
+    eigenvalues = eigenvalues.flip(-1).clamp_min(0.0).masked_fill(bad[:, None], torch.nan)
+    return eigenvalues, V.flip(-1).masked_fill(bad[:, None, None], torch.nan)
+
+
+def _tied(eigenvalues: Tensor, k: int, double_input: bool) -> Tensor:
+    """(B, k): which eigenvalues cannot be told from the largest, itself included."""
+    top = eigenvalues[:, :1]
+    return top - eigenvalues <= constants.eigenvalue_gap(k, double_input) * top
+
+
+def _peak(diagonal: Tensor) -> Tensor:
+    """(B, 1): lowest index among the largest entries of the top eigenspace projector's diagonal (B, k)."""
+    largest = diagonal.amax(1, keepdim=True) * (1 - constants.PEAK_TIE)
+    return (diagonal >= largest).int().argmax(1, keepdim=True)
+
+
+def _oriented(eigenvalues: Tensor, V: Tensor, tied: Tensor) -> Tensor:
+    """v₁ (B, k): the all-ones vector projected on the top eigenspace and normalised.
+
+    For a simple eigenvalue this is the eigenvector whose entries have a positive sum. Where the
+    projection is zero, a unit vector e_m is projected instead, m the modality nearest the eigenspace.
+    """
+    k = V.shape[-1]
+    top = V * tied[:, None, :]
+    along = top.sum(1)
+    nowhere = torch.linalg.vector_norm(along, dim=1, keepdim=True) <= constants.zero_sum(k)
+    m = _peak((top * top).sum(2))
+    along = torch.where(nowhere, top.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1), along)
+    v = torch.bmm(top, along[:, :, None]).squeeze(2)
+    v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return torch.where(eigenvalues[:, :1] == 0, 0.0, v)
+
+
+def _power_iteration(G: Tensor, double_input: bool) -> tuple[Tensor, Tensor]:
+    """λ₁ (B, 1) and oriented v₁ (B, k) of every Gram matrix by repeated squaring.
+
+    P = (G / tr G)^(2^s) tends to the projector on the top eigenspace over its dimension, for any gap in
+    a bounded number of squarings s. One step on G itself and a Rayleigh quotient finish. In a tied
+    space P projects the all-ones vector, which is the orientation rule of ``_oriented``.
+    """
+    k = G.shape[-1]
+    bad = ~G.isfinite().all(-1).all(-1)
+    trace = G.diagonal(dim1=1, dim2=2).sum(1)
+    empty = trace == 0
+    eye = torch.eye(k, dtype=G.dtype, device=G.device)
+    G = torch.where((bad | empty)[:, None, None], eye, G)
+    P = G / G.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    for step in range(constants.squarings(k, double_input)):
+        previous, P = P, torch.bmm(P, P)
+        P = P / P.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        # Looking costs a device its queue, so only a CPU stops early.
+        look = G.device.type == "cpu" and step % 2 and G.shape[0]
+        if look and float((P - previous).abs().max()) <= 4 * constants.EPS64:
+            break
+    ones = P.sum(2)
+    dimension = 1 / (P * P).sum((1, 2))[:, None]
+    nowhere = dimension * torch.linalg.vector_norm(ones, dim=1, keepdim=True) <= constants.zero_sum(k)
+    m = _peak(P.diagonal(dim1=1, dim2=2))
+    v = torch.where(nowhere, P.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1), ones)
+    for A in (P, G):  # P once more, since its rounding weighs in where the projection is small
+        v = torch.bmm(A, (v / torch.linalg.vector_norm(v, dim=1, keepdim=True))[:, :, None]).squeeze(2)
+    v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    top = (v * torch.bmm(G, v[:, :, None]).squeeze(2)).sum(1, keepdim=True)
+    top, v = top.masked_fill(empty[:, None], 0.0), v.masked_fill(empty[:, None], 0.0)
+    return top.masked_fill(bad[:, None], torch.nan), v.masked_fill(bad[:, None], torch.nan)
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """1/x, and 0 where x = 0: a zero vector has no direction and takes no gradient."""
+    return torch.where(x == 0, 0.0, 1 / x)
+
+
+def _softmax_weights(sigma: Tensor, tau: Tensor | float, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gaps (σ₁ − σ_j)/τ and exp(−gaps), both (B, k), the latter 0 at j = 1."""
+    gaps = sigma[:, :1] - sigma
+    if exponent is not None:
+        gaps = _scale_by_power_of_two(gaps, exponent)
+    gaps = gaps / tau
+    weights = torch.exp(-gaps)
+    return gaps, torch.cat([torch.zeros_like(weights[:, :1]), weights[:, 1:]], 1)
+
+
+def _logits(B: int, k: int, d: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """(B, k) or (1, k): which of the k eigenvalues are singular values, the first min(d, k_i)."""
+    present = mask.sum(1, keepdim=True) if mask is not None else torch.full((1, 1), k, device=device)
+    return torch.arange(k, device=device) < present.clamp_max(d)
+
+
+# ------------------------------------------------------------------------------------------------
+# The spectral pair
+# ------------------------------------------------------------------------------------------------
+
+
+def spectral_forward(
+    embeddings: Sequence[Tensor],
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    align: bool,
+    want_u: bool,
+    want_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Singular values, leading vectors and alignment of every instance.
+
+    Args:
+        embeddings: k tensors (B, d) or one (B, k, d).
+        mask: bool (B, k), True = present, or None.
+        temperature, fixed_temperature: τ as a 0-d tensor, or else as a number.
+        spectrum: all singular values and the softmax objective; else σ₁ by power iteration and the
+            leading objective ‖Z‖_F − σ₁.
+        align, want_u, want_z: which of the first, third and fifth output are asked for; the others
+            come back empty.
+
+    Returns:
+        alignment (B,), sigma (B, min(d, k)) or (B, 1), u (B, d), v (B, k), the k normalised embeddings
+        (B, d), and what the backward pass needs: eigenvalues (B, k) and eigenvectors (B, k, k), or λ₁
+        (B, 1) and the Gram (B, k, k); v₁ (B, k); 1/norms and exponents, (B, k) or empty.
+    """
+    xs = _modalities(embeddings)
+    (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
+    device, double_input = xs[0].device, out == torch.float64
+    exponent = _exponents(xs, mask, normalize) if double_input else None
+    blocks = _Blocks(xs, mask, exponent)
+
+    G = torch.empty((B, k, k), dtype=torch.float64, device=device)
+    for rows, X in blocks:
+        torch.bmm(X, X.mT, out=G[rows])
+    if normalize:
+        norms = G.diagonal(dim1=1, dim2=2).sqrt()
+        inverse_norms = _reciprocal(norms)
+        G = G * inverse_norms[:, :, None] * inverse_norms[:, None, :]
+        G.diagonal(dim1=1, dim2=2).copy_(torch.where(norms == 0, 0.0, norms / norms))
+        shared_exponent = None
+    else:
+        inverse_norms = G.new_empty((0, k))
+        shared_exponent = exponent[:, :1] if exponent is not None else None
+
+    if spectrum:
+        eigenvalues, matrix = _eigh(G)
+        eigenvalues = eigenvalues.where(_logits(B, k, d, mask, device) | eigenvalues.isnan(), 0.0)
+        v = _oriented(eigenvalues, matrix, _tied(eigenvalues, k, double_input))
+    else:
+        (eigenvalues, v), matrix = _power_iteration(G, double_input), G
+    sigma = eigenvalues.sqrt()
+
+    alignment = G.new_empty((0,))
+    if align and spectrum:
+        tau = _temperature(temperature, fixed_temperature)
+        weights = _softmax_weights(sigma, tau, shared_exponent)[1]
+        keep = _logits(B, k, d, mask, device) | weights.isnan()
+        alignment = torch.log1p(weights.where(keep, 0.0).sum(1))
+    elif align:
+        trace = G.diagonal(dim1=1, dim2=2).sum(1)
+        rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)
+        alignment = rest * _reciprocal(trace.sqrt() + sigma[:, 0])
+        if shared_exponent is not None:
+            alignment = _scale_by_power_of_two(alignment, shared_exponent[:, 0])
+    if align and mask is not None:  # one modality alone has nothing to align with; a NaN is kept
+        alignment = alignment.where((mask.sum(1) >= 2) | alignment.isnan(), 0.0)
+    elif align and k < 2:
+        alignment = alignment.where(alignment.isnan(), 0.0)
+
+    u = torch.empty((B if want_u else 0, d), dtype=out, device=device)
+    z = [torch.empty((B, d), dtype=out, device=device) for _ in xs] if want_z else []
+    if want_u or want_z:
+        scale = inverse_norms if normalize else G.new_ones((1, 1)).expand(B, k)
+        coefficients = v * scale * _reciprocal(sigma[:, :1])
+        for rows, X in blocks:
+            if want_u:
+                u[rows] = torch.bmm(coefficients[rows, None, :], X).squeeze(1).to(out)
+            for m in range(k if want_z else 0):
+                z_m = X[:, m] * scale[rows, m, None]
+                if shared_exponent is not None:
+                    z_m = _scale_by_power_of_two(z_m, shared_exponent[rows])
+                z[m][rows] = z_m.to(out)
+
+    shown = sigma[:, : min(d, k)]
+    if shared_exponent is not None:
+        shown = _scale_by_power_of_two(shown, shared_exponent)
+    state = [eigenvalues, matrix, v, inverse_norms]
+    state.append(exponent if exponent is not None else G.new_empty((0, k), dtype=torch.int32))
+    return alignment.to(out), shown.to(out, copy=True), u, v.to(out, copy=True), z, state
+
+
+def spectral_backward(
+    embeddings: Sequence[Tensor],
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    align: bool,
+    state: Sequence[Tensor],
+    grad_alignment: Tensor | None,
+    grad_sigma: Tensor | None,
+    grad_u: Tensor | None,
+    grad_v: Tensor | None,
+    grad_z: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of all of ``spectral_forward``'s outputs at once: dX = h ⊗ c + X·C (+ H).
+
+    c (B, k) and C (B, k, k) are made in k-space from every incoming gradient; one pass over the
+    embeddings applies them. Returns the gradients in the layout and dtypes of ``embeddings``, empty
+    where not ``needed``, and ∂/∂τ as a float64 0-d tensor.
+    """
+    xs = _modalities(embeddings)
+    (B, d), k = xs[0].shape, len(xs)
+    double_input = _output_dtype(xs) == torch.float64
+    eigenvalues, matrix, v, inverse_norms, exponents = state
+    exponent = exponents if double_input else None
+    shared_exponent = exponents[:, :1] if double_input and not normalize else None
+    sigma = eigenvalues.sqrt()
+    inverse_sigma1 = _reciprocal(sigma[:, :1])
+    vv = v[:, :, None] * v[:, None, :]
+    stacked = embeddings[0].dim() == 3
+    wanted = [m for m in range(k) if needed[0 if stacked else m]]
+    grad_temperature = torch.zeros((), dtype=torch.float64, device=xs[0].device)
+
+    # A = M + N, with dZ = h v₁ᵀ/σ₁ + Z A.
+    if grad_alignment is not None:
+        grad_alignment = grad_alignment.double()[:, None]
+        if mask is not None:
+            grad_alignment = grad_alignment.where(mask.sum(1, keepdim=True) >= 2, 0.0)
+        elif k < 2:
+            grad_alignment = torch.zeros_like(grad_alignment)
+    if spectrum:
+        tied = _tied(eigenvalues, k, double_input)
+        g = torch.zeros_like(sigma)
+        if grad_alignment is not None and align:
+            tau = _temperature(temperature, fixed_temperature)
+            gaps, weights = _softmax_weights(sigma, tau, shared_exponent)
+            weights = weights.where(_logits(B, k, d, mask, xs[0].device) | weights.isnan(), 0.0)
+            p = weights / (1 + weights.sum(1, keepdim=True))
+            g = grad_alignment * p / tau
+            g = torch.cat([-g[:, 1:].sum(1, keepdim=True), g[:, 1:]], 1)
+            # where p underflows to 0 beside an infinite gap, their product tends to 0
+            slope = torch.where(p == 0, 0.0, p * gaps)
+            grad_temperature = (grad_alignment * slope / tau).sum()
+        if grad_sigma is not None:
+            g = g + torch.nn.functional.pad(grad_sigma.double(), (0, k - grad_sigma.shape[1]))
+        resolved = sigma > constants.singular_value_floor(k, double_input) * sigma[:, :1]
+        g = torch.where(resolved, g / sigma, 0.0)
+        # In a tied top eigenspace v₁ is singled out by the orientation rule; the others share their
+        # mean weight, so that M does not depend on the solver's basis there.
+        others = tied & (torch.arange(k, device=g.device) > 0)
+        shared = g.where(others, 0.0).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp_min(1)
+        A = torch.bmm(matrix * torch.where(tied, shared, g)[:, None, :], matrix.mT)
+        A = A + (g[:, :1] - shared)[:, :, None] * vv
+    else:
+        g = torch.zeros_like(sigma) if grad_sigma is None else grad_sigma.double()
+        A = torch.zeros_like(matrix)
+        if grad_alignment is not None and align:
+            g = g - grad_alignment
+            trace = matrix.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+            A.diagonal(dim1=1, dim2=2).copy_(grad_alignment * _reciprocal(trace.sqrt()))
+        A = A + (g * inverse_sigma1)[:, :, None] * vv
+
+    blocks = _Blocks(xs, mask, exponent)
+    w, c = torch.zeros_like(v), torch.zeros_like(v)
+    along_z = torch.zeros_like(v)
+    direct = any(H is not None for H in grad_z)
+    if grad_u is not None or (direct and normalize):
+        for rows, X in blocks:
+            if grad_u is not None:
+                w[rows] = torch.bmm(X, grad_u[rows].double()[:, :, None]).squeeze(2)
+            for m, H in enumerate(grad_z):
+                if H is not None and normalize:
+                    along_z[rows, m] = (X[:, m] * H[rows].double()).sum(1)
+        if normalize:
+            w, along_z = w * inverse_norms, along_z * inverse_norms
+    if grad_u is not None or grad_v is not None:
+        values, V = (eigenvalues, matrix) if spectrum else _eigh(matrix)
+        q = torch.zeros_like(v) if grad_v is None else grad_v.double()
+        if mask is not None:
+            q = q.masked_fill(~mask, 0.0)
+        gap = values[:, :1] - values
+        over_gap = torch.where(_tied(values, k, double_input), 0.0, 1 / gap)
+        y = torch.bmm(V.mT, (w * inverse_sigma1 + q)[:, :, None]) * over_gap[:, :, None]
+        y = torch.bmm(V, y)
+        N = y * v[:, None, :]
+        N = N + N.mT - ((v * w).sum(1, keepdim=True) * inverse_sigma1**3)[:, :, None] * vv
+        if grad_u is not None:
+            c = v * inverse_sigma1
+        if shared_exponent is not None:
+            N = _scale_by_power_of_two(N, -shared_exponent[:, :, None])
+            c = _scale_by_power_of_two(c, -shared_exponent)
+        A = A + N
+
+    C = A
+    if normalize:  # dx_m = (dz_m − (z_mᵀdz_m) z_m)/n_m
+        gram = torch.bmm(matrix * eigenvalues[:, None, :], matrix.mT) if spectrum else matrix
+        radial = (gram * A).sum(2) + c * w + along_z
+        C = (A - torch.diag_embed(radial)) * inverse_norms[:, :, None] * inverse_norms[:, None, :]
+        c = c * inverse_norms
+
+    if stacked:
+        grads = [torch.empty_like(embeddings[0], memory_format=torch.contiguous_format)] if wanted else []
+        targets = _modalities(grads) if wanted else []
+        grads = grads or [embeddings[0].new_empty((0,))]
+    else:
+        targets = [x.new_empty((B, d) if m in wanted else (0,)) for m, x in enumerate(xs)]
+        grads = targets
+    if not wanted:
+        return grads, grad_temperature
+    C, c = C[:, wanted], c[:, wanted]
+    for rows, X in blocks:
+        dX = torch.bmm(C[rows], X)
+        if grad_u is not None:
+            dX = torch.baddbmm(dX, c[rows, :, None], grad_u[rows].double()[:, None, :])
+        for i, m in enumerate(wanted):
+            dx, H = dX[:, i], grad_z[m] if direct else None
+            if H is not None:
+                H_m = H[rows].double()
+                dx = dx + (H_m * inverse_norms[rows, m, None] if normalize else H_m)
+            if exponent is not None and normalize:
+                dx = _scale_by_power_of_two(dx, -exponent[rows, m, None])
+            if mask is not None:
+                dx = dx.masked_fill(~mask[rows, m, None], 0.0)
+            targets[m][rows] = dx.to(targets[m].dtype)
+    return grads, grad_temperature
+
+
+# ------------------------------------------------------------------------------------------------
+# Contrasts: cross-entropy over similarities, tile by tile
+# ------------------------------------------------------------------------------------------------
+#
+# Every row i has its positive on the diagonal. With δ_ij = (s_ij − s_ii)/τ the loss is
+#     ℓ_i = log(1 + Σ_{j≠i} exp δ_ij) = softplus(logsumexp_{j≠i} δ_ij),
+# which neither overflows nor cancels when ℓ_i is small, and P_ij = exp(δ_ij − ℓ_i) are the softmax
+# probabilities, so ℓ is all the backward pass needs besides its inputs.
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ). The library's default switches to the identity at 20: 2e-9 off, too much in float64."""
+    return torch.nn.functional.softplus(x, threshold=40.0)
+
+
+def _row_tiles(n_rows: int, n_columns: int) -> Iterator[slice]:
+    step = max(1, _TILE // max(1, n_columns))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor, rows: slice) -> Tensor:
+    """δ of one tile: −inf where the column is not allowed and on the diagonal, which ℓ treats apart."""
+    delta = ((similarity - positive) / tau).masked_fill(~allowed, -torch.inf)
+    delta.diagonal(rows.start).fill_(-torch.inf)
+    return delta
+
+
+def _unit_rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u/‖u‖ and the two factors of 1/‖u‖ it was made with: 1/max|u|, then 1/‖u/max|u|‖.
+
+    One after the other, since the squares of norms of 1e±20 leave float32's range.
+    """
+    peak = u.abs().amax(1, keepdim=True)
+    v = torch.where(peak == 0, 0.0, u / peak)
+    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return torch.where(norm == 0, 0.0, v / norm), peak, norm
+
+
+def _prepare_instances(u: Tensor, mask: Tensor | None, rows: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Rows as they enter the similarities, which of them count, and their self-similarities."""
+    u = u.to(_output_dtype([u]))
+    if mask is not None:
+        u = u.masked_fill(~mask[:, None], 0.0)
+    valid = torch.ones(u.shape[:1], dtype=torch.bool, device=u.device) if mask is None else mask
+    if rows != "raw":  # a zero row has no direction to contrast
+        valid = valid & (u != 0).any(1)
+    factors: list[Tensor] = []
+    if rows == "normalize":
+        u, *factors = _unit_rows(u)
+    positive = (u * u).sum(1) if rows == "raw" else torch.where(u.isnan().any(1), torch.nan, torch.ones_like(u[:, 0]))
+    return u, valid, positive, factors
+
+
+def instance_forward(
+    u: Tensor, mask: Tensor | None, temperature: Tensor | None, fixed_temperature: float, rows: str
+) -> tuple[Tensor, Tensor]:
+    """cross_entropy(U Uᵀ/τ, arange(B)) over valid rows: the mean (0-d), and every row's loss (B,).
+
+    ``rows`` says what u (B, d) holds: "unit" rows (self-similarity 1 by definition), rows to
+    "normalize" here, or "raw" ones taken as they are. Rows masked out, and zero rows unless raw,
+    are left out on both sides.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        u, valid, positive, _ = _prepare_instances(u, mask, rows)
+        tau = _temperature(temperature, fixed_temperature)
+        losses = torch.empty_like(positive)
+        for tile in _row_tiles(len(u), len(u)):
+            delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, valid, tile)
+            losses[tile] = _softplus(delta.logsumexp(1)).to(losses.dtype)
+        losses = losses.masked_fill(~valid, 0.0)
+        return losses.sum() / valid.sum().clamp_min(1), losses
+
+
+def instance_backward(
+    u: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    rows: str,
+    losses: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """∂/∂u (B, d) = Q U/(τ B) with Q_ij = P_ij + P_ji, Q_ii = −2 Σ_{j≠i} P_ij, and ∂/∂τ (0-d float64)."""
+    with torch.autocast(u.device.type, enabled=False):
+        source = u
+        u, valid, positive, factors = _prepare_instances(u, mask, rows)
+        tau = _temperature(temperature, fixed_temperature)
+        scale = grad.double() / valid.sum().clamp_min(1) / tau
+        pulled = torch.empty_like(u)
+        grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
+        for tile in _row_tiles(len(u), len(u)):
+            similarity = u[tile] @ u.T
+            delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
+            P = torch.exp(delta - losses[tile, None]).masked_fill(~valid[tile, None], 0.0).to(u.dtype)
+            grad_temperature -= torch.where(P == 0, 0.0, P * delta).sum(dtype=torch.float64)
+            own = P.sum(1, keepdim=True)
+            back = _deltas(similarity, positive, tau, valid[tile, None], tile)
+            P = P + torch.exp(back - losses).masked_fill(~valid, 0.0).to(u.dtype)
+            pulled[tile] = P @ u - 2 * own * u[tile]
+        h = (pulled * scale).to(u.dtype)
+        if factors:
+            peak, norm = factors
+            h = h - (h * u).sum(1, keepdim=True) * u
+            h = torch.where(norm == 0, 0.0, h / norm / peak)
+        if mask is not None:
+            h = h.masked_fill(~mask[:, None], 0.0)
+        return h.to(source.dtype), grad_temperature * scale
+
+
+def _prepare_modalities(
+    z: Sequence[Tensor], u: Tensor, mask: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:
+    """z and u in one dtype, which rows of u count (B,), which rows of each z do, and how many pairs."""
+    dtype = _output_dtype([*z, u])
+    z, u = [z_m.to(dtype) for z_m in z], u.to(dtype)
+    valid = (u != 0).any(1)
+    present = [valid if mask is None else valid & mask[:, m] for m in range(len(z))]
+    if mask is not None:
+        z = [z_m.masked_fill(~mask[:, m, None], 0.0) for m, z_m in enumerate(z)]
+    return z, u, valid, present, torch.stack(present).sum().clamp_min(1)
+
+
+def modality_forward(
+    z: Sequence[Tensor], u: Tensor, mask: Tensor | None, temperature: Tensor | None, fixed_temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over present pairs (i, m) of ½[CE(z_m Uᵀ/τ) + CE(U z_mᵀ/τ)], each i's positive its own u_i.
+
+    z: k tensors (B, d); u: (B, d), zero rows left out; mask: (B, k) or None. An embedding looks for its
+    leading vector among all of them, a leading vector for its embedding among the present ones.
+    Returns the mean (0-d) and the losses of both directions, (k, B) each.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        z, u, valid, present, pairs = _prepare_modalities(z, u, mask)
+        tau = _temperature(temperature, fixed_temperature)
+        forth, back = u.new_empty((2, len(z), len(u))).unbind(0)
+        for m, (z_m, here) in enumerate(zip(z, present, strict=True)):
+            positive = (z_m * u).sum(1)
+            columns = torch.full_like(positive, -torch.inf, dtype=torch.float64)
+            for tile in _row_tiles(len(u), len(u)):
+                similarity = z_m[tile] @ u.T
+                delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
+                forth[m, tile] = _softplus(delta.logsumexp(1)).to(u.dtype)
+                delta = _deltas(similarity, positive, tau, here[tile, None], tile)
+                columns = torch.logaddexp(columns, delta.logsumexp(0).double())
+            back[m] = _softplus(columns).to(u.dtype)
+            forth[m].masked_fill_(~here, 0.0)
+            back[m].masked_fill_(~here, 0.0)
+        return (forth.sum() + back.sum()) / (2 * pairs), forth.clone(), back.clone()
+
+
+def modality_backward(
+    z: Sequence[Tensor],
+    u: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    forth: Tensor,
+    back: Tensor,
+    grad: Tensor,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Gradients of ``modality_forward``'s mean: k times (B, d), (B, d), and ∂/∂τ (0-d float64)."""
+    with torch.autocast(u.device.type, enabled=False):
+        dtypes = [x.dtype for x in (*z, u)]
+        z, u, valid, present, pairs = _prepare_modalities(z, u, mask)
+        tau = _temperature(temperature, fixed_temperature)
+        scale = grad.double() / (2 * pairs) / tau
+        grad_u = torch.zeros_like(u)
+        grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
+        grad_z = []
+        for m, (z_m, here) in enumerate(zip(z, present, strict=True)):
+            positive = (z_m * u).sum(1)
+            pulled = torch.empty_like(z_m)
+            own_back = torch.zeros_like(positive)
+            for tile in _row_tiles(len(u), len(u)):
+                similarity = z_m[tile] @ u.T
+                delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
+                P = torch.exp(delta - forth[m, tile, None]).masked_fill(~here[tile, None], 0.0).to(u.dtype)
+                grad_temperature -= torch.where(P == 0, 0.0, P * delta).sum(dtype=torch.float64)
+                own = P.sum(1, keepdim=True)
+                delta = _deltas(similarity, positive, tau, here[tile, None], tile)
+                R = torch.exp(delta - back[m]).masked_fill(~here, 0.0).to(u.dtype)
+                grad_temperature -= torch.where(R == 0, 0.0, R * delta).sum(dtype=torch.float64)
+                own_back += R.sum(0)
+                P = P + R
+                pulled[tile] = P @ u - own * u[tile]
+                grad_u += P.T @ z_m[tile]
+                grad_u[tile] -= own * z_m[tile]
+            pulled -= own_back[:, None] * u
+            grad_u -= own_back[:, None] * z_m
+            grad_m = (pulled * scale).to(dtypes[m])
+            grad_z.append(grad_m if mask is None else grad_m.masked_fill(~mask[:, m, None], 0.0))
+        return grad_z, (grad_u * scale).to(dtypes[-1]), grad_temperature * scale
+
+
+# ------------------------------------------------------------------------------------------------
+# Operators
+# ------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("pmrl_reference", "DEF")
+
+
+def _spectral_forward_shapes(
+    embeddings: Sequence[Tensor],
+    mask: Any,
+    temperature: Any,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    align: bool,
+    want_u: bool,
+    want_z: bool,
+) -> Any:
+    xs = _modalities(embeddings)
+    (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
+    x, wide = xs[0].new_empty, torch.float64
+    state = [
+        x((B, k if spectrum else 1), dtype=wide),
+        x((B, k, k), dtype=wide),
+        x((B, k), dtype=wide),
+        x((B if normalize else 0, k), dtype=wide),
+        x((B if out == wide else 0, k), dtype=torch.int32),
+    ]
+    return (
+        x((B if align else 0,), dtype=out),
+        x((B, min(d, k) if spectrum else 1), dtype=out),
+        x((B if want_u else 0, d), dtype=out),
+        x((B, k), dtype=out),
+        [x((B, d), dtype=out) for _ in xs] if want_z else [],
+        state,
+    )
+
+
+def _spectral_backward_shapes(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
+    needed = arguments[-1]
+    grads = [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(embeddings, needed, strict=True)]
+    return grads, embeddings[0].new_empty((), dtype=torch.float64)
+
+
+def _instance_forward_shapes(u: Tensor, *_: Any) -> Any:
+    dtype = _output_dtype([u])
+    return u.new_empty((), dtype=dtype), u.new_empty(u.shape[:1], dtype=dtype)
+
+
+def _instance_backward_shapes(u: Tensor, *_: Any) -> Any:
+    return u.new_empty(u.shape), u.new_empty((), dtype=torch.float64)
+
+
+def _modality_forward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
+    dtype = _output_dtype([*z, u])
+    losses = [u.new_empty((len(z), u.shape[0]), dtype=dtype) for _ in range(2)]
+    return u.new_empty((), dtype=dtype), losses[0], losses[1]
+
+
+def _modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
+    return [z_m.new_empty(z_m.shape) for z_m in z], u.new_empty(u.shape), u.new_empty((), dtype=torch.float64)
+
+
+_SETTINGS = "Tensor? mask, Tensor? temperature, float fixed_temperature"
+for _signature, _implementation, _shapes in (
+    (
+        f"spectral_forward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, bool align, "
+        "bool want_u, bool want_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
+        spectral_forward,
+        _spectral_forward_shapes,
+    ),
+    (
+        f"spectral_backward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, bool align, "
+        "Tensor[] state, Tensor? grad_alignment, Tensor? grad_sigma, Tensor? grad_u, Tensor? grad_v, "
+        "Tensor?[] grad_z, bool[] needed) -> (Tensor[], Tensor)",
+        spectral_backward,
+        _spectral_backward_shapes,
+    ),
+    (
+        f"instance_forward(Tensor u, {_SETTINGS}, str rows) -> (Tensor, Tensor)",
+        instance_forward,
+        _instance_forward_shapes,
+    ),
+    (
+        f"instance_backward(Tensor u, {_SETTINGS}, str rows, Tensor losses, Tensor grad) -> (Tensor, Tensor)",
+        instance_backward,
+        _instance_backward_shapes,
+    ),
+    (
+        f"modality_forward(Tensor[] z, Tensor u, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+        modality_forward,
+        _modality_forward_shapes,
+    ),
+    (
+        f"modality_backward(Tensor[] z, Tensor u, {_SETTINGS}, Tensor forth, Tensor back, Tensor grad) "
+        "-> (Tensor[], Tensor, Tensor)",
+        modality_backward,
+        _modality_backward_shapes,
+    ),
+):
+    _name = _signature.partition("(")[0]
+    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pmrl_reference::{_name}", _shapes, lib=_library)
+
+operators = torch.ops.pmrl_reference
+"""What ``autograd.py`` calls: the six functions above as operators."""

@@ -1,0 +1,194 @@
+"""Every accepted form of input to one canonical form, and every argument error.
+
+Nothing below this file checks arguments, and nothing above it looks inside them.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import constants
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Embeddings = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""One positional argument of a public function: a tensor, or all modalities in one container."""
+
+Mask = Tensor | Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """k modalities of B instances: ``tensors`` holds k tensors (B, d), or one (B, k, d)."""
+
+    tensors: tuple[Tensor, ...]
+    mask: Tensor | None  # bool (B, k), True = present
+    B: int
+    k: int
+    d: int
+    device: torch.device
+    dtype: torch.dtype  # what k-space is chosen by: float64 if any embedding is, else the first one's
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor (B, d)")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: got dtype {x.dtype}, wanted one of {', '.join(map(str, _DTYPES))}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got a {x.layout} tensor, wanted a dense (strided) one")
+
+
+def _check_sizes(k: int, d: int, hint: str = "") -> None:
+    if k > constants.MAX_MODALITIES:
+        raise ValueError(f"embeddings: got k = {k} modalities, wanted at most {constants.MAX_MODALITIES}{hint}")
+    if d < 1:
+        raise ValueError("embeddings: got d = 0, wanted embeddings of at least one dimension")
+
+
+def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
+    """Reads ``*embeddings`` and ``mask`` in any accepted form; raises TypeError or ValueError for any other."""
+    names: list[str]
+    keys: tuple[Any, ...] | None = None
+    tensors: tuple[Any, ...] = embeddings
+    if len(embeddings) == 1 and not isinstance(embeddings[0], Tensor):
+        only = embeddings[0]
+        if isinstance(only, Mapping):
+            keys, tensors = tuple(only.keys()), tuple(only.values())
+        elif isinstance(only, (list, tuple)):
+            tensors = tuple(only)
+        else:
+            raise TypeError(
+                f"embeddings: got {type(only).__name__}, wanted k tensors (B, d), a list, tuple or dict of them, "
+                "or one tensor (B, k, d)"
+            )
+    if not tensors:
+        raise ValueError("embeddings: got none, wanted at least one tensor (B, d)")
+
+    first = tensors[0]
+    if len(tensors) == 1 and isinstance(first, Tensor) and first.dim() == 3 and keys is None:
+        _check_tensor(first, "embeddings")
+        B, k, d = first.shape
+        transposed = k > constants.MAX_MODALITIES >= d
+        hint = "; a (B, d, k) stack must be transposed: pass Z.transpose(1, 2)" if transposed else ""
+        _check_sizes(k, d, hint)
+        if k < 1:
+            raise ValueError(f"embeddings: got shape {_shape(first)}, wanted (B, k, d) with k of at least 1")
+        dtype = first.dtype
+    else:
+        k = len(tensors)
+        names = [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)]
+        for x, name in zip(tensors, names, strict=True):
+            _check_tensor(x, name)
+        for x, name in zip(tensors, names, strict=True):
+            if x.dim() != 2:
+                wanted = "(B, d), or one (B, k, d) tensor alone" if k == 1 else f"(B, d) as all {k} modalities have it"
+                raise ValueError(f"{name}: got shape {_shape(x)}, wanted {wanted}")
+            if x.shape != first.shape:
+                raise ValueError(f"{name}: got shape {_shape(x)}, wanted {_shape(first)} as {names[0]} has it")
+            if x.device != first.device:
+                raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
+            if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+                raise TypeError(
+                    f"{name}: got dtype {x.dtype}, wanted {first.dtype} as {names[0]} has it "
+                    "(mixed dtypes are accepted under torch.autocast)"
+                )
+        B, d = first.shape
+        _check_sizes(k, d)
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
+    return Batch(tensors, _mask(mask, keys, B, k, first.device), B, k, d, first.device, dtype)
+
+
+def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Mapping):
+        if keys is None:
+            raise TypeError("mask: got a dict, wanted a bool tensor (B, k), since embeddings are no dict")
+        if set(mask) != set(keys):
+            raise ValueError(f"mask: got keys {sorted(map(str, mask))}, wanted those of embeddings, {list(keys)}")
+        for key in keys:
+            _check_mask(mask[key], f"mask[{key!r}]", (B,), device)
+        return torch.stack([mask[key] for key in keys], 1)
+    _check_mask(mask, "mask", (B, k), device)
+    result: Tensor = mask
+    return result
+
+
+def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: got {type(mask).__name__}, wanted a bool tensor {shape}, True = present")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, wanted torch.bool, True = present")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name}: got shape {_shape(mask)}, wanted {shape}")
+    if mask.device != device:
+        raise ValueError(f"{name}: got device {mask.device}, wanted {device} as the embeddings have it")
+
+
+def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+    """Checks the (B, d) vectors and the (B,) mask of ``instance_contrastive_loss``."""
+    _check_tensor(u, "u")
+    if u.dim() != 2 or u.shape[1] < 1:
+        raise ValueError(f"u: got shape {_shape(u)}, wanted (B, d) with d of at least 1")
+    if mask is not None:
+        _check_mask(mask, "mask", (u.shape[0],), u.device)
+    return u, mask
+
+
+def temperature(value: Any, name: str, device: torch.device) -> tuple[Tensor | None, float]:
+    """A temperature as (0-d tensor, unused number) or (None, number). Tensors are never read here."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got a tensor of dtype {value.dtype}, wanted a floating-point one")
+        if value.dim() != 0:
+            raise ValueError(f"{name}: got a tensor of shape {_shape(value)}, wanted a 0-d tensor or a float")
+        if value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, wanted {device} as the embeddings have it")
+        return value, 1.0
+    number = real(value, name)
+    if not number > 0:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
+    return None, number
+
+
+def real(value: Any, name: str) -> float:
+    """A finite Python number as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a finite number")
+    number = float(value)
+    if not -math.inf < number < math.inf:  # math.isfinite does not take the symbolic floats of torch.compile
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """A plain bool; anything else (a mask passed in the wrong place, say) is an error."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted True or False")
+    return value
+
+
+def one_of(value: Any, name: str, wanted: tuple[str, ...]) -> str:
+    """One of the given names."""
+    if not isinstance(value, str) or value not in wanted:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")
+    return value
+
+
+def process_group(group: Any) -> None:
+    """``group`` is reserved: anything but None is refused until batches spread over processes work."""
+    if group is not None:
+        raise NotImplementedError(
+            f"group: got {type(group).__name__}, wanted None: contrasting over the batches of several processes "
+            "is not implemented yet; every process contrasts its own batch"
+        )

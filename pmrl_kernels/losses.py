@@ -1,0 +1,271 @@
+"""The losses: alignment by singular values, contrast of leading vectors, and both together (PMRL)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import autograd, inputs
+from .backends import resolve
+
+
+class PMRLComponents(NamedTuple):
+    """What ``pmrl_loss(..., return_components=True)`` returns, 0-d tensors, each differentiable."""
+
+    total: Tensor
+    """alignment + instance_weight · instance."""
+    alignment: Tensor
+    """Mean alignment term over the instances with at least two modalities."""
+    instance: Tensor
+    """The contrastive term."""
+
+
+def dominant_sv_loss(
+    *embeddings: Any,
+    temperature: float | Tensor = 0.05,
+    mask: Any = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    objective: str = "softmax",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Pushes up the largest singular value of each instance's :math:`d \times k` embedding matrix.
+
+    All k modalities of an instance agree exactly when their matrix :math:`Z_i` of normalised embeddings has
+    rank 1. With its singular values :math:`\sigma_1 \ge \sigma_2 \ge \dots`, the loss of instance i is
+
+    * ``objective="softmax"`` (PMRL's): :math:`\log \sum_j \exp((\sigma_j - \sigma_1)/\tau)`, the
+      cross-entropy of the singular values as logits against the first. Evaluated as log1p of a sum over
+      j >= 2, so that it does not vanish in float32 while its gradient still matters.
+    * ``objective="leading"``: :math:`\lVert Z_i\rVert_F - \sigma_1`, which is :math:`\sqrt{k_i} - \sigma_1`
+      for normalised embeddings. Needs σ₁ alone, by power iteration; never saturates; has no temperature.
+
+    Args:
+        embeddings: k tensors (B, d), one per modality; or one list, tuple or dict of them; or one tensor
+            (B, k, d). float32, bfloat16, float16 or float64; 1 <= k <= 32, d >= 1. A (B, d, k) stack, as in
+            the PMRL authors' code, is passed as ``Z.transpose(1, 2)``. Under autocast the modalities'
+            dtypes may differ.
+        temperature: τ > 0, in the unit of the singular values: a float, or a 0-d tensor on the embeddings'
+            device, which gets a gradient if it requires one and is never read by the host. How to choose it:
+            docs/recipes.md.
+        mask: bool (B, k), True = present (a dict of (B,) where embeddings are a dict). An absent modality is
+            no column at all, whatever its buffer holds.
+        normalize: divide every embedding by its norm first. With False the columns enter as they are.
+        reduction: "mean" over the instances with at least two modalities (0 if there are none), "sum", or
+            "none" for (B,).
+        objective: "softmax" or "leading".
+        backend: "reference", "native" or "triton"; None takes the fastest that works.
+
+    Returns:
+        A 0-d tensor, or (B,) with ``reduction="none"``; float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. A temperature
+            *tensor* that is not finite and positive cannot raise without stalling a GPU: it gives NaN.
+        RuntimeError: a backend asked for by name that cannot run.
+        NotImplementedError: forward-mode or second derivatives.
+
+    Gradient:
+        Finite at full alignment, for orthogonal, missing, zero and repeated modalities, where that of
+        ``torch.linalg.svd`` is NaN. A σ_j at or below eps32·σ₁ (√(k·eps64)·σ₁ in float64) has weight 0: the
+        minimum-norm subgradient. Where the largest value is tied, see
+        :func:`~pmrl_kernels.dominant_singular_triplet`. Absent modalities and zero vectors get exact zeros.
+        A NaN or Inf makes its own instance's loss and gradients NaN, no other's.
+
+    Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
+
+    Example:
+        >>> import torch
+        >>> text, video, audio = torch.eye(3).unbind(0)
+        >>> batch = [x[None] for x in (text, video, audio)]
+        >>> dominant_sv_loss(batch)  # nothing in common: log 3
+        tensor(1.0986)
+        >>> dominant_sv_loss(batch[0], batch[0], batch[0]) < 1e-12  # full agreement
+        tensor(True)
+    """
+    batch = inputs.canonical(embeddings, mask)
+    tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
+    normalize = inputs.flag(normalize, "normalize")
+    inputs.one_of(reduction, "reduction", ("mean", "sum", "none"))
+    spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
+    name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
+    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, align=True, want_u=False, want_z=False)
+    alignment = autograd.spectral(settings, batch.mask, tau, batch.tensors)[0]
+    if reduction == "none":
+        return alignment
+    return alignment.sum() if reduction == "sum" else _mean(alignment, batch)
+
+
+def _mean(alignment: Tensor, batch: inputs.Batch) -> Tensor:
+    """Over the instances that have something to align; counted on the device, so nothing waits for it."""
+    if batch.mask is not None:
+        return alignment.sum() / (batch.mask.sum(1) >= 2).sum().clamp_min(1)
+    return alignment.sum() / max(batch.B, 1)
+
+
+def instance_contrastive_loss(
+    u: Tensor,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Keeps instances apart: each vector of a batch against all the others.
+
+    :math:`\frac1B \sum_i -\log \frac{\exp(u_i^\top u_i/\tau)}{\sum_j \exp(u_i^\top u_j/\tau)}`, which is
+    ``cross_entropy(u @ u.T / tau, arange(B))``, evaluated as the log1p of a sum over j ≠ i: no cancellation
+    when the loss is small, no B x B matrix at large B.
+
+    Args:
+        u: (B, d), one vector per instance, such as the leading singular vectors of
+            :func:`~pmrl_kernels.dominant_singular_triplet`.
+        temperature: τ > 0, a float or a 0-d tensor (see :func:`dominant_sv_loss`).
+        normalize: divide every row by its norm first. With False the rows enter as they are.
+        mask: bool (B,), True = the row takes part. Rows without a direction (zero vectors, with
+            ``normalize=True``) are left out as well, on both sides.
+        group: only None, this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        backend: "reference", "native" or "triton"; None takes the fastest that works.
+
+    Returns:
+        A 0-d tensor, the mean over the rows that take part (0 if there are none); float32 (float64 for
+        float64 input).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; also
+            NotImplementedError for a ``group``.
+
+    Gradient:
+        Exact, zero for rows left out. The rows are mixed, so a NaN in one that takes part makes the loss
+        and all gradients NaN.
+
+    Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md, "Instance term".
+
+    Example:
+        >>> import torch
+        >>> instance_contrastive_loss(torch.eye(2), temperature=0.5)  # log(1 + exp(-2))
+        tensor(0.1269)
+    """
+    u, mask = inputs.rows(u, mask)
+    tau, fixed = inputs.temperature(temperature, "temperature", u.device)
+    rows = "normalize" if inputs.flag(normalize, "normalize") else "raw"
+    inputs.process_group(group)
+    name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
+    return autograd.instance(name, fixed, rows, mask, tau, u)
+
+
+@overload
+def pmrl_loss(
+    *embeddings: Any,
+    temperature: float | Tensor = ...,
+    instance_temperature: float | Tensor = ...,
+    instance_weight: float = ...,
+    mask: Any = ...,
+    normalize: bool = ...,
+    objective: str = ...,
+    contrast: str = ...,
+    group: Any = ...,
+    return_components: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def pmrl_loss(
+    *embeddings: Any,
+    temperature: float | Tensor = ...,
+    instance_temperature: float | Tensor = ...,
+    instance_weight: float = ...,
+    mask: Any = ...,
+    normalize: bool = ...,
+    objective: str = ...,
+    contrast: str = ...,
+    group: Any = ...,
+    return_components: Literal[True],
+    backend: str | None = ...,
+) -> PMRLComponents: ...
+
+
+def pmrl_loss(
+    *embeddings: Any,
+    temperature: float | Tensor = 0.05,
+    instance_temperature: float | Tensor = 0.1,
+    instance_weight: float = 1.0,
+    mask: Any = None,
+    normalize: bool = True,
+    objective: str = "softmax",
+    contrast: str = "leading",
+    group: Any = None,
+    return_components: bool = False,
+    backend: str | None = None,
+) -> Tensor | PMRLComponents:
+    r"""The whole PMRL objective: align the modalities of an instance, keep instances apart.
+
+    ``alignment + instance_weight · instance``, where alignment is :func:`dominant_sv_loss` and instance is
+
+    * ``contrast="leading"`` (PMRL's): :func:`instance_contrastive_loss` of the leading left singular vectors
+      u_i. Made for encoders that are already aligned.
+    * ``contrast="modality"`` (ours): every modality's embedding must find its instance's leading vector in
+      the batch and be found by it, the mean over present pairs (i, m) of
+      :math:`\tfrac12[\mathrm{CE}(z_m U^\top/\tau_2) + \mathrm{CE}(U z_m^\top/\tau_2)]`. It also trains
+      encoders from scratch, at the cost of k similarity matrices instead of one.
+
+    Which one, and with which temperatures: docs/recipes.md. From scratch, ``contrast="modality"`` with
+    ``temperature=1.0`` is the place to start.
+
+    Args:
+        embeddings, mask, normalize, objective, backend: as in :func:`dominant_sv_loss`.
+        temperature: τ₁ of the alignment term (unused with ``objective="leading"``).
+        instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor.
+        instance_weight: weight of the contrastive term, a finite float of at least 0.
+        contrast: "leading" or "modality".
+        group: only None, this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        return_components: return the named tuple (total, alignment, instance) instead of the total.
+
+    Returns:
+        A 0-d tensor or a :class:`PMRLComponents` of three; float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; also
+            NotImplementedError for a ``group``.
+
+    Gradient:
+        Through the singular values, through u and, with ``contrast="modality"``, directly into the
+        embeddings, all in one backward pass over them. Instances without modalities, or of zero vectors
+        only, have no u and leave the contrastive term; instances with one modality leave the alignment
+        term. A NaN in one instance makes the contrastive term and everyone's gradient NaN, since it mixes
+        instances.
+
+    Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
+
+    Example:
+        >>> import torch
+        >>> text, video, audio = torch.eye(4), torch.eye(4), torch.eye(4)
+        >>> total, alignment, instance = pmrl_loss(text, video, audio, return_components=True)
+        >>> print(f"{alignment:.4f} {instance:.4f} {total:.4f}")  # log(1 + 3 exp(-10)) is the instance term
+        0.0000 0.0001 0.0001
+    """
+    batch = inputs.canonical(embeddings, mask)
+    tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
+    tau2, fixed2 = inputs.temperature(instance_temperature, "instance_temperature", batch.device)
+    weight = inputs.real(instance_weight, "instance_weight")
+    if weight < 0:
+        raise ValueError(f"instance_weight: got {instance_weight!r}, wanted a finite number of at least 0")
+    normalize = inputs.flag(normalize, "normalize")
+    spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
+    by_modality = inputs.one_of(contrast, "contrast", ("leading", "modality")) == "modality"
+    return_components = inputs.flag(return_components, "return_components")
+    inputs.process_group(group)
+    name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
+
+    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, align=True, want_u=True, want_z=by_modality)
+    per_instance, _, u, _, z = autograd.spectral(settings, batch.mask, tau, batch.tensors)
+    alignment = _mean(per_instance, batch)
+    if by_modality:
+        instance = autograd.modality(name, fixed2, batch.mask, tau2, u, z)
+    else:
+        instance = autograd.instance(name, fixed2, "unit", None, tau2, u)
+    total = torch.add(alignment, instance, alpha=weight)
+    return PMRLComponents(total, alignment, instance) if return_components else total

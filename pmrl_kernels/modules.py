@@ -1,0 +1,192 @@
+"""The losses as ``nn.Module``s, with temperatures that can be learned."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs
+from .losses import PMRLComponents, dominant_sv_loss, pmrl_loss
+
+_CPU = torch.device("cpu")
+
+
+class Temperature(nn.Module):
+    r"""A temperature above a least value: a constant, or learned as :math:`\tau = \tau_{min} + e^{\rho}`.
+
+    The parameter ρ can take any value and τ stays positive. The least value matters: the alignment loss
+    falls whenever its temperature does, so without one a learned τ drifts towards 0.
+
+    Args:
+        initial: τ at the start, a float above ``minimum``.
+        learnable: make ρ a parameter; else τ is a plain float.
+        minimum: τ_min >= 0.
+        name: what errors call ``initial``.
+
+    Example:
+        >>> tau = Temperature(0.05, learnable=True)
+        >>> round(tau().item(), 4), [name for name, _ in tau.named_parameters()]
+        (0.05, ['log_excess'])
+    """
+
+    def __init__(
+        self, initial: float, learnable: bool = False, minimum: float = 0.01, name: str = "temperature"
+    ) -> None:
+        super().__init__()
+        if isinstance(initial, Tensor):
+            raise TypeError(f"{name}: got a tensor, wanted a float (learnable=True makes it a parameter)")
+        self.initial = inputs.temperature(initial, name, _CPU)[1]
+        self.minimum = inputs.real(minimum, "minimum")
+        if inputs.flag(learnable, "learnable"):
+            if not 0 <= self.minimum < self.initial:
+                raise ValueError(f"{name}: got {initial!r}, wanted more than the least value {minimum!r}, itself >= 0")
+            self.log_excess = nn.Parameter(torch.tensor(math.log(self.initial - self.minimum)))
+        else:
+            self.register_parameter("log_excess", None)
+
+    def forward(self) -> Tensor | float:
+        """τ: a 0-d tensor if it is learned, else a float."""
+        if self.log_excess is None:
+            return self.initial
+        return self.minimum + self.log_excess.exp()
+
+    def extra_repr(self) -> str:
+        learned = f", learnable=True, minimum={self.minimum}" if self.log_excess is not None else ""
+        return f"{self.initial}{learned}"
+
+
+class DominantSVLoss(nn.Module):
+    r"""Module form of :func:`~pmrl_kernels.dominant_sv_loss`; formula, shapes and gradient rules are there.
+
+    Args:
+        temperature: τ, a float; with ``learnable_temperature`` its initial value.
+        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`Temperature`).
+        min_temperature: least value of a learned τ.
+        normalize, reduction, objective, backend: as in the function.
+
+    Raises:
+        TypeError, ValueError: a bad argument, when the module is made.
+
+    Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
+
+    Example:
+        >>> import torch
+        >>> loss = DominantSVLoss(temperature=0.1, learnable_temperature=True)
+        >>> embeddings = [torch.randn(8, 16) for _ in range(3)]
+        >>> loss(embeddings).backward()
+        >>> loss.temperature.log_excess.grad is not None
+        True
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        *,
+        learnable_temperature: bool = False,
+        min_temperature: float = 0.01,
+        normalize: bool = True,
+        reduction: str = "mean",
+        objective: str = "softmax",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature, learnable_temperature, min_temperature)
+        self.normalize = inputs.flag(normalize, "normalize")
+        self.reduction = inputs.one_of(reduction, "reduction", ("mean", "sum", "none"))
+        self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
+        self.backend = backend
+
+    def forward(self, *embeddings: Any, mask: Any = None) -> Tensor:
+        """The loss of k tensors (B, d), in any form the function takes."""
+        return dominant_sv_loss(
+            *embeddings,
+            temperature=self.temperature(),
+            mask=mask,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            objective=self.objective,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}, reduction={self.reduction!r}, objective={self.objective!r}"
+
+
+class PMRLLoss(nn.Module):
+    r"""Module form of :func:`~pmrl_kernels.pmrl_loss`; formula, shapes and gradient rules are there.
+
+    Args:
+        temperature, instance_temperature: τ₁ and τ₂, floats; initial values where learned.
+        learnable_temperature, learnable_instance_temperature: learn τ₁, τ₂, each kept above
+            ``min_temperature`` (see :class:`Temperature`).
+        min_temperature: least value of learned temperatures.
+        instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: a bad argument, when the module is made.
+
+    Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
+
+    Example:
+        >>> import torch
+        >>> loss = PMRLLoss(temperature=1.0, contrast="modality")
+        >>> text, video, audio = (torch.randn(8, 16) for _ in range(3))
+        >>> loss(text, video, audio).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        instance_temperature: float = 0.1,
+        instance_weight: float = 1.0,
+        *,
+        learnable_temperature: bool = False,
+        learnable_instance_temperature: bool = False,
+        min_temperature: float = 0.01,
+        normalize: bool = True,
+        objective: str = "softmax",
+        contrast: str = "leading",
+        group: Any = None,
+        return_components: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature, learnable_temperature, min_temperature)
+        self.instance_temperature = Temperature(
+            instance_temperature, learnable_instance_temperature, min_temperature, "instance_temperature"
+        )
+        self.instance_weight = inputs.real(instance_weight, "instance_weight")
+        self.normalize = inputs.flag(normalize, "normalize")
+        self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
+        self.contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
+        inputs.process_group(group)
+        self.group = group
+        self.return_components = inputs.flag(return_components, "return_components")
+        self.backend = backend
+
+    def forward(self, *embeddings: Any, mask: Any = None) -> Tensor | PMRLComponents:
+        """The loss of k tensors (B, d), in any form the function takes."""
+        components = pmrl_loss(
+            *embeddings,
+            temperature=self.temperature(),
+            instance_temperature=self.instance_temperature(),
+            instance_weight=self.instance_weight,
+            mask=mask,
+            normalize=self.normalize,
+            objective=self.objective,
+            contrast=self.contrast,
+            group=self.group,
+            return_components=True,
+            backend=self.backend,
+        )
+        return components if self.return_components else components.total
+
+    def extra_repr(self) -> str:
+        return (
+            f"instance_weight={self.instance_weight}, normalize={self.normalize}, "
+            f"objective={self.objective!r}, contrast={self.contrast!r}"
+        )
