@@ -285,7 +285,7 @@ def spectral_forward(
         tau = _temperature(temperature, fixed_temperature)
         weights = _softmax_weights(sigma, tau, shared_exponent)[1]
         keep = _logits(B, k, d, mask, device) | weights.isnan()
-        alignment = torch.log1p(weights.where(keep, 0.0).sum(1))
+        alignment = torch.log1p(weights.where(keep, 0.0).sum(1)).masked_fill(sigma[:, 0].isnan(), torch.nan)
     elif align:
         trace = G.diagonal(dim1=1, dim2=2).sum(1)
         rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)

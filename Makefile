@@ -1,0 +1,42 @@
+# Everything runs inside .venv, created on first use from constraints.txt.
+#   make demo      train a six-view model on scanned digits and draw the comparison
+#   make test      the suite, doctests included
+#   make test-all  the suite and what is slower
+#   make lint      ruff, ruff format, mypy
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test test-all lint format clean
+
+# torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
+# and doctests run on the files of the checkout.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[dev,examples]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/multiview_digits.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,675 @@
+"""The numerical contract (docs/contract.md), row by row, on every backend and device of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import oracle
+import pytest
+import tolerances as tol
+import torch
+from torch import Tensor
+
+from pmrl_kernels import (
+    dominant_singular_triplet,
+    dominant_singular_value,
+    dominant_sv_loss,
+    instance_contrastive_loss,
+    pmrl_loss,
+    singular_values,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OBJECTIVES = ("softmax", "leading")
+
+# Every public function of embeddings as (name, function returning one tensor per instance or a scalar).
+PER_INSTANCE: dict[str, Callable[..., Tensor]] = {
+    "softmax": lambda *x, **o: dominant_sv_loss(*x, reduction="none", **o),
+    "leading": lambda *x, **o: dominant_sv_loss(*x, reduction="none", objective="leading", **o),
+    "singular_values": lambda *x, **o: singular_values(*x, **o),
+    "dominant_singular_value": lambda *x, **o: dominant_singular_value(*x, **o),
+    "u": lambda *x, **o: dominant_singular_triplet(*x, **o).u,
+    "v": lambda *x, **o: dominant_singular_triplet(*x, **o).v,
+}
+MIXING: dict[str, Callable[..., Tensor]] = {
+    f"{contrast}-{objective}": lambda *x, c=contrast, b=objective, **o: pmrl_loss(*x, contrast=c, objective=b, **o)
+    for contrast in ("leading", "modality")
+    for objective in OBJECTIVES
+}
+
+
+def with_spectrum(sigma: Tensor, B: int, d: int) -> list[Tensor]:
+    """k float64 tensors (B, d) whose matrices have the singular values sigma (k,), k <= d."""
+    k = len(sigma)
+    U = torch.linalg.qr(torch.randn(B, d, k, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(B, k, k, dtype=torch.float64)).Q
+    return list((U * sigma @ V.mT).unbind(2))
+
+
+def spectra(k: int) -> dict[str, Tensor]:
+    graded = torch.logspace(0, -7, k, dtype=torch.float64)  # down to the floor
+    near_rank_1 = torch.full((k,), 1e-6, dtype=torch.float64) * torch.linspace(1, 2, k, dtype=torch.float64)
+    near_rank_1[0] = k**0.5
+    clustered = 1 + 1e-3 * torch.arange(k, 0, -1, dtype=torch.float64)
+    return {"graded": graded, "near rank 1": near_rank_1, "clustered": clustered}
+
+
+def almost_equal(k: int, B: int, d: int, departure: float) -> list[Tensor]:
+    """Unit vectors with pairwise cosines of about 1 − departure, float64."""
+    shared = torch.nn.functional.normalize(torch.randn(B, d, dtype=torch.float64), dim=1)
+    noise = [torch.nn.functional.normalize(torch.randn(B, d, dtype=torch.float64), dim=1) for _ in range(k)]
+    return [torch.nn.functional.normalize(shared + departure**0.5 * n, dim=1) for n in noise]
+
+
+def leaves(xs: list[Tensor], device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [x.detach().to(device, dtype).requires_grad_() for x in xs]
+
+
+def svdvals64(xs: list[Tensor], normalize: bool) -> Tensor:
+    """Singular values (B, min(d, k)) of the given inputs' exact values, in float64 on the CPU."""
+    Z = torch.stack([x.detach().cpu().double() for x in xs], 2)
+    if normalize:
+        Z = Z / torch.linalg.vector_norm(Z, dim=1, keepdim=True)
+    return torch.linalg.svdvals(Z)
+
+
+def grads(loss: Tensor, xs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, xs))
+
+
+def finite(*tensors: Tensor) -> bool:
+    return all(bool(x.isfinite().all()) for x in tensors)
+
+
+# ---- singular values, losses and gradients in every dtype ---------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["random", "graded", "near rank 1", "clustered"])
+@pytest.mark.parametrize("k", [2, 3, 4, 6, 8, 12, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_singular_values(backend, device, dtype, k, kind, normalize):
+    B, d = 6, 67
+    xs = [torch.randn(B, d) for _ in range(k)] if kind == "random" else with_spectrum(spectra(k)[kind], B, d)
+    xs = leaves(xs, device, dtype)
+    wanted = svdvals64(xs, normalize)
+    top = wanted[:, :1]
+    if dtype == torch.float32:
+        bound = torch.full_like(wanted, tol.SIGMA_32)
+    elif dtype == torch.float64:
+        bound = tol.sigma_64(wanted / top)
+    else:
+        bound = tol.sigma_16(wanted / top, k)
+    ours = singular_values(xs, normalize=normalize, backend=backend)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert ((ours.cpu().double() - wanted).abs() <= bound * top).all()
+    leading = dominant_singular_value(xs, normalize=normalize, backend=backend).cpu().double()
+    assert ((leading - wanted[:, 0]).abs() <= bound[:, 0] * top[:, 0]).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
+@pytest.mark.parametrize("kind", ["random", "graded", "near rank 1", "aligned to 1e-4"])
+@pytest.mark.parametrize("k", [2, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_loss_and_gradient_are_as_close_as_svd(backend, device, dtype, k, kind, temperature, objective):
+    """Our error against the float64 oracle beside that of torch.linalg.svd in the same dtype."""
+    B, d = 16, 96
+    if kind == "random":
+        xs = [torch.randn(B, d) for _ in range(k)]
+    elif kind == "aligned to 1e-4":
+        xs = almost_equal(k, B, d, 1e-4)
+    else:  # graded, but above the floor at eps32·σ₁, below which the contract asks for weight 0
+        xs = with_spectrum(spectra(k)[kind] ** (0.8 if dtype == torch.float32 else 0.5), B, d)
+    xs = leaves(xs, device, dtype)
+    exact, same = oracle.upcast(xs), [x.detach().cpu().requires_grad_() for x in xs]
+    arguments = (temperature, None, True, objective)
+    truth, by_svd = oracle.alignments(exact, *arguments), oracle.alignments(same, *arguments)
+    ours = dominant_sv_loss(xs, temperature=temperature, objective=objective, reduction="none", backend=backend)
+
+    def error(values: Tensor, reference: Tensor) -> float:
+        difference = values.detach().cpu().double() - reference.detach()
+        return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(reference.detach()))
+
+    # In float64 the Gram squares the condition number, and the oracle is exact beside it.
+    sigma = svdvals64(xs, True)
+    condition = float((sigma[:, 0] / sigma[:, -1]).max())
+    floor = tol.FLOOR[dtype] * (condition**2 / temperature if dtype == torch.float64 else 1.0)
+    assert error(ours, truth) <= tol.FACTOR * error(by_svd, truth) + floor
+    true_grads = torch.stack(grads(truth.sum(), exact))
+    svd_grads = torch.stack(grads(by_svd.sum(), same))
+    our_grads = torch.stack(grads(ours.sum(), xs))
+    assert error(our_grads, true_grads) <= tol.FACTOR * error(svd_grads, true_grads) + floor
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("k", [2, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_exact_arithmetic_rounded_once(backend, device, dtype, k, objective):
+    """On the exact input values; the upstream gradient enters before the one rounding of the result."""
+    xs = leaves([torch.randn(8, 48) for _ in range(k)], device, dtype)
+    exact = oracle.upcast(xs)
+    truth = oracle.alignments(exact, 0.05, None, True, objective)
+    ours = dominant_sv_loss(xs, temperature=0.05, objective=objective, reduction="none", backend=backend)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-4, atol=1e-6)
+    for upstream in (1.0, 2.0**-12, 2.0**16):
+        # 2⁻¹² of these gradients are subnormal in float16, 2¹⁶ times as much is what a loss scaler sends
+        scale = upstream / 2.0**12
+        for x, y in zip(grads((ours * scale).sum(), xs), grads((truth * scale).sum(), exact), strict=True):
+            assert x.dtype == dtype
+            rounded = y.to(dtype).double()
+            torch.testing.assert_close(
+                x.cpu().double(), rounded, rtol=2 * tol.HALF_GRADIENT[dtype], atol=2 * tol.LEAST_HALF
+            )
+        ours = dominant_sv_loss(xs, temperature=0.05, objective=objective, reduction="none", backend=backend)
+        truth = oracle.alignments(exact, 0.05, None, True, objective)
+
+
+def test_a_loss_scaler_keeps_gradients_that_would_vanish(backend, device):
+    """float16 gradients below 6e-8 are zero; scaled by 2¹⁶ before the rounding they are not."""
+    xs = leaves(almost_equal(3, 4, 16, 0.3), device, torch.float16)
+    loss = dominant_sv_loss(xs, temperature=0.05, backend=backend) * 1e-3
+    plain = grads(loss, xs)
+    loss = dominant_sv_loss(xs, temperature=0.05, backend=backend) * 1e-3
+    scaled = grads(loss * 2.0**16, xs)
+    assert sum(int((g == 0).sum()) for g in scaled) < sum(int((g == 0).sum()) for g in plain)
+
+
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+@pytest.mark.parametrize("function", PER_INSTANCE)
+def test_bad_upstream_gradients_pass_through(backend, device, function, upstream):
+    """A scaler finds its overflow by the Inf or NaN that comes back; it must stay in its row."""
+    xs = leaves([torch.randn(3, 8) for _ in range(3)], device, torch.float32)
+    out = PER_INSTANCE[function](xs, backend=backend)
+    weights = torch.ones_like(out)
+    weights[1] = upstream
+    for g in torch.autograd.grad(out, xs, weights):
+        assert not g[1].isfinite().any()
+        assert finite(g[0], g[2])
+
+
+# ---- full alignment -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("departure", [1e-6, 1e-8, 1e-10, 1e-12, 0.0])
+@pytest.mark.parametrize("k", [2, 3, 6, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nearly_equal_modalities(backend, device, dtype, k, departure, objective):
+    """Finite, and steps from there do not raise the loss.
+
+    σ₂ enters the loss like a norm, with a kink at 0: a step must be short beside it not to jump across.
+    At the very optimum the gradient is 0 and any step will do.
+    """
+    step = 0.1 * departure**0.5 if departure else 1.0
+    xs = leaves(almost_equal(k, 4, 64, departure), device, dtype)
+    losses = []
+    for _ in range(6):
+        loss = dominant_sv_loss(xs, temperature=0.5, objective=objective, backend=backend)
+        losses.append(float(loss.detach()))
+        found = grads(loss, xs)
+        assert finite(loss, *found)
+        with torch.no_grad():
+            for x, g in zip(xs, found, strict=True):
+                x -= step * g
+    # Rounding the stepped inputs moves σ₂ by about their epsilon, and ‖Z‖ − σ₁ by its square.
+    eps = torch.finfo(dtype).eps
+    noise = k * eps / 0.5 if objective == "softmax" else 16 * k * max(eps**2, tol.EPS64)
+    assert max(losses) <= losses[0] * (1 + 1e-6) + noise
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_equal_modalities_have_zero_gradient(backend, device, dtype, k, objective):
+    """The minimum-norm subgradient at the optimum is 0: LAPACK's arbitrary vectors would push away from it."""
+    x = torch.randn(5, 40)
+    xs = leaves([x] * k, device, dtype)
+    loss = dominant_sv_loss(xs, temperature=0.5, objective=objective, reduction="sum", backend=backend)
+    for g in grads(loss, xs):
+        assert g.abs().max() <= 1e-6 * (1 if dtype != torch.float64 else 1e-6)
+    sigma = singular_values(xs, backend=backend)
+    torch.testing.assert_close(sigma[:, 0], torch.full_like(sigma[:, 0], k**0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modalities_equal_in_pairs(backend, device, dtype):
+    a, b = torch.randn(4, 24), torch.randn(4, 24)
+    xs = leaves([a, a, b, b], device, dtype)
+    for function in (*PER_INSTANCE.values(), *MIXING.values()):
+        out = function(xs, backend=backend)
+        found = grads(out.sum(), xs)
+        assert finite(out, *found)
+        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(found[2], found[3])
+
+
+# ---- ties at the top ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_orthonormal_modalities(backend, device, dtype, k):
+    """All singular values equal: u₁ is the direction of the mean, for every function and any order."""
+    eye = torch.eye(16)[:k]
+    xs = leaves([eye[m].expand(3, 16) for m in range(k)], device, dtype)
+    sigma, u, v = dominant_singular_triplet(xs, backend=backend)
+    torch.testing.assert_close(sigma, torch.ones_like(sigma))
+    torch.testing.assert_close(v, torch.full_like(v, k**-0.5))
+    torch.testing.assert_close(u[:, :k], torch.full_like(v, k**-0.5))
+    for function in (*PER_INSTANCE.values(), *MIXING.values()):
+        out = function(xs, backend=backend)
+        assert finite(out, *grads(out.sum(), xs))
+    # A descent step from the tie descends, and favours no modality.
+    for objective in OBJECTIVES:
+        loss = dominant_sv_loss(xs, objective=objective, temperature=1.0, reduction="sum", backend=backend)
+        found = grads(loss, xs)
+        with torch.no_grad():
+            stepped = [x - 0.1 * g for x, g in zip(xs, found, strict=True)]
+        assert dominant_sv_loss(stepped, objective=objective, temperature=1.0, reduction="sum") < loss
+        norms = torch.stack([torch.linalg.vector_norm(g.double()) for g in found])
+        torch.testing.assert_close(norms, norms[:1].expand(k), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("departure", [1e-16, 1e-12, 1e-9, 1e-8, 1e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_near_ties_at_the_top(backend, device, dtype, departure):
+    """Gaps across the tie threshold: finite, σ right, gradients bounded by the threshold's reciprocal."""
+    sigma = torch.tensor([1.0, 1.0 - departure, 0.5], dtype=torch.float64)
+    xs = leaves(with_spectrum(sigma, 5, 20), device, dtype)
+    for function in (*PER_INSTANCE.values(), *MIXING.values()):
+        out = function(xs, normalize=False, backend=backend)
+        assert finite(out, *grads(out.sum(), xs))
+    wanted = svdvals64(xs, False)
+    bound = tol.SIGMA_32 if dtype == torch.float32 else 16 * tol.EPS64
+    ours = dominant_singular_value(xs, normalize=False, backend=backend).cpu().double()
+    assert ((ours - wanted[:, 0]).abs() <= bound * wanted[:, 0]).all()
+    u = dominant_singular_triplet(xs, normalize=False, backend=backend).u
+    torch.testing.assert_close(torch.linalg.vector_norm(u, dim=1), torch.ones_like(ours).to(u), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_antipodal_pairs_are_oriented_by_the_first_modality(backend, device, dtype):
+    """v₁'s entries sum to 0 up to rounding: a coin toss per run without the second rule."""
+    x, y = torch.randn(6, 17), 0.1 * torch.randn(6, 17)
+    xs = leaves([x, -x], device, dtype)
+    v = dominant_singular_triplet(xs, backend=backend).v
+    torch.testing.assert_close(
+        v, torch.tensor([0.5, -0.5], device=device).sign().to(v) * (0.5**0.5) + torch.zeros_like(v)
+    )
+    xs = leaves([-y, 2 * x, -2 * x, y], device, dtype)
+    v = dominant_singular_triplet(xs, normalize=False, backend=backend).v
+    assert (v[:, 1] > 0.6).all()
+    assert (v[:, 2] < -0.6).all()
+    for function in (*PER_INSTANCE.values(), *MIXING.values()):
+        out = function(xs, backend=backend)
+        assert finite(out, *grads(out.sum(), xs))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_whole_and_leading_paths_agree(backend, device, objective):
+    """u from the eigensolver (in ``pmrl_loss``'s softmax objective) and from power iteration are one u."""
+    xs = leaves(almost_equal(4, 6, 20, 0.5), device, torch.float64)
+    _, _, by_u = pmrl_loss(xs, objective=objective, return_components=True, backend=backend)
+    u = dominant_singular_triplet(xs, backend=backend).u
+    torch.testing.assert_close(by_u, instance_contrastive_loss(u, backend=backend), rtol=1e-9, atol=1e-12)
+
+
+# ---- zero vectors and extreme norms -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_zero_vectors(backend, device, dtype, normalize):
+    """A zero vector that is not masked stays a column: σ = 0 for it, zero gradient, nothing breaks."""
+    xs = [torch.randn(4, 12) for _ in range(3)]
+    xs[1][0] = 0
+    xs[0][2] = xs[1][2] = 0
+    for x in xs:
+        x[3] = 0
+    xs = leaves(xs, device, dtype)
+    sigma = singular_values(xs, normalize=normalize, backend=backend)
+    assert (sigma[0, 2] == 0).all()
+    assert not sigma[3].any()
+    for name, function in (PER_INSTANCE | MIXING).items():
+        out = function(xs, normalize=normalize, backend=backend)
+        found = grads(out.sum(), xs)
+        assert finite(out, *found), name
+        assert not any(g[3].any() for g in found), name
+        if normalize:
+            assert not found[1][0].any(), name
+            assert not found[0][2].any(), name
+    # The softmax runs over all three columns still: with one direction left, two logits at σ = 0.
+    loss = dominant_sv_loss(xs, temperature=0.5, reduction="none", backend=backend)
+    torch.testing.assert_close(
+        loss[2].cpu().double(), torch.log1p(2 * torch.exp(torch.tensor(-2.0)).double()), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(loss[3].cpu().double(), torch.tensor(3.0).double().log(), rtol=1e-6, atol=0)
+
+
+def exponents(dtype: torch.dtype) -> list[tuple[int, int, int]]:
+    """Powers of two for three modalities: alike, and as far apart as the dtype allows."""
+    far = {torch.float64: (500, 1000, 1021), torch.float16: (8, 12, 14)}.get(dtype, (66, 100, 125))
+    cases = [(far[0],) * 3, (-far[0],) * 3, (-far[0], 0, far[0]), (far[1], far[1], 0), (-far[1], -far[1], 0)]
+    return [*cases, (far[2], far[2], far[2]), (far[1], -far[1], 0)]
+
+
+@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_extreme_norms(backend, device, dtype, case, objective):
+    """Norms of 1e±20 (1e±150 and beyond in float64): scaling an input by 2^e scales its gradient by 2^-e."""
+    powers = exponents(dtype)[case]
+    grid = torch.randint(-8, 9, (3, 5, 24)).double() / 8  # few bits: scaling stays exact in every dtype
+    plain = leaves(list(grid), device, dtype)
+    scaled = leaves(
+        [
+            torch.ldexp(x.double(), torch.tensor(float(e)))
+            if abs(e) < 1000
+            else x.double() * 2.0 ** (e // 2) * 2.0 ** (e - e // 2)
+            for x, e in zip(grid, powers, strict=True)
+        ],
+        device,
+        dtype,
+    )
+    assert finite(*scaled)
+    options = {"temperature": 0.5, "objective": objective, "reduction": "sum", "backend": backend}
+    one, other = dominant_sv_loss(plain, **options), dominant_sv_loss(scaled, **options)
+    torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
+    for g, h, e in zip(grads(one, plain), grads(other, scaled), powers, strict=True):
+        g, h = g.cpu().double(), h.cpu().double()
+        wanted = g * 2.0 ** (-e // 2) * 2.0 ** (-e - -e // 2)
+        info = torch.finfo(dtype)
+        wanted = wanted.where(wanted.abs() <= info.max, torch.inf * wanted.sign())
+        # Below the least normal number only absolute digits are left.
+        resolution = max(1e-5, 4 * info.eps)
+        least = max(float(info.tiny), float(wanted.abs().nan_to_num(posinf=0).max()) * resolution)
+        torch.testing.assert_close(h, wanted, rtol=resolution, atol=least)
+    u = dominant_singular_triplet(plain, backend=backend).u
+    torch.testing.assert_close(dominant_singular_triplet(scaled, backend=backend).u, u, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_subnormal_embeddings(backend, device, dtype):
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    grid = torch.randint(1, 5, (3, 2, 9)).double()
+    xs = leaves([x * least for x in grid], device, dtype)
+    assert all((x != 0).all() for x in xs)
+    torch.testing.assert_close(
+        dominant_sv_loss(xs, backend=backend), dominant_sv_loss(leaves(list(grid), device, dtype), backend=backend)
+    )
+
+
+@pytest.mark.parametrize("power", [-66, 66])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unnormalised_extremes(backend, device, dtype, power):
+    """normalize=False: singular values scale with the embeddings, and so do gradients of ratios."""
+    grid = torch.randint(-8, 9, (3, 4, 20)).double() / 8
+    plain = leaves(list(grid), device, dtype)
+    scaled = leaves([x * 2.0**power for x in grid], device, dtype)
+    for function in (singular_values, dominant_singular_value):
+        one = function(plain, normalize=False, backend=backend)
+        torch.testing.assert_close(function(scaled, normalize=False, backend=backend), one * 2.0**power)
+    one = dominant_singular_triplet(plain, normalize=False, backend=backend).u
+    other = dominant_singular_triplet(scaled, normalize=False, backend=backend).u
+    torch.testing.assert_close(other, one)
+    weights = torch.randn_like(one)
+    for g, h in zip(grads((one * weights).sum(), plain), grads((other * weights).sum(), scaled), strict=True):
+        torch.testing.assert_close(
+            h.double() * 2.0**power, g.double(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("power", [-700, -400, 400, 700])
+def test_unnormalised_extremes_in_float64(backend, device, power):
+    grid = torch.randn(3, 4, 20, dtype=torch.float64)
+    plain, scaled = (leaves([x * s for x in grid], device, torch.float64) for s in (1.0, 2.0**power))
+    one = dominant_singular_triplet(plain, normalize=False, backend=backend)
+    other = dominant_singular_triplet(scaled, normalize=False, backend=backend)
+    torch.testing.assert_close(other.sigma, one.sigma * 2.0**power, rtol=1e-13, atol=0)
+    torch.testing.assert_close(other.u, one.u, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(one.u)
+    for g, h in zip(grads((one.u * weights).sum(), plain), grads((other.u * weights).sum(), scaled), strict=True):
+        torch.testing.assert_close(h * 2.0**power, g, rtol=1e-9, atol=1e-12)
+    # σ and the alignment have gradients that do not depend on the scale
+    for objective, temperature in (("leading", 1.0), ("softmax", 2.0**power)):
+        options = {"objective": objective, "normalize": False, "reduction": "sum", "backend": backend}
+        one_loss = dominant_sv_loss(plain, temperature=temperature / 2.0**power, **options)
+        other_loss = dominant_sv_loss(scaled, temperature=temperature, **options)
+        factor = 2.0**power if objective == "softmax" else 1.0
+        for g, h in zip(grads(one_loss, plain), grads(other_loss, scaled), strict=True):
+            torch.testing.assert_close(h * factor, g, rtol=1e-9, atol=1e-12)
+
+
+# ---- NaN and Inf --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+@pytest.mark.parametrize("function", PER_INSTANCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_a_bad_row_stays_in_its_row(backend, device, dtype, function, k, bad):
+    """Its outputs and gradients are NaN, no other's, and nothing raises."""
+    xs = [torch.randn(5, 11) for _ in range(k)]
+    clean = leaves(xs, device, dtype)
+    dirty = [x.clone() for x in xs]
+    dirty[k // 2][2, 3] = bad
+    dirty = leaves(dirty, device, dtype)
+    one, other = (PER_INSTANCE[function](x, backend=backend) for x in (clean, dirty))
+    assert other[2].isnan().all()
+    others = torch.arange(5) != 2
+    torch.testing.assert_close(other[others], one[others], rtol=1e-6, atol=1e-7)
+    for g, h in zip(grads(one.sum(), clean), grads(other.sum(), dirty), strict=True):
+        assert h[2].isnan().all()
+        torch.testing.assert_close(h[others], g[others], rtol=1e-2 if dtype == torch.float16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("function", MIXING)
+def test_a_bad_row_is_not_swallowed_by_the_mixing_terms(backend, device, function, bad):
+    xs = [torch.randn(5, 11) for _ in range(3)]
+    xs[0][2, 3] = bad
+    xs = leaves(xs, device, torch.float32)
+    loss = MIXING[function](xs, backend=backend)
+    assert loss.isnan()
+    assert all(g.isnan().all() for g in grads(loss, xs))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_instance_contrast_of_bad_rows(backend, device, normalize):
+    u = torch.randn(5, 4, device=device)
+    u[3, 1] = float("nan")
+    v = u.clone().requires_grad_()
+    loss = instance_contrastive_loss(v, normalize=normalize, backend=backend)
+    assert loss.isnan()
+    assert grads(loss, [v])[0].isnan().all()
+    # masked out, it does not exist
+    mask = torch.arange(5, device=device) != 3
+    v = u.clone().requires_grad_()
+    loss = instance_contrastive_loss(v, normalize=normalize, mask=mask, backend=backend)
+    torch.testing.assert_close(loss, instance_contrastive_loss(u[mask], normalize=normalize, backend=backend))
+    gradient = grads(loss, [v])[0]
+    assert finite(gradient)
+    assert not gradient[3].any()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e38])
+def test_instance_contrast_of_extreme_norms(backend, device, scale):
+    u = torch.randn(6, 8, device=device)
+    one, other = u.clone().requires_grad_(), (u * scale).clamp(-3e38, 3e38).requires_grad_()
+    losses = [instance_contrastive_loss(v, backend=backend) for v in (one, other)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+    (g,), (h,) = grads(losses[0], [one]), grads(losses[1], [other])
+    torch.testing.assert_close(h.double() * scale, g.double(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instance_contrast_precision(backend, device, dtype, temperature):
+    """No worse than F.cross_entropy in float32, though most of its losses are far below 1e-3."""
+    u = torch.nn.functional.normalize(torch.randn(64, 48), dim=1).to(device, dtype).requires_grad_()
+    (exact,) = oracle.upcast([u])
+    rows = exact / torch.linalg.vector_norm(exact, dim=1, keepdim=True)
+    delta = (rows @ rows.T - 1) / temperature
+    delta = delta.masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)
+    truth = torch.log1p(delta.exp().sum(1)).mean()
+    ours = instance_contrastive_loss(u, temperature, backend=backend)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    bound = tol.FORMULA_64 if dtype == torch.float64 else tol.CONTRAST_32 / temperature
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=bound, atol=0)
+    (g,), (h,) = grads(ours, [u]), grads(truth, [exact])
+    bound = max(bound, tol.HALF_GRADIENT.get(dtype, 0.0))
+    least = tol.LEAST_HALF if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(g.cpu().double(), h, rtol=bound, atol=bound * float(h.abs().max()) + least)
+
+
+# ---- masks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_absent_modalities_are_no_columns(backend, device, dtype, function):
+    """Whatever their buffers hold: values and gradients are those of the present ones alone."""
+    B, k = 6, 4
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    clean = [torch.randn(B, 9) for _ in range(k)]
+    results = []
+    for rubbish in (0.0, 1e4, float("nan"), float("inf")):
+        xs = leaves([x.masked_fill(~mask[:, m, None], rubbish) for m, x in enumerate(clean)], device, dtype)
+        out = (PER_INSTANCE | MIXING)[function](xs, mask=mask.to(device), backend=backend)
+        found = grads((out * torch.arange(1, out.numel() + 1, device=device).reshape(out.shape)).sum(), xs)
+        assert finite(out, *found)
+        for m, g in enumerate(found):
+            assert not g[~mask[:, m].to(device)].any()
+        results.append([out.detach(), *found])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_masked_alignment_is_that_of_the_subset(backend, device):
+    xs = leaves([torch.randn(3, 9) for _ in range(4)], device, torch.float64)
+    mask = torch.tensor([[True, False, True, True]] * 3, device=device)
+    for function in PER_INSTANCE.values():
+        part = function([xs[0], xs[2], xs[3]], backend=backend)
+        whole = function(xs, mask=mask, backend=backend)
+        if whole.shape != part.shape:
+            assert not whole[:, 3:].any() or function is PER_INSTANCE["v"]
+            whole = whole[:, [0, 2, 3]] if function is PER_INSTANCE["v"] else whole[:, :3]
+        torch.testing.assert_close(whole, part, rtol=1e-12, atol=1e-14)
+
+
+def test_instances_without_anything_to_align_do_not_count(backend, device):
+    xs = leaves([torch.randn(4, 9) for _ in range(3)], device, torch.float32)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], device=device).bool()
+    per = dominant_sv_loss(xs, mask=mask, reduction="none", backend=backend)
+    assert per[1] == 0
+    assert per[2] == 0
+    torch.testing.assert_close(dominant_sv_loss(xs, mask=mask, backend=backend), (per[0] + per[3]) / 2)
+    loss = dominant_sv_loss(xs, mask=torch.zeros_like(mask), backend=backend)
+    assert loss == 0
+    assert not any(g.any() for g in grads(loss, xs))
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5), (1, 3, 5), (4, 1, 5), (4, 3, 1), (4, 1, 1), (4, 5, 2), (0, 1, 1), (2, 32, 3)], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_small_and_odd_shapes(backend, device, function, shape, masked):
+    B, k, d = shape
+    xs = leaves([torch.randn(B, d) for _ in range(k)], device, torch.float32)
+    mask = torch.ones(B, k, dtype=torch.bool, device=device) if masked else None
+    out = (PER_INSTANCE | MIXING)[function](xs, mask=mask, backend=backend)
+    found = grads(out.sum(), xs)
+    assert finite(out, *found)
+    assert all(g.shape == (B, d) for g in found)
+    if function in MIXING and B == 0:
+        assert out == 0
+    if function in ("softmax", "leading") and (k == 1 or (d == 1 and function == "softmax")):
+        assert not out.any()
+        assert not any(g.any() for g in found)
+    if function == "singular_values":
+        assert out.shape == (B, min(d, k))
+    if k == 1 and function == "u":
+        torch.testing.assert_close(out, torch.nn.functional.normalize(xs[0].detach(), dim=1))
+
+
+def test_mean_over_nothing_is_zero(backend, device):
+    xs = leaves([torch.randn(0, 5) for _ in range(3)], device, torch.float32)
+    for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
+        loss = dominant_sv_loss(xs, reduction=reduction, backend=backend)
+        assert loss.shape == shape
+        assert not loss.any()
+    u = torch.randn(0, 5, device=device, requires_grad=True)
+    loss = instance_contrastive_loss(u, backend=backend)
+    assert loss == 0
+    assert grads(loss, [u])[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+def test_strides(backend, device, function):
+    """Columns of a wider tensor, transposed storage and expanded rows give what contiguous copies give."""
+    wide = torch.randn(4, 3, 14, device=device)
+    views = [
+        wide[:, 0, ::2],
+        wide[:, 1, 7:],
+        torch.randn(7, 4, device=device).T,
+        torch.randn(7, device=device).expand(4, 7),
+    ]
+    ours = [v.detach().requires_grad_() for v in views]
+    copies = [v.detach().contiguous().clone().requires_grad_() for v in views]
+    one, other = ((PER_INSTANCE | MIXING)[function](x, backend=backend) for x in (ours, copies))
+    assert torch.equal(one, other)
+    for a, b in zip(grads(one.sum(), ours), grads(other.sum(), copies), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+def test_gradients_for_some_inputs_only(backend, device, function):
+    xs = [torch.randn(4, 7, device=device) for _ in range(3)]
+    everything = leaves(xs, device, torch.float32)
+    out = (PER_INSTANCE | MIXING)[function](everything, backend=backend)
+    wanted = grads(out.sum(), everything)
+    for some in ([0], [2], [0, 2]):
+        part = [x.clone().requires_grad_(m in some) for m, x in enumerate(xs)]
+        (PER_INSTANCE | MIXING)[function](part, backend=backend).sum().backward()
+        for m, x in enumerate(part):
+            assert (x.grad is not None) == (m in some)
+            if m in some:
+                assert torch.equal(x.grad, wanted[m])
+
+
+# ---- determinism --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_input_same_bits(backend, device, dtype, function):
+    xs = leaves([torch.randn(33, 130) for _ in range(4)], device, dtype)
+    runs = []
+    for _ in range(3):
+        out = (PER_INSTANCE | MIXING)[function](xs, backend=backend)
+        runs.append([out.detach(), *grads(out.square().sum(), xs)])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_threads_do_not_disturb_one_another(backend, device):
+    from concurrent.futures import ThreadPoolExecutor
+
+    batches = [leaves([torch.randn(16, 24) for _ in range(3)], device, torch.float32) for _ in range(4)]
+
+    def work(xs: list[Tensor]) -> list[Tensor]:
+        loss = pmrl_loss(xs, contrast="modality", backend=backend)
+        return [loss.detach(), *grads(loss, xs)]
+
+    alone = [work(xs) for xs in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, batches * 4))
+    for i, run in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(alone[i % 4], run, strict=True))
