@@ -1,7 +1,7 @@
 """The autograd Functions: a backend's forward and backward functions in pairs, and nothing else.
 
 Each pair exists twice, since the two ways PyTorch has of writing a Function each lack something: the
-form with ``ctx`` in ``forward`` is some 30 µs a call faster, the form with ``setup_context`` is what
+form with ``ctx`` in ``forward`` is tens of microseconds a call faster, the form with ``setup_context`` is what
 ``torch.func`` transforms accept. Both share their code.
 """
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import autograd, inputs
 from .backends import resolve
+from .inputs import Embeddings, Mask
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PMRLComponents(NamedTuple):
@@ -23,9 +27,9 @@ class PMRLComponents(NamedTuple):
 
 
 def dominant_sv_loss(
-    *embeddings: Any,
+    *embeddings: Embeddings,
     temperature: float | Tensor = 0.05,
-    mask: Any = None,
+    mask: Mask | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     objective: str = "softmax",
@@ -68,8 +72,8 @@ def dominant_sv_loss(
         NotImplementedError: forward-mode or second derivatives.
 
     Gradient:
-        Finite at full alignment, for orthogonal, missing, zero and repeated modalities, where that of
-        ``torch.linalg.svd`` is NaN. A σ_j at or below eps32·σ₁ (√(k·eps64)·σ₁ in float64) has weight 0: the
+        Finite at full alignment and for orthogonal, missing, zero and repeated modalities, where that of
+        ``torch.linalg.svd`` follows arbitrary vectors, or is NaN once singular vectors are used too. A σ_j at or below eps32·σ₁ (√(k·eps64)·σ₁ in float64) has weight 0: the
         minimum-norm subgradient. Where the largest value is tied, see
         :func:`~pmrl_kernels.dominant_singular_triplet`. Absent modalities and zero vectors get exact zeros.
         A NaN or Inf makes its own instance's loss and gradients NaN, no other's.
@@ -110,7 +114,7 @@ def instance_contrastive_loss(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     mask: Tensor | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Keeps instances apart: each vector of a batch against all the others.
@@ -158,15 +162,15 @@ def instance_contrastive_loss(
 
 @overload
 def pmrl_loss(
-    *embeddings: Any,
+    *embeddings: Embeddings,
     temperature: float | Tensor = ...,
     instance_temperature: float | Tensor = ...,
     instance_weight: float = ...,
-    mask: Any = ...,
+    mask: Mask | None = ...,
     normalize: bool = ...,
     objective: str = ...,
     contrast: str = ...,
-    group: Any = ...,
+    group: ProcessGroup | None = ...,
     return_components: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -174,30 +178,30 @@ def pmrl_loss(
 
 @overload
 def pmrl_loss(
-    *embeddings: Any,
+    *embeddings: Embeddings,
     temperature: float | Tensor = ...,
     instance_temperature: float | Tensor = ...,
     instance_weight: float = ...,
-    mask: Any = ...,
+    mask: Mask | None = ...,
     normalize: bool = ...,
     objective: str = ...,
     contrast: str = ...,
-    group: Any = ...,
+    group: ProcessGroup | None = ...,
     return_components: Literal[True],
     backend: str | None = ...,
 ) -> PMRLComponents: ...
 
 
 def pmrl_loss(
-    *embeddings: Any,
+    *embeddings: Embeddings,
     temperature: float | Tensor = 0.05,
     instance_temperature: float | Tensor = 0.1,
     instance_weight: float = 1.0,
-    mask: Any = None,
+    mask: Mask | None = None,
     normalize: bool = True,
     objective: str = "softmax",
     contrast: str = "leading",
-    group: Any = None,
+    group: ProcessGroup | None = None,
     return_components: bool = False,
     backend: str | None = None,
 ) -> Tensor | PMRLComponents:

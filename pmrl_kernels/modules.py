@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import inputs
+from .inputs import Embeddings, Mask
 from .losses import PMRLComponents, dominant_sv_loss, pmrl_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _CPU = torch.device("cpu")
 
@@ -18,7 +22,8 @@ class Temperature(nn.Module):
     r"""A temperature above a least value: a constant, or learned as :math:`\tau = \tau_{min} + e^{\rho}`.
 
     The parameter ρ can take any value and τ stays positive. The least value matters: the alignment loss
-    falls whenever its temperature does, so without one a learned τ drifts towards 0.
+    falls whenever its temperature does (and so does the contrast of leading vectors), so without one a
+    learned τ drifts towards 0. See docs/recipes.md.
 
     Args:
         initial: τ at the start, a float above ``minimum``.
@@ -99,7 +104,7 @@ class DominantSVLoss(nn.Module):
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
         self.backend = backend
 
-    def forward(self, *embeddings: Any, mask: Any = None) -> Tensor:
+    def forward(self, *embeddings: Embeddings, mask: Mask | None = None) -> Tensor:
         """The loss of k tensors (B, d), in any form the function takes."""
         return dominant_sv_loss(
             *embeddings,
@@ -150,7 +155,7 @@ class PMRLLoss(nn.Module):
         normalize: bool = True,
         objective: str = "softmax",
         contrast: str = "leading",
-        group: Any = None,
+        group: ProcessGroup | None = None,
         return_components: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -168,7 +173,7 @@ class PMRLLoss(nn.Module):
         self.return_components = inputs.flag(return_components, "return_components")
         self.backend = backend
 
-    def forward(self, *embeddings: Any, mask: Any = None) -> Tensor | PMRLComponents:
+    def forward(self, *embeddings: Embeddings, mask: Mask | None = None) -> Tensor | PMRLComponents:
         """The loss of k tensors (B, d), in any form the function takes."""
         components = pmrl_loss(
             *embeddings,

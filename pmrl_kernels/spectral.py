@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import autograd, inputs
 from .backends import resolve
+from .inputs import Embeddings, Mask
 
 
 class DominantTriplet(NamedTuple):
@@ -21,7 +22,9 @@ class DominantTriplet(NamedTuple):
     """Leading right singular vectors, (B, k): how much each modality has of it."""
 
 
-def singular_values(*embeddings: Any, mask: Any = None, normalize: bool = True, backend: str | None = None) -> Tensor:
+def singular_values(
+    *embeddings: Embeddings, mask: Mask | None = None, normalize: bool = True, backend: str | None = None
+) -> Tensor:
     r"""All singular values of every instance's :math:`d \times k` embedding matrix.
 
     With :math:`Z_i = [x_1/\lVert x_1\rVert, \dots, x_k/\lVert x_k\rVert]` the matrix of instance i's
@@ -66,7 +69,7 @@ def singular_values(*embeddings: Any, mask: Any = None, normalize: bool = True, 
 
 
 def dominant_singular_value(
-    *embeddings: Any, mask: Any = None, normalize: bool = True, backend: str | None = None
+    *embeddings: Embeddings, mask: Mask | None = None, normalize: bool = True, backend: str | None = None
 ) -> Tensor:
     r"""The largest singular value of every instance's :math:`d \times k` embedding matrix.
 
@@ -99,7 +102,7 @@ def dominant_singular_value(
 
 
 def dominant_singular_triplet(
-    *embeddings: Any, mask: Any = None, normalize: bool = True, backend: str | None = None
+    *embeddings: Embeddings, mask: Mask | None = None, normalize: bool = True, backend: str | None = None
 ) -> DominantTriplet:
     r"""σ₁, u₁ and v₁ of every instance's :math:`d \times k` embedding matrix, :math:`Z_i v_1 = \sigma_1 u_1`.
 
@@ -139,7 +142,13 @@ def dominant_singular_triplet(
 
 
 def _spectral(
-    embeddings: tuple[Any, ...], mask: Any, normalize: Any, backend: Any, *, spectrum: bool, want_u: bool
+    embeddings: tuple[Embeddings, ...],
+    mask: Mask | None,
+    normalize: bool,
+    backend: str | None,
+    *,
+    spectrum: bool,
+    want_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch = inputs.canonical(embeddings, mask)
     normalize = inputs.flag(normalize, "normalize")

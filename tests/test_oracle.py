@@ -15,7 +15,7 @@ from pmrl_kernels import (
     pmrl_loss,
     singular_values,
 )
-from pmrl_kernels.backends import reference
+from pmrl_kernels.backends import constants, reference
 
 SHAPES = ((5, 2, 7), (4, 3, 16), (3, 4, 33), (3, 6, 40), (2, 3, 2), (2, 8, 5), (2, 12, 31), (2, 32, 48))  # B, k, d
 
@@ -200,3 +200,19 @@ def test_blocks_of_rows_change_nothing(device, monkeypatch):
         results.append((loss.detach(), *torch.autograd.grad(loss, xs)))
     for one, many in zip(*results, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("gaps", [1.1, 3.0, 100.0])
+@pytest.mark.parametrize("k", [2, 4, 8, 12, 16, 24, 32])
+@pytest.mark.parametrize("double_input", [False, True])
+@pytest.mark.parametrize("first", [1.0, -0.5])
+def test_power_iteration_resolves_every_gap_that_counts(device, k, double_input, gaps, first):
+    """Stopping early must not mistake a small gap, which moves the iterate slowly at first, for a tie."""
+    gap = gaps * constants.eigenvalue_gap(k, double_input)
+    v = torch.linspace(first, 2, k, dtype=torch.float64, device=device)[None]
+    v = v / torch.linalg.vector_norm(v)
+    G = torch.eye(k, dtype=torch.float64, device=device) + gap * v[:, :, None] * v[:, None, :]
+    top, ours = reference._power_iteration(G, double_input)
+    # G itself holds the gap to eps64 only: 1e-16 beside gap
+    torch.testing.assert_close(ours, v, rtol=0, atol=10 * tol.EPS64 / gap)
+    torch.testing.assert_close(top, torch.full_like(top, 1 + gap), rtol=4 * tol.EPS64, atol=0)

@@ -180,11 +180,13 @@ def _power_iteration(G: Tensor, double_input: bool) -> tuple[Tensor, Tensor]:
     eye = torch.eye(k, dtype=G.dtype, device=G.device)
     G = torch.where((bad | empty)[:, None, None], eye, G)
     P = G / G.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    # A CPU may look whether P still moves and stop; looking costs a device its queue. Not in the first
+    # squarings: until 2^s·gap is well above rounding over k, a small gap looks like a tie.
+    first_look = 4 + k.bit_length() if G.device.type == "cpu" and len(G) else constants.squarings(k, double_input)
     for step in range(constants.squarings(k, double_input)):
         previous, P = P, torch.bmm(P, P)
         P = P / P.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        # Looking costs a device its queue, so only a CPU stops early.
-        look = G.device.type == "cpu" and step % 2 and G.shape[0]
+        look = step >= first_look and step % 2
         if look and float((P - previous).abs().max()) <= 4 * constants.EPS64:
             break
     ones = P.sum(2)
@@ -444,7 +446,7 @@ def spectral_backward(
     for rows, X in blocks:
         dX = torch.bmm(C[rows], X)
         if grad_u is not None:
-            dX = torch.baddbmm(dX, c[rows, :, None], grad_u[rows].double()[:, None, :])
+            dX.baddbmm_(c[rows, :, None], grad_u[rows].double()[:, None, :])
         for i, m in enumerate(wanted):
             dx, H = dX[:, i], grad_z[m] if direct else None
             if H is not None:
@@ -479,11 +481,28 @@ def _row_tiles(n_rows: int, n_columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor, rows: slice) -> Tensor:
-    """δ of one tile: −inf where the column is not allowed and on the diagonal, which ℓ treats apart."""
-    delta = ((similarity - positive) / tau).masked_fill(~allowed, -torch.inf)
-    delta.diagonal(rows.start).fill_(-torch.inf)
+def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor, tile: slice) -> Tensor:
+    """δ of one tile of rows: −inf where not allowed and on the diagonal, which ℓ treats apart."""
+    delta = torch.sub(similarity, positive).div_(tau).masked_fill_(~allowed, -torch.inf)
+    delta.diagonal(tile.start).fill_(-torch.inf)
     return delta
+
+
+def _probabilities(
+    similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor, tile: slice
+) -> Tensor:
+    """P of one tile of rows: 0 where not allowed and on the diagonal."""
+    P = torch.sub(similarity, positive).div_(tau).sub_(losses).exp_().masked_fill_(~allowed, 0.0)
+    P.diagonal(tile.start).fill_(0.0)
+    return P
+
+
+def _slope(P: Tensor, losses: Tensor, temperature: Tensor | None) -> Tensor:
+    """Σ P·δ with δ = log P + ℓ, the negative of ∂Σℓ/∂τ · τ. Only a tensor can ask for it."""
+    if temperature is None:
+        return P.new_zeros((), dtype=torch.float64)
+    slope: Tensor = torch.special.xlogy(P, P) + P * losses
+    return slope.sum(dtype=torch.float64)
 
 
 def _unit_rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -550,13 +569,11 @@ def instance_backward(
         pulled = torch.empty_like(u)
         grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
         for tile in _row_tiles(len(u), len(u)):
-            similarity = u[tile] @ u.T
-            delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
-            P = torch.exp(delta - losses[tile, None]).masked_fill(~valid[tile, None], 0.0).to(u.dtype)
-            grad_temperature -= torch.where(P == 0, 0.0, P * delta).sum(dtype=torch.float64)
+            similarity, allowed = u[tile] @ u.T, valid[tile, None] & valid
+            P = _probabilities(similarity, positive[tile, None], losses[tile, None], tau, allowed, tile)
+            grad_temperature -= _slope(P, losses[tile, None], temperature)
             own = P.sum(1, keepdim=True)
-            back = _deltas(similarity, positive, tau, valid[tile, None], tile)
-            P = P + torch.exp(back - losses).masked_fill(~valid, 0.0).to(u.dtype)
+            P += _probabilities(similarity, positive, losses, tau, allowed, tile)
             pulled[tile] = P @ u - 2 * own * u[tile]
         h = (pulled * scale).to(u.dtype)
         if factors:
@@ -633,16 +650,14 @@ def modality_backward(
             pulled = torch.empty_like(z_m)
             own_back = torch.zeros_like(positive)
             for tile in _row_tiles(len(u), len(u)):
-                similarity = z_m[tile] @ u.T
-                delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
-                P = torch.exp(delta - forth[m, tile, None]).masked_fill(~here[tile, None], 0.0).to(u.dtype)
-                grad_temperature -= torch.where(P == 0, 0.0, P * delta).sum(dtype=torch.float64)
+                similarity, counted = z_m[tile] @ u.T, here[tile, None]
+                P = _probabilities(similarity, positive[tile, None], forth[m, tile, None], tau, counted & valid, tile)
+                grad_temperature -= _slope(P, forth[m, tile, None], temperature)
                 own = P.sum(1, keepdim=True)
-                delta = _deltas(similarity, positive, tau, here[tile, None], tile)
-                R = torch.exp(delta - back[m]).masked_fill(~here, 0.0).to(u.dtype)
-                grad_temperature -= torch.where(R == 0, 0.0, R * delta).sum(dtype=torch.float64)
+                R = _probabilities(similarity, positive, back[m], tau, counted & here, tile)
+                grad_temperature -= _slope(R, back[m], temperature)
                 own_back += R.sum(0)
-                P = P + R
+                P += R
                 pulled[tile] = P @ u - own * u[tile]
                 grad_u += P.T @ z_m[tile]
                 grad_u[tile] -= own * z_m[tile]
