@@ -207,20 +207,53 @@ def _reciprocal(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
 
-def _softmax_weights(sigma: Tensor, tau: Tensor | float, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gaps (σ₁ − σ_j)/τ and exp(−gaps), both (B, k), the latter 0 at j = 1."""
+def _softmax_weights(
+    sigma: Tensor, tau: Tensor | float, logits: Tensor, exponent: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gaps (σ₁ − σ_j)/τ and exp(−gaps), both (B, k), the latter 0 at j = 1 and where there is no logit."""
     gaps = sigma[:, :1] - sigma
     if exponent is not None:
         gaps = _scale_by_power_of_two(gaps, exponent)
     gaps = gaps / tau
-    weights = torch.exp(-gaps)
-    return gaps, torch.cat([torch.zeros_like(weights[:, :1]), weights[:, 1:]], 1)
+    others = logits & (torch.arange(sigma.shape[1], device=sigma.device) > 0)
+    return gaps, torch.exp(-gaps).masked_fill(~others, 0.0)
 
 
-def _logits(B: int, k: int, d: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """(B, k) or (1, k): which of the k eigenvalues are singular values, the first min(d, k_i)."""
+def _counts(mask: Tensor | None, k: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the k eigenvalues are singular values, the first min(d, k_i): (B, k), or (1, k) without a mask.
+
+    And which instances have something to align, k_i >= 2: (B, 1) or (1, 1).
+    """
     present = mask.sum(1, keepdim=True) if mask is not None else torch.full((1, 1), k, device=device)
-    return torch.arange(k, device=device) < present.clamp_max(d)
+    return torch.arange(k, device=device) < present.clamp_max(d), present >= 2
+
+
+def _through_spectrum(g: Tensor, eigenvalues: Tensor, V: Tensor, v: Tensor, double_input: bool) -> Tensor:
+    """M (B, k, k) = V diag(g_j/σ_j) Vᵀ from the gradients g (B, k) of the singular values.
+
+    Weights of unresolved σ_j are 0. In a tied top eigenspace v₁ is singled out by the orientation rule,
+    and the others share their mean weight, so that M does not depend on the solver's basis there.
+    """
+    k, sigma = V.shape[-1], eigenvalues.sqrt()
+    resolved = sigma > constants.singular_value_floor(k, double_input) * sigma[:, :1]
+    weights = torch.where(resolved, g / sigma, 0.0)
+    tied = _tied(eigenvalues, k, double_input)
+    others = tied & (torch.arange(k, device=g.device) > 0)
+    shared = weights.where(others, 0.0).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp_min(1)
+    M = torch.bmm(V * torch.where(tied, shared, weights)[:, None, :], V.mT)
+    return M + (weights[:, :1] - shared)[:, :, None] * v[:, :, None] * v[:, None, :]
+
+
+def _through_vectors(
+    w: Tensor, q: Tensor, eigenvalues: Tensor, V: Tensor, v: Tensor, inverse_sigma1: Tensor, double_input: bool
+) -> Tensor:
+    """N (B, k, k) from w = Zᵀ ∂L/∂u₁ and q = ∂L/∂v₁, (B, k) each. Tied directions contribute 0."""
+    gaps = eigenvalues[:, :1] - eigenvalues
+    over_gap = torch.where(_tied(eigenvalues, V.shape[-1], double_input), 0.0, 1 / gaps)
+    y = torch.bmm(V, torch.bmm(V.mT, (w * inverse_sigma1 + q)[:, :, None]) * over_gap[:, :, None])
+    N = y * v[:, None, :]
+    along = (v * w).sum(1, keepdim=True) * inverse_sigma1**3
+    return N + N.mT - along[:, :, None] * v[:, :, None] * v[:, None, :]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,30 +307,30 @@ def spectral_forward(
         inverse_norms = G.new_empty((0, k))
         shared_exponent = exponent[:, :1] if exponent is not None else None
 
+    logits, alignable = _counts(mask, k, d, device)
     if spectrum:
         eigenvalues, matrix = _eigh(G)
-        eigenvalues = eigenvalues.where(_logits(B, k, d, mask, device) | eigenvalues.isnan(), 0.0)
+        eigenvalues = eigenvalues.where(logits | eigenvalues.isnan(), 0.0)
         v = _oriented(eigenvalues, matrix, _tied(eigenvalues, k, double_input))
     else:
         (eigenvalues, v), matrix = _power_iteration(G, double_input), G
     sigma = eigenvalues.sqrt()
 
     alignment = G.new_empty((0,))
-    if align and spectrum:
-        tau = _temperature(temperature, fixed_temperature)
-        weights = _softmax_weights(sigma, tau, shared_exponent)[1]
-        keep = _logits(B, k, d, mask, device) | weights.isnan()
-        alignment = torch.log1p(weights.where(keep, 0.0).sum(1)).masked_fill(sigma[:, 0].isnan(), torch.nan)
-    elif align:
-        trace = G.diagonal(dim1=1, dim2=2).sum(1)
-        rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)
-        alignment = rest * _reciprocal(trace.sqrt() + sigma[:, 0])
-        if shared_exponent is not None:
-            alignment = _scale_by_power_of_two(alignment, shared_exponent[:, 0])
-    if align and mask is not None:  # one modality alone has nothing to align with; a NaN is kept
-        alignment = alignment.where((mask.sum(1) >= 2) | alignment.isnan(), 0.0)
-    elif align and k < 2:
-        alignment = alignment.where(alignment.isnan(), 0.0)
+    if align:
+        if spectrum:
+            tau = _temperature(temperature, fixed_temperature)
+            weights = _softmax_weights(sigma, tau, logits, shared_exponent)[1]
+            alignment = torch.log1p(weights.sum(1))
+        else:
+            trace = G.diagonal(dim1=1, dim2=2).sum(1)
+            rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)
+            alignment = rest * _reciprocal(trace.sqrt() + sigma[:, 0])
+            if shared_exponent is not None:
+                alignment = _scale_by_power_of_two(alignment, shared_exponent[:, 0])
+        # One modality alone has nothing to align with, but a NaN in it must not be swallowed.
+        alignment = alignment.where(alignable[:, 0] | alignment.isnan(), 0.0)
+        alignment = alignment.masked_fill(sigma[:, 0].isnan(), torch.nan)
 
     u = torch.empty((B if want_u else 0, d), dtype=out, device=device)
     z = [torch.empty((B, d), dtype=out, device=device) for _ in xs] if want_z else []
@@ -351,49 +384,37 @@ def spectral_backward(
     shared_exponent = exponents[:, :1] if double_input and not normalize else None
     sigma = eigenvalues.sqrt()
     inverse_sigma1 = _reciprocal(sigma[:, :1])
-    vv = v[:, :, None] * v[:, None, :]
     stacked = embeddings[0].dim() == 3
     wanted = [m for m in range(k) if needed[0 if stacked else m]]
-    grad_temperature = torch.zeros((), dtype=torch.float64, device=xs[0].device)
 
-    # A = M + N, with dZ = h v₁ᵀ/σ₁ + Z A.
-    if grad_alignment is not None:
-        grad_alignment = grad_alignment.double()[:, None]
-        if mask is not None:
-            grad_alignment = grad_alignment.where(mask.sum(1, keepdim=True) >= 2, 0.0)
-        elif k < 2:
-            grad_alignment = torch.zeros_like(grad_alignment)
-    if spectrum:
-        tied = _tied(eigenvalues, k, double_input)
-        g = torch.zeros_like(sigma)
-        if grad_alignment is not None and align:
-            tau = _temperature(temperature, fixed_temperature)
-            gaps, weights = _softmax_weights(sigma, tau, shared_exponent)
-            weights = weights.where(_logits(B, k, d, mask, xs[0].device) | weights.isnan(), 0.0)
-            p = weights / (1 + weights.sum(1, keepdim=True))
-            g = grad_alignment * p / tau
-            g = torch.cat([-g[:, 1:].sum(1, keepdim=True), g[:, 1:]], 1)
-            # where p underflows to 0 beside an infinite gap, their product tends to 0
-            slope = torch.where(p == 0, 0.0, p * gaps)
-            grad_temperature = (grad_alignment * slope / tau).sum()
-        if grad_sigma is not None:
-            g = g + torch.nn.functional.pad(grad_sigma.double(), (0, k - grad_sigma.shape[1]))
-        resolved = sigma > constants.singular_value_floor(k, double_input) * sigma[:, :1]
-        g = torch.where(resolved, g / sigma, 0.0)
-        # In a tied top eigenspace v₁ is singled out by the orientation rule; the others share their
-        # mean weight, so that M does not depend on the solver's basis there.
-        others = tied & (torch.arange(k, device=g.device) > 0)
-        shared = g.where(others, 0.0).sum(1, keepdim=True) / others.sum(1, keepdim=True).clamp_min(1)
-        A = torch.bmm(matrix * torch.where(tied, shared, g)[:, None, :], matrix.mT)
-        A = A + (g[:, :1] - shared)[:, :, None] * vv
+    # A = M + N, with dZ = h v₁ᵀ/σ₁ + Z A; first M, what comes through singular values.
+    logits, alignable = _counts(mask, k, d, xs[0].device)
+    g = torch.zeros_like(sigma)
+    if grad_sigma is not None:
+        g = torch.nn.functional.pad(grad_sigma.double(), (0, g.shape[1] - grad_sigma.shape[1]))
+    if align and grad_alignment is not None:
+        grad_alignment = grad_alignment.double()[:, None].where(alignable, 0.0)
     else:
-        g = torch.zeros_like(sigma) if grad_sigma is None else grad_sigma.double()
+        grad_alignment = None
+    grad_temperature = torch.zeros((), dtype=torch.float64, device=xs[0].device)
+    if spectrum:
+        if grad_alignment is not None:
+            tau = _temperature(temperature, fixed_temperature)
+            gaps, weights = _softmax_weights(sigma, tau, logits, shared_exponent)
+            p = weights / (1 + weights.sum(1, keepdim=True))
+            pull = grad_alignment * p / tau
+            # g₁ = −Σ g_j rather than (p₁ − 1)/τ, which cancels
+            g = g + torch.cat([-pull[:, 1:].sum(1, keepdim=True), pull[:, 1:]], 1)
+            # where p underflows to 0 beside an infinite gap, their product tends to 0
+            grad_temperature = (grad_alignment * torch.where(p == 0, 0.0, p * gaps) / tau).sum()
+        A = _through_spectrum(g, eigenvalues, matrix, v, double_input)
+    else:
         A = torch.zeros_like(matrix)
-        if grad_alignment is not None and align:
+        if grad_alignment is not None:
             g = g - grad_alignment
             trace = matrix.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
             A.diagonal(dim1=1, dim2=2).copy_(grad_alignment * _reciprocal(trace.sqrt()))
-        A = A + (g * inverse_sigma1)[:, :, None] * vv
+        A = A + (g * inverse_sigma1)[:, :, None] * v[:, :, None] * v[:, None, :]
 
     blocks = _Blocks(xs, mask, exponent)
     w, c = torch.zeros_like(v), torch.zeros_like(v)
@@ -408,17 +429,13 @@ def spectral_backward(
                     along_z[rows, m] = (X[:, m] * H[rows].double()).sum(1)
         if normalize:
             w, along_z = w * inverse_norms, along_z * inverse_norms
+    # Then N, what comes through the leading vectors.
     if grad_u is not None or grad_v is not None:
-        values, V = (eigenvalues, matrix) if spectrum else _eigh(matrix)
         q = torch.zeros_like(v) if grad_v is None else grad_v.double()
         if mask is not None:
             q = q.masked_fill(~mask, 0.0)
-        gap = values[:, :1] - values
-        over_gap = torch.where(_tied(values, k, double_input), 0.0, 1 / gap)
-        y = torch.bmm(V.mT, (w * inverse_sigma1 + q)[:, :, None]) * over_gap[:, :, None]
-        y = torch.bmm(V, y)
-        N = y * v[:, None, :]
-        N = N + N.mT - ((v * w).sum(1, keepdim=True) * inverse_sigma1**3)[:, :, None] * vv
+        pairs = (eigenvalues, matrix) if spectrum else _eigh(matrix)
+        N = _through_vectors(w, q, *pairs, v, inverse_sigma1, double_input)
         if grad_u is not None:
             c = v * inverse_sigma1
         if shared_exponent is not None:
