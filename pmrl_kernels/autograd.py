@@ -23,6 +23,10 @@ _NO_DOUBLE_BACKWARD = (
     "pmrl_kernels: differentiating through the gradient of this function (a gradient penalty, a Hessian) is not "
     "implemented; for such a term use a formulation in plain torch operations"
 )
+_NO_COMPILED_TRANSFORM = (
+    "pmrl_kernels: torch.func transforms and forward-mode differentiation inside torch.compile are not implemented; "
+    "use loss.backward() or torch.autograd.grad in compiled code, or the transform outside of it"
+)
 _NO_VMAP = (
     "pmrl_kernels: torch.vmap is not implemented; the functions are batched already, so reshape the mapped dimension "
     "into the batch dimension B (this also rules out torch.func.hessian and jacobian helpers)"
@@ -248,7 +252,15 @@ class _ModalityTransformed(_ReverseOnly, _Modality):
 
 
 def _transforming() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether ``torch.func`` transforms are active.
+
+    Raises under ``torch.compile``: there Dynamo inlines a Function whose input does not itself require a
+    gradient, finds an operator without a derivative, and the result is zeros.
+    """
+    active = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() and (active or torch.autograd.forward_ad._current_level >= 0):
+        raise NotImplementedError(_NO_COMPILED_TRANSFORM)
+    return active
 
 
 def spectral(

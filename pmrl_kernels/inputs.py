@@ -43,9 +43,15 @@ def _check_tensor(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor (B, d)")
     if x.dtype not in _DTYPES:
-        raise TypeError(f"{name}: got dtype {x.dtype}, wanted one of {', '.join(map(str, _DTYPES))}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: got a {x.layout} tensor, wanted a dense (strided) one")
+        wanted = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"{name}: got dtype {x.dtype}, wanted a floating-point one of {wanted}")
+    _check_dense(x, name)
+
+
+def _check_dense(x: Tensor, name: str) -> None:
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.layout == torch.strided else x.layout
+        raise TypeError(f"{name}: got a {kind} tensor, wanted a dense (strided) one")
 
 
 def _check_sizes(k: int, d: int, hint: str = "") -> None:
@@ -97,7 +103,7 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
                 raise ValueError(f"{name}: got shape {_shape(x)}, wanted {_shape(first)} as {names[0]} has it")
             if x.device != first.device:
                 raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
-            if x.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            if x.dtype != first.dtype and not _under_autocast(first.device.type):
                 raise TypeError(
                     f"{name}: got dtype {x.dtype}, wanted {first.dtype} as {names[0]} has it "
                     "(mixed dtypes are accepted under torch.autocast)"
@@ -105,10 +111,14 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
         B, d = first.shape
         _check_sizes(k, d)
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
-    return Batch(tensors, _mask(mask, keys, B, k, first.device), B, k, d, first.device, dtype)
+    return Batch(tensors, _mask(mask, keys, B, k, d, first.device), B, k, d, first.device, dtype)
 
 
-def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, device: torch.device) -> Tensor | None:
+def _under_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, Mapping):
@@ -119,18 +129,21 @@ def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, device: torch
         for key in keys:
             _check_mask(mask[key], f"mask[{key!r}]", (B,), device)
         return torch.stack([mask[key] for key in keys], 1)
-    _check_mask(mask, "mask", (B, k), device)
+    transposed = isinstance(mask, Tensor) and tuple(mask.shape) == (B, d) != (B, k)
+    hint = f": embeddings are (B, k, d) = {(B, k, d)}; a (B, d, k) stack must be transposed" if transposed else ""
+    _check_mask(mask, "mask", (B, k), device, hint)
     result: Tensor = mask
     return result
 
 
-def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.device, hint: str = "") -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: got {type(mask).__name__}, wanted a bool tensor {shape}, True = present")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {mask.dtype}, wanted torch.bool, True = present")
+    _check_dense(mask, name)
     if tuple(mask.shape) != shape:
-        raise ValueError(f"{name}: got shape {_shape(mask)}, wanted {shape}")
+        raise ValueError(f"{name}: got shape {_shape(mask)}, wanted {shape}{hint}")
     if mask.device != device:
         raise ValueError(f"{name}: got device {mask.device}, wanted {device} as the embeddings have it")
 
@@ -148,8 +161,7 @@ def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
 def temperature(value: Any, name: str, device: torch.device) -> tuple[Tensor | None, float]:
     """A temperature as (0-d tensor, unused number) or (None, number). Tensors are never read here."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: got a tensor of dtype {value.dtype}, wanted a floating-point one")
+        _check_tensor(value, name)
         if value.dim() != 0:
             raise ValueError(f"{name}: got a tensor of shape {_shape(value)}, wanted a 0-d tensor or a float")
         if value.device != device:
@@ -165,9 +177,20 @@ def real(value: Any, name: str) -> float:
     """A finite Python number as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a finite number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not -math.inf < number < math.inf:  # math.isfinite does not take the symbolic floats of torch.compile
         raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+    return number
+
+
+def weight(value: Any, name: str) -> float:
+    """A finite Python number of at least 0 as a float."""
+    number = real(value, name)
+    if number < 0:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least 0")
     return number
 
 

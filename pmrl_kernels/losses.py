@@ -73,10 +73,11 @@ def dominant_sv_loss(
 
     Gradient:
         Finite at full alignment and for orthogonal, missing, zero and repeated modalities, where that of
-        ``torch.linalg.svd`` follows arbitrary vectors, or is NaN once singular vectors are used too. A σ_j at or below eps32·σ₁ (√(k·eps64)·σ₁ in float64) has weight 0: the
-        minimum-norm subgradient. Where the largest value is tied, see
-        :func:`~pmrl_kernels.dominant_singular_triplet`. Absent modalities and zero vectors get exact zeros.
-        A NaN or Inf makes its own instance's loss and gradients NaN, no other's.
+        ``torch.linalg.svd`` follows arbitrary vectors, or is NaN once singular vectors are used too. A σ_j
+        at or below eps32·σ₁ (√(k·eps64)·σ₁ in float64) has weight 0: the minimum-norm subgradient. Where
+        the largest value is tied, see :func:`~pmrl_kernels.dominant_singular_triplet`. Absent modalities
+        and zero vectors get exact zeros. A NaN or Inf makes its own instance's loss and gradients NaN, no
+        other's.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 
@@ -254,9 +255,7 @@ def pmrl_loss(
     batch = inputs.canonical(embeddings, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
     tau2, fixed2 = inputs.temperature(instance_temperature, "instance_temperature", batch.device)
-    weight = inputs.real(instance_weight, "instance_weight")
-    if weight < 0:
-        raise ValueError(f"instance_weight: got {instance_weight!r}, wanted a finite number of at least 0")
+    weight = inputs.weight(instance_weight, "instance_weight")
     normalize = inputs.flag(normalize, "normalize")
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
     by_modality = inputs.one_of(contrast, "contrast", ("leading", "modality")) == "modality"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import inputs
+from .backends import check_name
 from .inputs import Embeddings, Mask
 from .losses import PMRLComponents, dominant_sv_loss, pmrl_loss
 
@@ -56,7 +57,10 @@ class Temperature(nn.Module):
         """τ: a 0-d tensor if it is learned, else a float."""
         if self.log_excess is None:
             return self.initial
-        return self.minimum + self.log_excess.exp()
+        # Where the bounds bite, the loss is flat in ρ already; without them τ could become Inf, or 0. A
+        # float16 module's exp would overflow long before.
+        rho = self.log_excess.to(torch.promote_types(self.log_excess.dtype, torch.float32))
+        return self.minimum + rho.clamp(-30.0, 30.0).exp()
 
     def extra_repr(self) -> str:
         learned = f", learnable=True, minimum={self.minimum}" if self.log_excess is not None else ""
@@ -102,7 +106,7 @@ class DominantSVLoss(nn.Module):
         self.normalize = inputs.flag(normalize, "normalize")
         self.reduction = inputs.one_of(reduction, "reduction", ("mean", "sum", "none"))
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
-        self.backend = backend
+        self.backend = check_name(backend)
 
     def forward(self, *embeddings: Embeddings, mask: Mask | None = None) -> Tensor:
         """The loss of k tensors (B, d), in any form the function takes."""
@@ -164,14 +168,14 @@ class PMRLLoss(nn.Module):
         self.instance_temperature = Temperature(
             instance_temperature, learnable_instance_temperature, min_temperature, "instance_temperature"
         )
-        self.instance_weight = inputs.real(instance_weight, "instance_weight")
+        self.instance_weight = inputs.weight(instance_weight, "instance_weight")
         self.normalize = inputs.flag(normalize, "normalize")
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
         self.contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
         inputs.process_group(group)
         self.group = group
         self.return_components = inputs.flag(return_components, "return_components")
-        self.backend = backend
+        self.backend = check_name(backend)
 
     def forward(self, *embeddings: Embeddings, mask: Mask | None = None) -> Tensor | PMRLComponents:
         """The loss of k tensors (B, d), in any form the function takes."""

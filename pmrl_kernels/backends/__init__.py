@@ -96,6 +96,13 @@ def choose(
     raise RuntimeError(f"no backend can run {dtype} embeddings of k = {k}, d = {d} on {device}: {passed_over}")
 
 
+def check_name(requested: str | None, source: str = "backend") -> str | None:
+    """Raises ValueError for a name that no backend has; whether that backend runs here is ``resolve``'s matter."""
+    if requested is not None and requested not in _PREFERENCE:
+        raise ValueError(f"{source}: got {requested!r}, wanted None or one of {', '.join(map(repr, _PREFERENCE))}")
+    return requested
+
+
 def resolve(requested: str | None, device: torch.device, dtype: torch.dtype, k: int, d: int) -> str:
     """The name of the backend for such embeddings: as requested, else as the environment says, else the fastest.
 
@@ -105,11 +112,9 @@ def resolve(requested: str | None, device: torch.device, dtype: torch.dtype, k: 
         ValueError: an unknown name.
         RuntimeError: a known backend that cannot run here, with the reason.
     """
-    source = "backend"
+    check_name(requested)
     if requested is None and default_name is not None:
-        requested, source = default_name, "environment variable PMRL_KERNELS_BACKEND"
-    if requested is not None and requested not in _PREFERENCE:
-        raise ValueError(f"{source}: got {requested!r}, wanted None or one of {', '.join(map(repr, _PREFERENCE))}")
+        requested = check_name(default_name, "environment variable PMRL_KERNELS_BACKEND")
     name, passed_over = choose(tuple(available.values()), requested, device, dtype, k, d, unavailable_reasons)
     if passed_over is not None and not torch.compiler.is_compiling() and passed_over not in _logged:
         _logged.add(passed_over)

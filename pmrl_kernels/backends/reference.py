@@ -321,7 +321,7 @@ def spectral_forward(
         if spectrum:
             tau = _temperature(temperature, fixed_temperature)
             weights = _softmax_weights(sigma, tau, logits, shared_exponent)[1]
-            alignment = torch.log1p(weights.sum(1))
+            alignment = torch.log1p(weights.sum(1)) * (tau / tau)  # a bad τ shows even where there is no logit
         else:
             trace = G.diagonal(dim1=1, dim2=2).sum(1)
             rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)
@@ -565,7 +565,8 @@ def instance_forward(
             delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, valid, tile)
             losses[tile] = _softplus(delta.logsumexp(1)).to(losses.dtype)
         losses = losses.masked_fill(~valid, 0.0)
-        return losses.sum() / valid.sum().clamp_min(1), losses
+        mean = losses.sum() / valid.sum().clamp_min(1) * (tau / tau)
+        return mean.to(losses.dtype), losses
 
 
 def instance_backward(
@@ -640,7 +641,8 @@ def modality_forward(
             back[m] = _softplus(columns).to(u.dtype)
             forth[m].masked_fill_(~here, 0.0)
             back[m].masked_fill_(~here, 0.0)
-        return (forth.sum() + back.sum()) / (2 * pairs), forth.clone(), back.clone()
+        mean = (forth.sum() + back.sum()) / (2 * pairs) * (tau / tau)
+        return mean.to(u.dtype), forth.clone(), back.clone()
 
 
 def modality_backward(

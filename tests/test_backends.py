@@ -1,0 +1,543 @@
+"""Backends: the resolver, the environment variable, how one is added, ``info``, and the layers of the package.
+
+Fake backends stand in for compiled ones, so these tests say the same on every machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import math
+import os
+import subprocess
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pmrl_kernels
+from pmrl_kernels import backends, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
+from pmrl_kernels.backends import constants, reference
+
+PACKAGE = Path(pmrl_kernels.__file__).parent
+CPU = torch.device("cpu")
+
+
+def fake(name: str, rejection: str | None = None, **members: Any) -> types.SimpleNamespace:
+    """A backend module that works here and takes everything, or nothing."""
+    return types.SimpleNamespace(
+        NAME=name, unavailable=lambda: None, rejects=lambda device, dtype, k, d: rejection, **members
+    )
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -c code`` in a clean environment for this package."""
+    inherited = {key: value for key, value in os.environ.items() if key != "PMRL_KERNELS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# choose
+# ------------------------------------------------------------------------------------------------
+
+REASONS = {"triton": "triton is not installed"}
+
+
+def choose(candidates: list[Any], requested: str | None = None) -> tuple[str, str | None]:
+    return backends.choose(candidates, requested, CPU, torch.float32, 3, 64, REASONS)
+
+
+@pytest.mark.parametrize(
+    ("rejections", "expected"),
+    [
+        ([None, None, None], ("a", None)),
+        (["too wide", None, None], ("b", "a: too wide")),
+        (["too wide", "too deep", None], ("c", "a: too wide")),
+        ([None, "too deep", "too long"], ("a", None)),
+    ],
+)
+def test_the_first_that_takes_it_is_chosen(rejections, expected):
+    """With why the fastest was passed over."""
+    assert choose([fake(name, reason) for name, reason in zip("abc", rejections, strict=True)]) == expected
+
+
+def test_order_is_the_candidates_order():
+    assert choose([fake("a"), fake("b")])[0] == "a"
+    assert choose([fake("b"), fake("a")])[0] == "b"
+
+
+def test_request_goes_before_order():
+    assert choose([fake("a"), fake("b")], "b") == ("b", None)
+
+
+def test_request_that_is_rejected_raises_with_the_reason():
+    """No other one is taken in its place."""
+    with pytest.raises(RuntimeError) as caught:
+        choose([fake("a", "d is not a multiple of 8"), fake("b")], "a")
+    for part in ("'a'", "torch.float32", "k = 3", "d = 64", "cpu", "d is not a multiple of 8"):
+        assert part in str(caught.value)
+
+
+def test_request_that_is_not_available_raises_with_the_reason():
+    with pytest.raises(RuntimeError, match="'triton' is not available: triton is not installed"):
+        choose([fake("a")], "triton")
+
+
+def test_none_can_run():
+    with pytest.raises(RuntimeError) as caught:
+        choose([fake("a", "too wide"), fake("b", "too deep")])
+    for part in ("no backend", "torch.float32", "k = 3", "d = 64", "cpu", "a: too wide"):
+        assert part in str(caught.value)
+
+
+def test_rejects_sees_the_problem():
+    seen = []
+
+    def rejects(*problem: Any) -> None:
+        seen.append(problem)
+
+    candidate = types.SimpleNamespace(NAME="a", unavailable=lambda: None, rejects=rejects)
+    backends.choose([candidate], None, CPU, torch.bfloat16, 4, 512, {})
+    assert seen == [(CPU, torch.bfloat16, 4, 512)]
+
+
+def test_choose_is_pure(monkeypatch):
+    """Neither the module's state nor the environment reach it, and it changes nothing."""
+    candidates = [fake("a", "no"), fake("b")]
+    expected = choose(candidates)
+    monkeypatch.setattr(backends, "available", {})
+    monkeypatch.setattr(backends, "unavailable_reasons", {})
+    monkeypatch.setattr(backends, "default_name", "triton")
+    monkeypatch.setenv("PMRL_KERNELS_BACKEND", "triton")
+    logged = set(backends._logged)
+    assert choose(candidates) == choose(candidates) == expected
+    assert backends._logged == logged
+
+
+# ------------------------------------------------------------------------------------------------
+# resolve
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rejecting(monkeypatch) -> None:
+    """A faster backend that works here but not for this problem."""
+    both = {"native": fake("native", "k = 3 is not compiled in"), "reference": reference}
+    monkeypatch.setattr(backends, "available", both)
+    monkeypatch.setattr(backends, "default_name", None)
+    monkeypatch.setattr(backends, "_logged", set())
+
+
+def resolve(requested: str | None = None) -> str:
+    return backends.resolve(requested, CPU, torch.float32, 3, 64)
+
+
+def test_passed_over_backend_is_logged_once(rejecting, caplog):
+    with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
+        assert [resolve() for _ in range(3)] == ["reference"] * 3
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("pmrl_kernels", logging.INFO)
+    for part in ("reference", "native", "k = 3 is not compiled in"):
+        assert part in record.getMessage()
+
+
+def test_each_reason_is_logged(rejecting, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
+        resolve()
+        other = {"native": fake("native", "another reason"), "reference": reference}
+        monkeypatch.setattr(backends, "available", other)
+        resolve()
+    assert len(caplog.records) == 2
+
+
+def test_chosen_by_name_logs_nothing(rejecting, caplog):
+    with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
+        assert resolve("reference") == "reference"
+    assert not caplog.records
+
+
+def test_default_name_is_what_none_means(rejecting, monkeypatch):
+    monkeypatch.setattr(backends, "default_name", "native")
+    with pytest.raises(RuntimeError, match="k = 3 is not compiled in"):
+        resolve()
+    assert resolve("reference") == "reference"
+
+
+def test_losses_use_the_resolver(rejecting, caplog):
+    with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
+        dominant_sv_loss(torch.eye(3), torch.eye(3))
+    assert "k = 3 is not compiled in" in caplog.text
+    with pytest.raises(RuntimeError, match="k = 3 is not compiled in"):
+        dominant_sv_loss(torch.eye(3), torch.eye(3), backend="native")
+
+
+def test_reference_declines_devices_without_float64():
+    """The one device type it cannot run on; the reason has to say why."""
+    assert reference.unavailable() is None
+    assert reference.rejects(CPU, torch.float32, 3, 64) is None
+    assert "float64" in (reference.rejects(torch.device("mps"), torch.float32, 3, 64) or "")
+
+
+# ------------------------------------------------------------------------------------------------
+# The environment variable
+# ------------------------------------------------------------------------------------------------
+
+CALL = "import torch, pmrl_kernels; print(pmrl_kernels.dominant_sv_loss(torch.eye(3), torch.eye(3){}).item())"
+
+
+def test_environment_variable_names_the_backend():
+    """In a process where the reference is not the first choice, or this could not tell."""
+    code = (
+        "import types\n"
+        "from pmrl_kernels import backends\n"
+        "import torch\n"
+        "first = types.SimpleNamespace(NAME='native', rejects=lambda *_: None)\n"
+        "backends.available = {'native': first, **backends.available}\n"
+        "problem = (torch.device('cpu'), torch.float32, 3, 64)\n"
+        "print(backends.default_name, backends.resolve(None, *problem), backends.resolve('native', *problem))\n"
+    )
+    assert run_python(code, PMRL_KERNELS_BACKEND="reference").stdout.split() == ["reference", "reference", "native"]
+    assert run_python(code).stdout.split() == ["None", "native", "native"]
+
+
+def test_unknown_name_in_the_environment():
+    """An error at the first call, not at the import; an explicit argument wins."""
+    done = run_python(CALL.format(""), PMRL_KERNELS_BACKEND="cuda")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: ")
+    for part in ("PMRL_KERNELS_BACKEND", "'cuda'", "'reference'"):
+        assert part in last
+    done = run_python(CALL.format(", backend='reference'"), PMRL_KERNELS_BACKEND="cuda")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_name_in_the_environment_that_is_not_available():
+    code = (
+        "from pmrl_kernels import backends\n"
+        "backends.available.pop('native', None)\n"
+        "backends.unavailable_reasons['native'] = 'no compiler was found'\n"
+    )
+    done = run_python(code + CALL.format(""), PMRL_KERNELS_BACKEND="native")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "RuntimeError: backend 'native' is not available: no compiler was found"
+
+
+def test_empty_environment_variable_is_none():
+    """As ``PMRL_KERNELS_BACKEND= python train.py`` leaves it."""
+    code = "from pmrl_kernels import backends; print(backends.default_name)"
+    assert run_python(code, PMRL_KERNELS_BACKEND="").stdout == "None\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Adding a backend
+# ------------------------------------------------------------------------------------------------
+
+OPERATORS = (
+    "spectral_forward",
+    "spectral_backward",
+    "instance_forward",
+    "instance_backward",
+    "modality_forward",
+    "modality_backward",
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Iterator[Counter[str]]:
+    """A new backend "tiny": one module with the reference's operators, counted, and a name in the order."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return getattr(reference.operators, name)(*arguments)
+
+        return call
+
+    module = fake("tiny", operators=types.SimpleNamespace(**{name: counted(name) for name in OPERATORS}))
+    monkeypatch.setitem(sys.modules, "pmrl_kernels.backends.tiny", module)
+    monkeypatch.setattr(backends, "_PREFERENCE", ("tiny", *backends._PREFERENCE))
+    monkeypatch.setattr(backends, "default_name", None)
+    loaded, _ = backends._load()
+    assert next(iter(loaded)) == "tiny"
+    before = dict(backends.available)
+    # in place: the autograd Functions hold the same dict
+    backends.available.clear()
+    backends.available.update(loaded)
+    yield calls
+    backends.available.clear()
+    backends.available.update(before)
+
+
+@pytest.mark.parametrize("backend", ["tiny", None], ids=["by name", "as the fastest"])
+def test_a_backend_is_one_module_and_its_name(tiny, backend):
+    xs = [torch.randn(4, 5, requires_grad=True) for _ in range(3)]
+    for call in (
+        lambda name: dominant_sv_loss(xs, backend=name),
+        lambda name: pmrl_loss(xs, backend=name),
+        lambda name: pmrl_loss(xs, contrast="modality", backend=name),
+        lambda name: instance_contrastive_loss(xs[0], backend=name),
+    ):
+        loss, expected = call(backend), call("reference")
+        assert torch.equal(loss, expected)
+        found = torch.autograd.grad(loss, xs, allow_unused=True)
+        for a, b in zip(found, torch.autograd.grad(expected, xs, allow_unused=True), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    assert tiny == {
+        "spectral_forward": 3,
+        "spectral_backward": 3,
+        "instance_forward": 2,
+        "instance_backward": 2,
+        "modality_forward": 1,
+        "modality_backward": 1,
+    }
+
+
+def test_reference_has_all_operators():
+    assert all(hasattr(reference.operators, name) for name in OPERATORS)
+
+
+@pytest.mark.parametrize("name", backends.available)
+def test_every_backend_offers_the_same(name):
+    module = backends.available[name]
+    assert name == module.NAME
+    assert module.unavailable() is None
+    assert all(callable(getattr(module.operators, operator)) for operator in OPERATORS)
+
+
+def test_every_known_backend_works_or_has_a_reason():
+    assert set(backends.available) | set(backends.unavailable_reasons) == set(backends._PREFERENCE)
+    assert not set(backends.available) & set(backends.unavailable_reasons)
+    assert all(backends.unavailable_reasons.values())
+    order = [name for name in backends._PREFERENCE if name in backends.available]
+    assert list(backends.available) == order
+
+
+def test_loading_says_why_a_backend_does_not_work(monkeypatch, tmp_path):
+    """Three ways not to work: absent, missing a dependency, and by its own word."""
+    (tmp_path / "needy.py").write_text("import a_package_nobody_has\n")
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    refusing = types.SimpleNamespace(NAME="refusing", unavailable=lambda: "the driver is too old")
+    monkeypatch.setitem(sys.modules, "pmrl_kernels.backends.refusing", refusing)
+    monkeypatch.setattr(backends, "_PREFERENCE", ("absent", "needy", "refusing", "reference"))
+    loaded, reasons = backends._load()
+    assert list(loaded) == ["reference"]
+    assert set(reasons) == {"absent", "needy", "refusing"}
+    assert "does not contain it" in reasons["absent"]
+    assert "'a_package_nobody_has'" in reasons["needy"]
+    assert reasons["refusing"] == "the driver is too old"
+
+
+# ------------------------------------------------------------------------------------------------
+# info, and what an import costs
+# ------------------------------------------------------------------------------------------------
+
+
+def test_info():
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-m", "pmrl_kernels.info"],
+        env={key: value for key, value in os.environ.items() if key != "PMRL_KERNELS_BACKEND"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    facts = {label: value.strip() for label, value in facts.items()}
+    assert facts["pmrl_kernels"] == pmrl_kernels.__version__
+    assert facts["torch"].startswith(torch.__version__)
+    assert facts["python"].startswith(sys.version.split()[0])
+    assert {"triton", "cpu"} <= set(facts)
+    for name in backends._PREFERENCE:
+        reason = backends.unavailable_reasons.get(name)
+        assert facts[f"backend {name}"] == ("works" if reason is None else f"not available: {reason}")
+    assert facts["default"] == "the fastest that works"
+
+
+def test_info_shows_the_environment_variable(monkeypatch):
+    from pmrl_kernels import info
+
+    monkeypatch.setattr(backends, "default_name", "reference")
+    assert info.report().splitlines()[-1].split(None, 1) == ["default", "reference (PMRL_KERNELS_BACKEND)"]
+
+
+def test_importing_is_quiet_and_light():
+    """Beyond torch itself: no output, and none of the heavy packages of the examples or of one backend."""
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import pmrl_kernels\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'triton', 'sklearn', 'matplotlib', 'tqdm', 'numpy', 'scipy', 'hypothesis'}\n"
+        "assert 'pmrl_kernels' in new\n"
+        "sys.exit(f'imported {sorted(new & heavy)}' if new & heavy else 0)\n"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_changes_no_global_state():
+    """Of torch or of logging: a library leaves those to its user."""
+    code = (
+        "import logging, torch\n"
+        "def state():\n"
+        "    return (torch.get_default_dtype(), torch.get_rng_state().tolist(), torch.get_num_threads(),\n"
+        "            torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(),\n"
+        "            torch.get_float32_matmul_precision(), logging.root.level, list(logging.root.handlers))\n"
+        "before = state()\n"
+        "import pmrl_kernels\n"
+        "assert state() == before\n"
+        "assert not logging.getLogger('pmrl_kernels').handlers\n"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------
+
+# Every file may import from the rows below its own, never from its own row or above. "" is the package.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("info",),
+    ("",),
+    ("modules",),
+    ("losses", "spectral"),
+    ("inputs",),
+    ("autograd",),
+    ("backends",),
+    ("backends.native", "backends.triton", "backends.reference"),
+    ("backends.constants",),
+)
+LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
+
+
+def module_name(path: Path) -> str:
+    """losses.py -> "losses", backends/__init__.py -> "backends", __init__.py -> ""."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_within_the_package(name: str, source: str, is_package: bool) -> set[str]:
+    """Modules of the package that ``source`` imports, at the top or inside functions."""
+    here = ["pmrl_kernels", *filter(None, name.split("."))]
+    package = here if is_package else here[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *filter(None, (node.module or "").split("."))]
+            # ``from package import x``: x may be a module, or a name in the package
+            full = [".".join([*module, alias.name]) for alias in node.names]
+        else:
+            continue
+        for target in full:
+            if target.split(".")[0] != "pmrl_kernels":
+                continue
+            inner = target.removeprefix("pmrl_kernels").removeprefix(".")
+            while inner not in MODULES:
+                inner = inner.rpartition(".")[0]
+            found.add(inner)
+    return found
+
+
+def imports_of(name: str) -> set[str]:
+    path = MODULES[name]
+    return imports_within_the_package(name, path.read_text(), path.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "is_package", "expected"),
+    [
+        ("losses", "from . import autograd, inputs", False, {"autograd", "inputs"}),
+        ("losses", "from .backends import resolve", False, {"backends"}),
+        ("losses", "def f():\n    import pmrl_kernels.backends.constants", False, {"backends.constants"}),
+        ("info", "from . import __version__, backends", False, {"", "backends"}),
+        (
+            "backends.reference",
+            "from .. import losses\nfrom . import constants",
+            False,
+            {"losses", "backends.constants"},
+        ),
+        ("backends", "from . import constants\nimport torch, os.path", True, {"backends.constants"}),
+        ("", "from .losses import pmrl_loss", True, {"losses"}),
+    ],
+)
+def test_imports_are_found(name, source, is_package, expected):
+    """The test below is only as good as this."""
+    assert imports_within_the_package(name, source, is_package) == expected
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name):
+    """Strictly downwards, so there can be no cycle either."""
+    assert name in LEVEL, f"{name} is new: give it its place in LAYERS"
+    for target in imports_of(name):
+        assert LEVEL[target] > LEVEL[name], f"{name or 'the package'} must not import {target or 'the package'}"
+
+
+def test_reference_stands_alone():
+    """It is the oracle of the kernels, so it may share nothing with them but the constants."""
+    assert imports_of("backends.reference") == {"backends.constants"}
+    assert imports_of("backends.constants") == set()
+
+
+def test_users_files_reach_backends_through_the_resolver_only():
+    for name in ("", "modules", "losses", "spectral"):
+        assert not {target for target in imports_of(name) if target.startswith("backends.")}
+
+
+# ------------------------------------------------------------------------------------------------
+# Constants
+# ------------------------------------------------------------------------------------------------
+
+each_precision = pytest.mark.parametrize("double_input", [False, True], ids=["32 bits", "float64"])
+each_k = pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 16, 32])
+
+
+def left_of_the_next(k: int, double_input: bool, squarings: int) -> float:
+    """log of (λ_j/λ₁)^(2^s) at the smallest gap that counts."""
+    return 2.0**squarings * math.log1p(-constants.eigenvalue_gap(k, double_input))
+
+
+@each_precision
+@each_k
+def test_squarings_converge_and_are_not_more_than_needed(k, double_input):
+    steps = constants.squarings(k, double_input)
+    assert left_of_the_next(k, double_input, steps) <= -40
+    assert left_of_the_next(k, double_input, steps - 1) > -40.001
+    assert math.exp(-40) < constants.EPS64
+
+
+def test_squarings_of_the_docstring():
+    assert constants.squarings(4, False) == 27
+    assert constants.squarings(4, True) == 52
+
+
+def test_epsilons_are_torch_s():
+    assert torch.finfo(torch.float32).eps == constants.EPS32
+    assert torch.finfo(torch.float64).eps == constants.EPS64
+
+
+@each_precision
+@each_k
+def test_thresholds_are_those_of_the_contract(k, double_input):
+    eps32, eps64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+    assert constants.singular_value_floor(k, double_input) == (math.sqrt(k * eps64) if double_input else eps32)
+    assert constants.eigenvalue_gap(k, double_input) == (16 * k * eps64 if double_input else 4 * eps32)
+    assert constants.zero_sum(k) == 16 * k * eps64
+    assert constants.MAX_MODALITIES == 32
