@@ -41,10 +41,16 @@ def _shape(x: Tensor) -> str:
 
 def _check_tensor(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor (B, d)")
+        hint = ""
+        if isinstance(x, (Mapping, list, tuple)):
+            hint = " (a container of modalities is passed alone)"
+        elif isinstance(x, (int, float)):
+            hint = " (options are passed by keyword, as temperature=...)"
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor (B, d){hint}")
     if x.dtype not in _DTYPES:
         wanted = ", ".join(map(str, _DTYPES))
-        raise TypeError(f"{name}: got dtype {x.dtype}, wanted a floating-point one of {wanted}")
+        hint = " (a mask is passed by keyword, as mask=...)" if x.dtype == torch.bool else ""
+        raise TypeError(f"{name}: got dtype {x.dtype}, wanted a floating-point one of {wanted}{hint}")
     _check_dense(x, name)
 
 

@@ -52,8 +52,9 @@ def singular_values(
         :math:`\partial/\partial Z = Z V \mathrm{diag}(g_j/\sigma_j) V^\top`. A σ_j at or below eps32·σ₁
         (√(k·eps64)·σ₁ in float64) contributes 0, the minimum-norm subgradient. Where the largest value is
         tied, v₁ is the oriented vector of ``dominant_singular_triplet`` and the others of the tie share the
-        mean of their weights. Zero vectors and absent modalities get exact zeros, an instance with a NaN or
-        Inf gets NaN, its neighbours in the batch do not.
+        mean of their weights; in ties further down, weights that differ meet the solver's basis. Zero
+        vectors and absent modalities get exact zeros, an instance with a NaN or Inf gets NaN, its
+        neighbours in the batch do not.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 
@@ -74,8 +75,8 @@ def dominant_singular_value(
     r"""The largest singular value of every instance's :math:`d \times k` embedding matrix.
 
     :math:`\sigma_1 = \max_{\lVert v\rVert = 1} \lVert Z_i v\rVert`, by batched power iteration on the k x k
-    Gram matrix: the cheap path where the rest of the spectrum is not needed. With normalised embeddings
-    :math:`1 \le \sigma_1 \le \sqrt{k}`, and √k exactly when all modalities agree up to sign.
+    Gram matrix: the cheap path where the rest of the spectrum is not needed. With normalised embeddings that
+    are not all zero, :math:`1 \le \sigma_1 \le \sqrt{k}`, and √k exactly when all modalities agree up to sign.
 
     Args:
         embeddings, mask, normalize, backend: as in :func:`singular_values`.

@@ -673,3 +673,169 @@ def test_threads_do_not_disturb_one_another(backend, device):
         together = list(pool.map(work, batches * 4))
     for i, run in enumerate(together):
         assert all(torch.equal(a, b) for a, b in zip(alone[i % 4], run, strict=True))
+
+
+# ---- what a plausible slip would break ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [2, 4, 7])
+def test_ties_left_by_rounding_are_ties(backend, device, dtype, k):
+    """Orthonormal up to rounding, in general position: still the direction of the mean, on both paths."""
+    frames = torch.linalg.qr(torch.randn(20, 9, k, dtype=torch.float64)).Q
+    xs = leaves(list(frames.unbind(2)), device, dtype)
+    sigma, u, v = dominant_singular_triplet(xs, backend=backend)
+    torch.testing.assert_close(v, torch.full_like(v, k**-0.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sigma, torch.ones_like(sigma), rtol=1e-5, atol=0)
+    by_path = [pmrl_loss(xs, objective=o, return_components=True, backend=backend).instance for o in OBJECTIVES]
+    torch.testing.assert_close(by_path[0], by_path[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(by_path[0], instance_contrastive_loss(u, backend=backend), rtol=1e-4, atol=0)
+    # no modality is favoured
+    for objective in OBJECTIVES:
+        loss = dominant_sv_loss(xs, objective=objective, temperature=1.0, reduction="sum", backend=backend)
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in grads(loss, xs)])
+        torch.testing.assert_close(norms, norms[:1].expand(k, 20), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [2, 3, 6])
+def test_softmax_gradient_in_a_full_tie(backend, device, k):
+    """dZ = Z(I − 11ᵀ)/(kτ): the others of the tie share the mean weight, v₁ is the oriented one."""
+    frames = torch.linalg.qr(torch.randn(4, 9, k, dtype=torch.float64)).Q
+    xs = leaves(list(frames.unbind(2)), device, torch.float64)
+    loss = dominant_sv_loss(xs, temperature=0.3, normalize=False, reduction="sum", backend=backend)
+    wanted = frames @ (torch.eye(k, dtype=torch.float64) - 1) / (k * 0.3)
+    torch.testing.assert_close(torch.stack(grads(loss, xs), 2).cpu(), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "departure"), [(torch.float32, 5e-8), (torch.float64, 1e-15)], ids=str)
+@pytest.mark.parametrize("output", ["u", "v"])
+def test_gradients_along_a_tie_are_zero_not_huge(backend, device, dtype, departure, output):
+    """Below the gap that counts nothing is divided by it."""
+    sigma = torch.tensor([1.0, 1.0 - departure, 0.4], dtype=torch.float64)
+    xs = leaves(with_spectrum(sigma, 6, 12), device, torch.float64)
+    xs = leaves([x.detach() for x in xs], device, dtype)
+    out = PER_INSTANCE[output](xs, normalize=False, backend=backend)
+    found = grads((out * torch.randn_like(out)).sum(), xs)
+    assert all(g.abs().max() < 50 for g in found)
+
+
+def test_a_single_column_has_norm_one_exactly(backend, device):
+    x = torch.randn(200, 7, dtype=torch.float64, device=device)
+    assert (singular_values([x], backend=backend) == 1).all()
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_absent_modalities_get_zeros_beside_anything(backend, device, function, normalize):
+    """Exactly 0, also where the instance's present modalities or the upstream gradient are NaN or Inf."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0]], device=device).bool()
+    clean = [torch.randn(4, 6) for _ in range(3)]
+    for bad_input, upstream in ((float("nan"), 1.0), (0.3, float("inf")), (0.3, float("nan"))):
+        xs = [x.clone() for x in clean]
+        xs[0][0, 2] = bad_input
+        xs = leaves(xs, device, torch.float32)
+        out = (PER_INSTANCE | MIXING)[function](xs, mask=mask, normalize=normalize, backend=backend)
+        for m, g in enumerate(torch.autograd.grad(out, xs, torch.full_like(out, upstream))):
+            assert not g[~mask[:, m]].any()
+            assert torch.equal(g[~mask[:, m]], torch.zeros_like(g[~mask[:, m]]))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_upstream_gradients_of_instances_with_nothing_to_align_are_ignored(backend, device, objective):
+    xs = leaves([torch.randn(2, 6) for _ in range(3)], device, torch.float32)
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0]], device=device).bool()
+    out = dominant_sv_loss(xs, mask=mask, objective=objective, reduction="none", backend=backend)
+    for g in torch.autograd.grad(out, xs, torch.tensor([1.0, float("inf")], device=device)):
+        assert finite(g)
+        assert not g[1].any()
+    alone = leaves([torch.randn(2, 6)], device, torch.float32)
+    out = dominant_sv_loss(alone, objective=objective, reduction="none", backend=backend)
+    assert not torch.autograd.grad(out, alone, torch.full_like(out, float("inf")))[0].any()
+
+
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_contrast_itself_shows_a_bad_row(backend, device, contrast, bad):
+    xs = [torch.randn(4, 6, device=device) for _ in range(3)]
+    xs[1][2, 0] = bad
+    assert pmrl_loss(xs, contrast=contrast, return_components=True, backend=backend).instance.isnan()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_instance_contrast_does_not_swallow_infinities(backend, device, normalize, bad):
+    """−inf − finite is a weight of 0, not a number: the row must be found otherwise."""
+    for row in ([bad, 1.0], [bad, bad]):
+        u = torch.tensor([row, [-1.0, 2.0], [1.0, -1.0]], device=device, requires_grad=True)
+        loss = instance_contrastive_loss(u, normalize=normalize, backend=backend)
+        assert loss.isnan()
+        assert grads(loss, [u])[0].isnan().all()
+
+
+def test_raw_instance_contrast_of_large_norms(backend, device):
+    u = torch.tensor([[1e20, 1e20], [1e20, -1e20]], device=device, requires_grad=True)
+    loss = instance_contrastive_loss(u, normalize=False, backend=backend)
+    assert loss == 0
+    assert not grads(loss, [u])[0].any()
+
+
+def test_raw_instance_contrast_counts_zero_rows_and_large_losses(backend, device):
+    """A zero row without normalisation is a row like any other: CE over two equal logits for it."""
+    u = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64, device=device)
+    wanted = torch.nn.functional.cross_entropy(u.cpu() @ u.cpu().T, torch.arange(2))
+    torch.testing.assert_close(instance_contrastive_loss(u, 1.0, normalize=False, backend=backend).cpu(), wanted)
+    # log(1 + e²²) is not 22 in float64
+    u = torch.tensor([[1.0, 0.0], [23.0, 0.0]], dtype=torch.float64, device=device)
+    wanted = (torch.tensor(22.0).double() + torch.log1p(torch.exp(torch.tensor(-22.0).double()))) / 2
+    ours = instance_contrastive_loss(u, 1.0, normalize=False, backend=backend).cpu()
+    torch.testing.assert_close(ours, wanted, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("upstream", [2.0**-100, 2.0**120])
+def test_contrast_gradients_of_extreme_upstreams(backend, device, contrast, upstream):
+    """The upstream gradient multiplies before the rounding to float32, at a temperature that adds to it."""
+    u = leaves([torch.randn(5, 4) for _ in range(2)], device, torch.float32)
+    loss = pmrl_loss(u, instance_temperature=0.5, contrast=contrast, return_components=True, backend=backend).instance
+    one = grads(loss, u)
+    loss = pmrl_loss(u, instance_temperature=0.5, contrast=contrast, return_components=True, backend=backend).instance
+    for g, h in zip(one, grads(loss * upstream, u), strict=True):
+        torch.testing.assert_close(h.double() / upstream, g.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [1e-309, 1e-316, 1e-300, 1e300, 1e307])
+def test_unnormalised_vectors_at_the_ends_of_float64(backend, device, norm):
+    """∂u/∂x grows as 1/‖x‖: finite where it fits, Inf of the right sign where it does not, never NaN."""
+    plain = leaves([torch.randn(1, 5) for _ in range(2)], device, torch.float64)
+    u = dominant_singular_triplet(plain, normalize=False, backend=backend).u
+    weights = 1e-6 * torch.randn(5, dtype=torch.float64, device=device)
+    wanted = grads(u[0] @ weights, plain)
+    assert all((g.abs() > 1e-8).all() for g in wanted)  # no zero, whose noise would be scaled up
+    scaled = [(x.detach() * norm).requires_grad_() for x in plain]
+    u = dominant_singular_triplet(scaled, normalize=False, backend=backend).u
+    for g, h in zip(wanted, grads(u[0] @ weights, scaled), strict=True):
+        torch.testing.assert_close(h, g / norm, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["softmax"])
+def test_temperature_gradient_of_infinite_gaps(backend, device, objective):
+    """σ gaps over a tiny τ overflow while their softmax weights vanish: the product is 0, not NaN."""
+    xs = leaves([torch.randn(3, 6) for _ in range(3)], device, torch.float64)
+    tau = torch.tensor(1e-310, dtype=torch.float64, device=device, requires_grad=True)
+    loss = dominant_sv_loss(xs, temperature=tau, objective=objective, backend=backend)
+    assert loss == 0
+    assert grads(loss, [tau])[0] == 0
+
+
+def test_antipodal_up_to_rounding(backend, device):
+    """Entries of v₁ that differ in their last digits count as equal: the first modality decides, whoever computes."""
+    x = torch.randn(8, 5, dtype=torch.float64)
+    for stretch in (1 + 1e-9, 1 - 1e-9, 1.0):
+        xs = leaves([x, -x * stretch], device, torch.float64)
+        v = dominant_singular_triplet(xs, normalize=False, backend=backend).v
+        # 1e-9 leaves a sum that is not zero: the larger modality's direction, else the first's
+        first = v[:, 0] > 0
+        assert (first if stretch <= 1 else ~first).all()
+    same = torch.stack([x, x.flip(0)], 1)
+    xs = leaves([torch.cat([same[:, 0], 0 * x], 1), torch.cat([-same[:, 0], 1e-12 * x], 1)], device, torch.float64)
+    assert (dominant_singular_triplet(xs, backend=backend).v[:, 0] > 0).all()

@@ -638,3 +638,16 @@ def test_messages_are_one_line():
     with pytest.raises(ValueError, match=re.escape("embeddings[1]: got shape (5, 3), wanted (4, 3)")) as caught:
         dominant_sv_loss(x(4, 3), x(5, 3))
     assert "\n" not in str(caught.value)
+
+
+def test_likely_slips_are_named():
+    """Options by position, containers beside one another, a mask that fits the authors' (B, d, k) layout."""
+    a, b = torch.ones(5, 4), torch.ones(5, 4)
+    with pytest.raises(TypeError, match=r"embeddings\[2\]: got dtype torch.bool.*mask=\.\.\."):
+        dominant_sv_loss(a, b, torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"embeddings\[2\]: got float.*by keyword"):
+        dominant_sv_loss(a, b, 0.05)
+    with pytest.raises(TypeError, match=r"embeddings\[0\]: got list.*passed alone"):
+        dominant_sv_loss([a, b], torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask: got shape \(5, 3\).*\(B, d, k\) stack must be transposed"):
+        dominant_sv_loss(torch.ones(5, 8, 3), mask=torch.ones(5, 3, dtype=torch.bool))

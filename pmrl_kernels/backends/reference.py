@@ -10,8 +10,8 @@ imports nothing of the package's kernels and runs on any device that has float64
 
 The formulas are derived in docs/mathematics.md. Each function is an operator of the library
 ``pmrl_reference``, which makes it one opaque node for ``torch.compile``: the loops over blocks stay
-loops at any batch size, a compiled model computes the very bits of the eager one, and neither a
-B x B matrix at large B nor a float64 copy of all embeddings ever exists.
+loops at any batch size, the operator computes the same bits compiled as eagerly, and neither a B x B
+matrix at large B nor a float64 copy of all embeddings ever exists.
 """
 
 from __future__ import annotations
@@ -169,35 +169,39 @@ def _oriented(eigenvalues: Tensor, V: Tensor, tied: Tensor) -> Tensor:
 def _power_iteration(G: Tensor, double_input: bool) -> tuple[Tensor, Tensor]:
     """λ₁ (B, 1) and oriented v₁ (B, k) of every Gram matrix by repeated squaring.
 
-    P = (G / tr G)^(2^s) tends to the projector on the top eigenspace over its dimension, for any gap in
-    a bounded number of squarings s. One step on G itself and a Rayleigh quotient finish. In a tied
-    space P projects the all-ones vector, which is the orientation rule of ``_oriented``.
+    P = (G / tr G)^(2^s) tends to v₁v₁ᵀ for any gap that counts in a bounded number of squarings s. One
+    step on G itself and a Rayleigh quotient finish. A matrix whose P has not come down to rank 1 is tied
+    at the top, or within rounding of it. Those few go to the eigensolver, since squaring would amplify
+    what rounding left of the tie, and the orientation rule wants the whole eigenspace.
     """
     k = G.shape[-1]
     bad = ~G.isfinite().all(-1).all(-1)
-    trace = G.diagonal(dim1=1, dim2=2).sum(1)
-    empty = trace == 0
-    eye = torch.eye(k, dtype=G.dtype, device=G.device)
-    G = torch.where((bad | empty)[:, None, None], eye, G)
+    empty = G.diagonal(dim1=1, dim2=2).sum(1) == 0
+    one = torch.zeros((k, k), dtype=G.dtype, device=G.device)
+    one[0, 0] = 1.0  # stands in for matrices without an answer: rank 1 at once
+    G = torch.where((bad | empty)[:, None, None], one, G)
     P = G / G.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    # A CPU may look whether P still moves and stop; looking costs a device its queue. Not in the first
-    # squarings: until 2^s·gap is well above rounding over k, a small gap looks like a tie.
-    first_look = 4 + k.bit_length() if G.device.type == "cpu" and len(G) else constants.squarings(k, double_input)
     for step in range(constants.squarings(k, double_input)):
         previous, P = P, torch.bmm(P, P)
         P = P / P.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        look = step >= first_look and step % 2
+        # A CPU looks whether anything still moves; looking at each step costs a device its queue.
+        look = G.device.type == "cpu" and step % 2 and len(G)
         if look and float((P - previous).abs().max()) <= 4 * constants.EPS64:
             break
     ones = P.sum(2)
-    dimension = 1 / (P * P).sum((1, 2))[:, None]
-    nowhere = dimension * torch.linalg.vector_norm(ones, dim=1, keepdim=True) <= constants.zero_sum(k)
+    nowhere = torch.linalg.vector_norm(ones, dim=1, keepdim=True) <= constants.zero_sum(k)
     m = _peak(P.diagonal(dim1=1, dim2=2))
     v = torch.where(nowhere, P.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1), ones)
-    for A in (P, G):  # P once more, since its rounding weighs in where the projection is small
+    for A in (P, G):  # P again squares the share of other eigenvectors, and mends a short projection
         v = torch.bmm(A, (v / torch.linalg.vector_norm(v, dim=1, keepdim=True))[:, :, None]).squeeze(2)
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
     top = (v * torch.bmm(G, v[:, :, None]).squeeze(2)).sum(1, keepdim=True)
+
+    tied = (1 - (P * P).sum((1, 2)) > constants.RANK_ONE).nonzero()[:, 0]
+    if len(tied):
+        eigenvalues, V = _eigh(G[tied])
+        v[tied] = _oriented(eigenvalues, V, _tied(eigenvalues, k, double_input))
+        top[tied] = eigenvalues[:, :1]
     top, v = top.masked_fill(empty[:, None], 0.0), v.masked_fill(empty[:, None], 0.0)
     return top.masked_fill(bad[:, None], torch.nan), v.masked_fill(bad[:, None], torch.nan)
 
@@ -417,6 +421,7 @@ def spectral_backward(
         A = A + (g * inverse_sigma1)[:, :, None] * v[:, :, None] * v[:, None, :]
 
     blocks = _Blocks(xs, mask, exponent)
+    last_exponent = -exponent if exponent is not None and normalize else None  # of two, for the gradient
     w, c = torch.zeros_like(v), torch.zeros_like(v)
     along_z = torch.zeros_like(v)
     direct = any(H is not None for H in grad_z)
@@ -439,8 +444,12 @@ def spectral_backward(
         if grad_u is not None:
             c = v * inverse_sigma1
         if shared_exponent is not None:
-            N = _scale_by_power_of_two(N, -shared_exponent[:, :, None])
-            c = _scale_by_power_of_two(c, -shared_exponent)
+            # N and c are 2^-exponent times these, M is not. Up or down, the factor goes where nothing
+            # overflows before the sum is formed: on N and c, or on M now and on the gradient at the end.
+            N = _scale_by_power_of_two(N, -shared_exponent[:, :, None].clamp_min(0))
+            c = _scale_by_power_of_two(c, -shared_exponent.clamp_min(0))
+            last_exponent = -shared_exponent.clamp_max(0)
+            A = _scale_by_power_of_two(A, -last_exponent[:, :, None])
         A = A + N
 
     C = A
@@ -466,11 +475,12 @@ def spectral_backward(
             dX.baddbmm_(c[rows, :, None], grad_u[rows].double()[:, None, :])
         for i, m in enumerate(wanted):
             dx, H = dX[:, i], grad_z[m] if direct else None
-            if H is not None:
-                H_m = H[rows].double()
-                dx = dx + (H_m * inverse_norms[rows, m, None] if normalize else H_m)
-            if exponent is not None and normalize:
-                dx = _scale_by_power_of_two(dx, -exponent[rows, m, None])
+            if H is not None and normalize:
+                dx = dx + H[rows].double() * inverse_norms[rows, m, None]
+            if last_exponent is not None:
+                dx = _scale_by_power_of_two(dx, last_exponent[rows, m if normalize else 0, None])
+            if H is not None and not normalize:
+                dx = dx + H[rows].double()
             if mask is not None:
                 dx = dx.masked_fill(~mask[rows, m, None], 0.0)
             targets[m][rows] = dx.to(targets[m].dtype)
@@ -535,7 +545,8 @@ def _unit_rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _prepare_instances(u: Tensor, mask: Tensor | None, rows: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Rows as they enter the similarities, which of them count, and their self-similarities."""
-    u = u.to(_output_dtype([u]))
+    # Raw similarities of norms of 1e20 exceed float32; of unit rows they need no more than it.
+    u = u.to(torch.float64 if rows == "raw" else _output_dtype([u]))
     if mask is not None:
         u = u.masked_fill(~mask[:, None], 0.0)
     valid = torch.ones(u.shape[:1], dtype=torch.bool, device=u.device) if mask is None else mask
@@ -544,7 +555,8 @@ def _prepare_instances(u: Tensor, mask: Tensor | None, rows: str) -> tuple[Tenso
     factors: list[Tensor] = []
     if rows == "normalize":
         u, *factors = _unit_rows(u)
-    positive = (u * u).sum(1) if rows == "raw" else torch.where(u.isnan().any(1), torch.nan, torch.ones_like(u[:, 0]))
+    positive = (u * u).sum(1) if rows == "raw" else torch.ones_like(u[:, 0])
+    positive = positive.masked_fill(~u.isfinite().all(1), torch.nan)  # an Inf must not turn into weight 0
     return u, valid, positive, factors
 
 
@@ -558,15 +570,16 @@ def instance_forward(
     are left out on both sides.
     """
     with torch.autocast(u.device.type, enabled=False):
+        out = _output_dtype([u])
         u, valid, positive, _ = _prepare_instances(u, mask, rows)
         tau = _temperature(temperature, fixed_temperature)
         losses = torch.empty_like(positive)
         for tile in _row_tiles(len(u), len(u)):
             delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, valid, tile)
-            losses[tile] = _softplus(delta.logsumexp(1)).to(losses.dtype)
+            losses[tile] = _softplus(delta.logsumexp(1))
         losses = losses.masked_fill(~valid, 0.0)
-        mean = losses.sum() / valid.sum().clamp_min(1) * (tau / tau)
-        return mean.to(losses.dtype), losses
+        mean = losses.sum(dtype=torch.float64) / valid.sum().clamp_min(1) * (tau / tau)
+        return mean.to(out), losses
 
 
 def instance_backward(
@@ -593,7 +606,7 @@ def instance_backward(
             own = P.sum(1, keepdim=True)
             P += _probabilities(similarity, positive, losses, tau, allowed, tile)
             pulled[tile] = P @ u - 2 * own * u[tile]
-        h = (pulled * scale).to(u.dtype)
+        h = pulled.double() * scale  # a scaler's upstream gradient need not fit the output's dtype
         if factors:
             peak, norm = factors
             h = h - (h * u).sum(1, keepdim=True) * u
@@ -641,7 +654,7 @@ def modality_forward(
             back[m] = _softplus(columns).to(u.dtype)
             forth[m].masked_fill_(~here, 0.0)
             back[m].masked_fill_(~here, 0.0)
-        mean = (forth.sum() + back.sum()) / (2 * pairs) * (tau / tau)
+        mean = (forth.sum(dtype=torch.float64) + back.sum(dtype=torch.float64)) / (2 * pairs) * (tau / tau)
         return mean.to(u.dtype), forth.clone(), back.clone()
 
 
@@ -682,9 +695,9 @@ def modality_backward(
                 grad_u[tile] -= own * z_m[tile]
             pulled -= own_back[:, None] * u
             grad_u -= own_back[:, None] * z_m
-            grad_m = (pulled * scale).to(dtypes[m])
+            grad_m = (pulled.double() * scale).to(dtypes[m])
             grad_z.append(grad_m if mask is None else grad_m.masked_fill(~mask[:, m, None], 0.0))
-        return grad_z, (grad_u * scale).to(dtypes[-1]), grad_temperature * scale
+        return grad_z, (grad_u.double() * scale).to(dtypes[-1]), grad_temperature * scale
 
 
 # ------------------------------------------------------------------------------------------------
@@ -731,9 +744,9 @@ def _spectral_backward_shapes(embeddings: Sequence[Tensor], *arguments: Any) -> 
     return grads, embeddings[0].new_empty((), dtype=torch.float64)
 
 
-def _instance_forward_shapes(u: Tensor, *_: Any) -> Any:
-    dtype = _output_dtype([u])
-    return u.new_empty((), dtype=dtype), u.new_empty(u.shape[:1], dtype=dtype)
+def _instance_forward_shapes(u: Tensor, *settings: Any) -> Any:
+    out, raw = _output_dtype([u]), settings[-1] == "raw"
+    return u.new_empty((), dtype=out), u.new_empty(u.shape[:1], dtype=torch.float64 if raw else out)
 
 
 def _instance_backward_shapes(u: Tensor, *_: Any) -> Any:
