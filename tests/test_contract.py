@@ -839,3 +839,16 @@ def test_antipodal_up_to_rounding(backend, device):
     same = torch.stack([x, x.flip(0)], 1)
     xs = leaves([torch.cat([same[:, 0], 0 * x], 1), torch.cat([-same[:, 0], 1e-12 * x], 1)], device, torch.float64)
     assert (dominant_singular_triplet(xs, backend=backend).v[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("bad", "upstream"), [(float("nan"), 1.0), (0.5, float("inf")), (0.5, float("nan"))])
+def test_rows_left_out_of_the_instance_contrast_get_zeros(backend, device, normalize, bad, upstream):
+    """Also where the rows that take part, or the upstream gradient, make everything else NaN."""
+    u = torch.randn(5, 3, device=device)
+    u[0, 0] = bad
+    u.requires_grad_()
+    mask = torch.tensor([1, 1, 0, 1, 0], device=device).bool()
+    loss = instance_contrastive_loss(u, normalize=normalize, mask=mask, backend=backend)
+    gradient = torch.autograd.grad(loss, u, torch.full_like(loss, upstream))[0]
+    assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
