@@ -472,7 +472,7 @@ def spectral_backward(
     for rows, X in blocks:
         dX = torch.bmm(C[rows], X)
         if grad_u is not None:
-            dX.baddbmm_(c[rows, :, None], grad_u[rows].double()[:, None, :])
+            dX.addcmul_(c[rows, :, None], grad_u[rows].double()[:, None, :])
         for i, m in enumerate(wanted):
             dx, H = dX[:, i], grad_z[m] if direct else None
             if H is not None and normalize:
