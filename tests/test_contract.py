@@ -765,8 +765,8 @@ def test_the_contrast_itself_shows_a_bad_row(backend, device, contrast, bad):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_instance_contrast_does_not_swallow_infinities(backend, device, normalize, bad):
     """−inf − finite is a weight of 0, not a number: the row must be found otherwise."""
-    for row in ([bad, 1.0], [bad, bad]):
-        u = torch.tensor([row, [-1.0, 2.0], [1.0, -1.0]], device=device, requires_grad=True)
+    for rows in ([[bad, 1.0], [-1.0, 2.0]], [[bad, bad], [-1.0, 2.0], [1.0, -1.0]]):
+        u = torch.tensor(rows, device=device, requires_grad=True)
         loss = instance_contrastive_loss(u, normalize=normalize, backend=backend)
         assert loss.isnan()
         assert grads(loss, [u])[0].isnan().all()
@@ -868,3 +868,15 @@ def test_upstream_gradients_of_absent_entries_of_v_are_ignored(backend, device):
         found.append(torch.autograd.grad(v, xs, upstream))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_temperature_tensors_show_where_nothing_is_compared(backend, device, bad):
+    """One modality, one instance, one dimension: no exponential is formed, and the result must be NaN all the same."""
+    tau = torch.tensor(bad, device=device)
+    x = torch.randn(1, 4, device=device)
+    assert dominant_sv_loss(x, temperature=tau, reduction="sum", backend=backend).isnan()
+    assert dominant_sv_loss(x[:, :1], x[:, :1], temperature=tau, backend=backend).isnan()
+    assert instance_contrastive_loss(x, temperature=tau, backend=backend).isnan()
+    for contrast in ("leading", "modality"):
+        assert pmrl_loss(x, x, instance_temperature=tau, contrast=contrast, backend=backend).isnan()

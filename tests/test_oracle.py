@@ -216,3 +216,16 @@ def test_power_iteration_resolves_every_gap_that_counts(device, k, double_input,
     # G itself holds the gap to eps64 only: 1e-16 beside gap
     torch.testing.assert_close(ours, v, rtol=0, atol=10 * tol.EPS64 / gap)
     torch.testing.assert_close(top, torch.full_like(top, 1 + gap), rtol=4 * tol.EPS64, atol=0)
+
+
+def test_power_iteration_from_a_start_nearly_orthogonal_to_the_answer(device):
+    """Σ v₁ = 1e-9: what rounding adds to P·1 is then no longer small beside it."""
+    v = torch.tensor([[1.0, -1.0 + 2e-9, 0.0]], dtype=torch.float64, device=device)
+    v = v / torch.linalg.vector_norm(v)
+    w = torch.tensor([[0.6, 0.6, 0.5]], dtype=torch.float64, device=device)
+    w = w - (w @ v.T) * v
+    w = w / torch.linalg.vector_norm(w)
+    x = torch.linalg.cross(v, w)
+    G = sum(s * y[:, :, None] * y[:, None, :] for s, y in ((2.0, v), (1.9, w), (0.3, x)))
+    ours = reference._power_iteration(G, False)[1]
+    torch.testing.assert_close(ours, v, rtol=0, atol=1e-13)

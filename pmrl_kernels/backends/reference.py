@@ -508,18 +508,27 @@ def _row_tiles(n_rows: int, n_columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor, tile: slice) -> Tensor:
+def _everyone(rows: Tensor) -> bool:
+    """Whether no row is left out, so that nothing need be masked. Elsewhere than on a CPU asking costs a wait."""
+    return rows.device.type == "cpu" and bool(rows.all())
+
+
+def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor | None, tile: slice) -> Tensor:
     """δ of one tile of rows: −inf where not allowed and on the diagonal, which ℓ treats apart."""
-    delta = torch.sub(similarity, positive).div_(tau).masked_fill_(~allowed, -torch.inf)
+    delta = torch.sub(similarity, positive).div_(tau)
+    if allowed is not None:
+        delta.masked_fill_(~allowed, -torch.inf)
     delta.diagonal(tile.start).fill_(-torch.inf)
     return delta
 
 
 def _probabilities(
-    similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor, tile: slice
+    similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor | None, tile: slice
 ) -> Tensor:
     """P of one tile of rows: 0 where not allowed and on the diagonal."""
-    P = torch.sub(similarity, positive).div_(tau).sub_(losses).exp_().masked_fill_(~allowed, 0.0)
+    P = torch.sub(similarity, positive).div_(tau).sub_(losses).exp_()
+    if allowed is not None:
+        P.masked_fill_(~allowed, 0.0)
     P.diagonal(tile.start).fill_(0.0)
     return P
 
@@ -574,8 +583,9 @@ def instance_forward(
         u, valid, positive, _ = _prepare_instances(u, mask, rows)
         tau = _temperature(temperature, fixed_temperature)
         losses = torch.empty_like(positive)
+        allowed = None if _everyone(valid) else valid
         for tile in _row_tiles(len(u), len(u)):
-            delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, valid, tile)
+            delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, allowed, tile)
             losses[tile] = _softplus(delta.logsumexp(1))
         losses = losses.masked_fill(~valid, 0.0)
         mean = losses.sum(dtype=torch.float64) / valid.sum().clamp_min(1) * (tau / tau)
@@ -599,8 +609,9 @@ def instance_backward(
         scale = grad.double() / valid.sum().clamp_min(1) / tau
         pulled = torch.empty_like(u)
         grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
+        everyone = _everyone(valid)
         for tile in _row_tiles(len(u), len(u)):
-            similarity, allowed = u[tile] @ u.T, valid[tile, None] & valid
+            similarity, allowed = u[tile] @ u.T, None if everyone else valid[tile, None] & valid
             P = _probabilities(similarity, positive[tile, None], losses[tile, None], tau, allowed, tile)
             grad_temperature -= _slope(P, losses[tile, None], temperature)
             own = P.sum(1, keepdim=True)
@@ -645,11 +656,12 @@ def modality_forward(
         for m, (z_m, here) in enumerate(zip(z, present, strict=True)):
             positive = (z_m * u).sum(1)
             columns = torch.full_like(positive, -torch.inf, dtype=torch.float64)
+            everyone = _everyone(here)
             for tile in _row_tiles(len(u), len(u)):
                 similarity = z_m[tile] @ u.T
-                delta = _deltas(similarity, positive[tile, None], tau, valid, tile)
+                delta = _deltas(similarity, positive[tile, None], tau, None if everyone else valid, tile)
                 forth[m, tile] = _softplus(delta.logsumexp(1)).to(u.dtype)
-                delta = _deltas(similarity, positive, tau, here[tile, None], tile)
+                delta = _deltas(similarity, positive, tau, None if everyone else here[tile, None], tile)
                 columns = torch.logaddexp(columns, delta.logsumexp(0).double())
             back[m] = _softplus(columns).to(u.dtype)
             forth[m].masked_fill_(~here, 0.0)
@@ -681,12 +693,15 @@ def modality_backward(
             positive = (z_m * u).sum(1)
             pulled = torch.empty_like(z_m)
             own_back = torch.zeros_like(positive)
+            everyone = _everyone(here)
             for tile in _row_tiles(len(u), len(u)):
                 similarity, counted = z_m[tile] @ u.T, here[tile, None]
-                P = _probabilities(similarity, positive[tile, None], forth[m, tile, None], tau, counted & valid, tile)
+                allowed = None if everyone else counted & valid
+                P = _probabilities(similarity, positive[tile, None], forth[m, tile, None], tau, allowed, tile)
                 grad_temperature -= _slope(P, forth[m, tile, None], temperature)
                 own = P.sum(1, keepdim=True)
-                R = _probabilities(similarity, positive, back[m], tau, counted & here, tile)
+                allowed = None if everyone else counted & here
+                R = _probabilities(similarity, positive, back[m], tau, allowed, tile)
                 grad_temperature -= _slope(R, back[m], temperature)
                 own_back += R.sum(0)
                 P += R
