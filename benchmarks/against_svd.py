@@ -77,13 +77,13 @@ def main() -> None:
                 progress.update(step >= 0)
             medians = [statistics.median(times[name]) if times[name] else float("nan") for name in losses]
             rows.append(
-                f"{B:>6}{d:>6}{k:>4}" + "".join(f"{t:12.2f}" for t in medians) + f"{medians[1] / medians[2]:9.1f}x"
+                f"{B:>6}{d:>6}{k:>4}" + "".join(f"{t:14.2f}" for t in medians) + f"{medians[1] / medians[2]:9.1f}x"
             )
 
     print(
         f"torch {torch.__version__}, {arguments.threads} threads, load {load:.1f} before, median ms of {ROUNDS} rounds"
     )
-    print(f"{'B':>6}{'d':>6}{'k':>4}" + "".join(f"{name:>12}" for name in losses) + "   reduced/ours")
+    print(f"{'B':>6}{'d':>6}{'k':>4}" + "".join(f"{name:>14}" for name in losses) + "   reduced/ours")
     print("\n".join(rows))
 
     print("\nrelative gradient error at (1024, 512, 4)")
