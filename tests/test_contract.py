@@ -792,15 +792,18 @@ def test_raw_instance_contrast_counts_zero_rows_and_large_losses(backend, device
 
 
 @pytest.mark.parametrize("contrast", ["leading", "modality"])
-@pytest.mark.parametrize("upstream", [2.0**-100, 2.0**120])
+@pytest.mark.parametrize("upstream", [2.0**-40, 2.0**127])
 def test_contrast_gradients_of_extreme_upstreams(backend, device, contrast, upstream):
-    """The upstream gradient multiplies before the rounding to float32, at a temperature that adds to it."""
-    u = leaves([torch.randn(5, 4) for _ in range(2)], device, torch.float32)
-    loss = pmrl_loss(u, instance_temperature=0.5, contrast=contrast, return_components=True, backend=backend).instance
-    one = grads(loss, u)
-    loss = pmrl_loss(u, instance_temperature=0.5, contrast=contrast, return_components=True, backend=backend).instance
-    for g, h in zip(one, grads(loss * upstream, u), strict=True):
-        torch.testing.assert_close(h.double() / upstream, g.double(), rtol=1e-5, atol=1e-6)
+    """Upstream over τ need not fit float32, only the gradient it makes: it multiplies before the rounding."""
+    shared = torch.nn.functional.normalize(torch.randn(4, 64), dim=1)  # far apart: small probabilities
+    xs = leaves([shared + 0.01 * torch.randn(4, 64) for _ in range(2)], device, torch.float32)
+    found = []
+    for factor in (1.0, upstream):
+        parts = pmrl_loss(xs, instance_temperature=0.02, contrast=contrast, return_components=True, backend=backend)
+        found.append(torch.autograd.grad(parts.instance, xs, torch.full_like(parts.instance, factor)))
+    for g, h in zip(*found, strict=True):
+        assert g.any()
+        torch.testing.assert_close(h.double() / upstream, g.double(), rtol=1e-4, atol=1e-4 * float(g.abs().max()))
 
 
 @pytest.mark.parametrize("norm", [1e-309, 1e-316, 1e-300, 1e300, 1e307])
