@@ -680,7 +680,10 @@ def modality_backward(
     back: Tensor,
     grad: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of ``modality_forward``'s mean: k times (B, d), (B, d), and ∂/∂τ (0-d float64)."""
+    """Gradients of ``modality_forward``'s mean: k times (B, d), (B, d), and ∂/∂τ (0-d float64).
+
+    What comes back for absent embeddings says nothing; ``spectral_backward`` drops it with the rest of them.
+    """
     with torch.autocast(u.device.type, enabled=False):
         dtypes = [x.dtype for x in (*z, u)]
         z, u, valid, present, pairs = _prepare_modalities(z, u, mask)
@@ -710,8 +713,7 @@ def modality_backward(
                 grad_u[tile] -= own * z_m[tile]
             pulled -= own_back[:, None] * u
             grad_u -= own_back[:, None] * z_m
-            grad_m = (pulled.double() * scale).to(dtypes[m])
-            grad_z.append(grad_m if mask is None else grad_m.masked_fill(~mask[:, m, None], 0.0))
+            grad_z.append((pulled.double() * scale).to(dtypes[m]))
         return grad_z, (grad_u.double() * scale).to(dtypes[-1]), grad_temperature * scale
 
 
