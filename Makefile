@@ -3,13 +3,19 @@
 #   make test      the suite, doctests included
 #   make test-all  the suite and what is slower
 #   make lint      ruff, ruff format, mypy
+#   make build     the native library, in place (the targets above do it first, where there is a compiler)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test test-all lint format clean
+BUILT  := $(VENV)/built
+
+# The native library is built where a compiler exists, and then failing to build it is an error.
+export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
+
+.PHONY: demo test test-all build lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -17,16 +23,22 @@ $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[dev,examples]'
+	PMRL_KERNELS_NATIVE=0 PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[dev,examples]'
 	touch $@
 
-demo: $(STAMP)
+$(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(BUILT)
+
+demo: $(BUILT)
 	$(BIN)/python examples/multiview_digits.py $(ARGS)
 
-test: $(STAMP)
+test: $(BUILT)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
-test-all: $(STAMP)
+test-all: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)

@@ -415,7 +415,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inputs",),
     ("autograd",),
     ("backends",),
-    ("backends.native", "backends.triton", "backends.reference"),
+    ("backends.native", "backends.triton"),
+    ("backends.reference",),
     ("backends.constants",),
 )
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -1,0 +1,45 @@
+// The numbers every kernel shares: where a value counts as zero, tied, or too flat to differentiate.
+// They are those of pmrl_kernels/backends/constants.py, which says why each is what it is; a test compares the two.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define PMRL_INLINE static __host__ __device__ __forceinline__
+#define PMRL_FUNCTION static __host__ __device__ __forceinline__
+#else
+// Always inlined and of internal linkage: the CPU kernels are compiled once per instruction set, and the
+// linker must never fold an AVX-512 copy of a function into the baseline.
+#define PMRL_INLINE static inline __attribute__((always_inline))
+#define PMRL_FUNCTION static __attribute__((noinline))  // once per k: what is large and called from several places
+#endif
+
+namespace pmrl {
+
+constexpr int kMaxModalities = 32;
+constexpr int kTemplatedModalities = 8;  // up to here k is a template argument, beyond it an ordinary one
+
+constexpr double kEps32 = 1.0 / (1 << 23);
+constexpr double kEps64 = kEps32 * kEps32 / 64;  // 2^-52
+constexpr double kPeakTie = 4 * kEps32;
+constexpr double kRankOne = 1e-12;
+
+// Jacobi stops at off^2 <= this * diag^2. What is left between eigenvalues near 0 counts in full, so a float64 input,
+// whose sigma_j are wanted to within some eps64 of lambda_1, needs it at the rounding of the Gram matrix.
+PMRL_INLINE constexpr double jacobi_tolerance(bool wide) { return wide ? 1e-33 : 1e-28; }
+// Quadratic convergence needs 4 to 6 sweeps for k <= 8 and up to 10 for 32. The cap only ever ends a solve
+// that rounding keeps from meeting the tolerance.
+constexpr int kMaxSweeps = 20;
+
+PMRL_INLINE constexpr double eigenvalue_gap(int k, bool wide) { return wide ? 16 * k * kEps64 : 4 * kEps32; }
+
+PMRL_INLINE constexpr double zero_sum(int k) { return 16 * k * kEps64; }
+
+// The square of the relative floor below which a singular value has weight 0.
+PMRL_INLINE constexpr double eigenvalue_floor(int k, bool wide) { return wide ? k * kEps64 : kEps32 * kEps32; }
+
+PMRL_INLINE constexpr int squarings(int k, bool wide) {
+  int steps = 0;
+  for (double share = eigenvalue_gap(k, wide); share < 10.0; share *= 2) ++steps;
+  return steps;
+}
+
+}  // namespace pmrl

@@ -1,0 +1,274 @@
+// The loss and its gradient in k-space (docs/mathematics.md): from a k x k Gram matrix to singular values,
+// leading vector and alignment, and from incoming gradients to the coefficients of dX = h c^T + X C.
+#pragma once
+
+#include "eigen.h"
+
+namespace pmrl {
+
+// What does not change within a batch.
+struct Settings {
+  int k;             // modalities
+  int count;         // min(d, k)
+  double tau;        // temperature; NaN if it was not a positive number
+  bool normalize;    // columns are divided by their norms
+  bool spectrum;     // all eigenpairs and the softmax objective; else the leading pair and ||Z|| - sigma_1
+  bool wide;         // float64 input: other thresholds, and columns scaled by powers of two
+};
+
+// One instance's (or pack's) normalisation and mask.
+template <int K, class Real>
+struct Columns {
+  Vector<K, Real> inverse_norms;  // 1/n, 0 for zero vectors; with `normalize`
+  Vector<K, Real> exponents;      // column m was scaled by 2^-e before its Gram entries were formed; with `wide`
+  Vector<K, Real> present;        // 1 or 0
+};
+
+template <int K, class Real>
+PMRL_INLINE Real number_present(const Columns<K, Real>& c, int k) {
+  Real sum(0.0);
+  for (int m = 0; m < k; ++m) sum = sum + c.present.at[m];
+  return sum;
+}
+
+// G_ij <- G_ij / (n_i n_j), one after the other: the product of two norms may underflow.
+template <int K, class Real>
+PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) {
+  for (int m = 0; m < k; ++m) {
+    const Real norm = sqrt(G.at[m][m]);
+    c.inverse_norms.at[m] = reciprocal(norm);
+    G.at[m][m] = select(norm == Real(0.0), Real(0.0), norm / norm);
+  }
+  for (int i = 0; i < k; ++i)
+    for (int j = i + 1; j < k; ++j) G.at[i][j] = G.at[i][j] * c.inverse_norms.at[i] * c.inverse_norms.at[j];
+}
+
+// The Gram matrix has k eigenvalues, an instance min(d, k_i) singular values: the rest are zeros that are no logits.
+template <int K, class Real>
+PMRL_INLINE void drop_surplus(Vector<K, Real>& values, const Columns<K, Real>& c, const Settings& s, Real broken) {
+  const Real present = number_present(c, s.k);
+  for (int j = 0; j < s.k; ++j) {
+    const auto is_value = (Real(j) < present) & (Real(j) < Real(s.count));
+    values.at[j] = select(is_value, values.at[j], Real(0.0)) + broken;
+  }
+}
+
+// Gaps (sigma_1 - sigma_j) / tau and weights exp(-gap), the latter 0 at j = 0 and where there is no logit.
+template <int K, class Real>
+PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, Real>& c, const Settings& s,
+                                 Vector<K, Real>& gaps, Vector<K, Real>& weights) {
+  const Real present = number_present(c, s.k);
+  const bool rescale = s.wide && !s.normalize;
+  Real sum(0.0);
+  gaps.at[0] = weights.at[0] = Real(0.0);
+  for (int j = 1; j < s.k; ++j) {
+    Real gap = sigma.at[0] - sigma.at[j];
+    if (rescale) gap = scaled(gap, c.exponents.at[0]);
+    gap = gap / Real(s.tau);
+    const auto is_logit = (Real(j) < present) & (Real(j) < Real(s.count));
+    gaps.at[j] = gap;
+    weights.at[j] = select(is_logit, exp_nonpositive(-gap), Real(0.0));
+    sum = sum + weights.at[j];
+  }
+  return sum;
+}
+
+// The alignment term: log1p(sum of weights), or ||Z|| - sigma_1 as (tr G - lambda_1) / (||Z|| + sigma_1).
+// 0 with fewer than two modalities, but a NaN in one must not be swallowed.
+template <int K, class Real>
+PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Columns<K, Real>& c, const Settings& s) {
+  Real result;
+  if (s.spectrum) {
+    Vector<K, Real> sigma, gaps, weights;
+    for (int j = 0; j < s.k; ++j) sigma.at[j] = sqrt(values.at[j]);
+    result = log1p_nonnegative(softmax_weights(sigma, c, s, gaps, weights));
+    result = result + Real(s.tau - s.tau);  // a bad temperature shows even where there is no logit
+  } else {
+    const Real rest = max(trace - values.at[0], Real(0.0));
+    result = rest * reciprocal(sqrt(trace) + sqrt(values.at[0]));
+    if (s.wide && !s.normalize) result = scaled(result, c.exponents.at[0]);
+  }
+  const auto alignable = number_present(c, s.k) >= Real(2.0);
+  result = select(alignable | (result != result), result, Real(0.0));
+  return result + (values.at[0] - values.at[0]);  // NaN where an eigenvalue is
+}
+
+// Incoming gradients of one instance (or pack), and what they become.
+template <int K, class Real>
+struct Incoming {
+  Real alignment;          // dL/d alignment
+  Vector<K, Real> sigma;   // dL/d sigma_j
+  Vector<K, Real> w;       // Z^T dL/du_1 (X^T dL/du_1 on entry)
+  Vector<K, Real> q;       // dL/dv_1
+  Vector<K, Real> direct;  // z_m . dL/dz_m (x_m . dL/dz_m on entry)
+};
+
+template <int K, class Real>
+struct Coefficients {
+  Matrix<K, Real> C;         // symmetric, upper triangle
+  Vector<K, Real> c;         // of dL/du_1
+  Vector<K, Real> exponent;  // the gradient of column m is 2^e times what C and c give; with `wide`
+  Real slope;                // dL/d tau
+};
+
+// Gradient of a function of singular values: M = V diag(g_j / sigma_j) V^T, weights of unresolved sigma_j being
+// 0 (the minimum-norm subgradient). In a tied top eigenspace v1 is singled out by the orientation rule and the
+// others share their mean weight, so M does not depend on the solver's basis there. Also the diagonal of G M.
+template <int K, class Real>
+PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
+                                  const Settings& s, Matrix<K, Real>& M, Vector<K, Real>& radial) {
+  const Real top = E.values.at[0];
+  Vector<K, Real> weight;
+  Real shared(0.0), others(0.0);
+  for (int j = 0; j < s.k; ++j) {
+    const Real value = E.values.at[j];
+    const auto resolved = value > Real(eigenvalue_floor(s.k, s.wide)) * top;
+    weight.at[j] = select(resolved | (value != value), g.at[j] / sqrt(value), Real(0.0));
+    if (j > 0) {
+      const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.wide));
+      shared = shared + select(tied, weight.at[j], Real(0.0));
+      others = others + select(tied, Real(1.0), Real(0.0));
+    }
+  }
+  shared = shared / max(others, Real(1.0));
+  const Real first = weight.at[0] - shared;
+  for (int j = 0; j < s.k; ++j)
+    weight.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.wide)), shared, weight.at[j]);
+  for (int i = 0; i < s.k; ++i) {
+    Vector<K, Real> row;
+    Real along(0.0);
+    for (int j = 0; j < s.k; ++j) {
+      row.at[j] = E.V.at[i][j] * weight.at[j];
+      along = along + row.at[j] * E.V.at[i][j] * E.values.at[j];
+    }
+    radial.at[i] = along + first * top * v.at[i] * v.at[i];
+    for (int m = i; m < s.k; ++m) {
+      Real sum = first * v.at[i] * v.at[m];
+      for (int j = 0; j < s.k; ++j) sum = sum + row.at[j] * E.V.at[m][j];
+      M.at[i][m] = sum;
+    }
+  }
+}
+
+// Gradient through u_1 and v_1, from w = Z^T dL/du_1 and q = dL/dv_1:
+//   N = y v^T + v y^T - (v.w) / sigma_1^3 v v^T,  y = sum_j v_j v_j^T (w / sigma_1 + q) / (lambda_1 - lambda_j)
+// over the eigenvectors that are not tied with the first. Adds diag(G N) to `radial`.
+template <int K, class Real>
+PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
+                                 Real inverse_sigma, const Settings& s, Matrix<K, Real>& N, Vector<K, Real>& radial) {
+  const Real top = E.values.at[0];
+  Vector<K, Real> y, Gy;
+  Real along(0.0);
+  for (int m = 0; m < s.k; ++m) {
+    y.at[m] = Gy.at[m] = Real(0.0);
+    along = along + v.at[m] * in.w.at[m];
+  }
+  along = along * inverse_sigma * inverse_sigma * inverse_sigma;
+  for (int j = 0; j < s.k; ++j) {
+    Real dot(0.0);
+    for (int m = 0; m < s.k; ++m) dot = dot + E.V.at[m][j] * (in.w.at[m] * inverse_sigma + in.q.at[m]);
+    const Real gap = top - E.values.at[j];
+    const Real share = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.wide)), dot * Real(0.0), dot / gap);
+    for (int m = 0; m < s.k; ++m) {
+      y.at[m] = y.at[m] + share * E.V.at[m][j];
+      Gy.at[m] = Gy.at[m] + share * E.values.at[j] * E.V.at[m][j];
+    }
+  }
+  for (int i = 0; i < s.k; ++i) {
+    radial.at[i] = radial.at[i] + v.at[i] * (Gy.at[i] + top * (y.at[i] - along * v.at[i]));
+    for (int m = i; m < s.k; ++m)
+      N.at[i][m] = y.at[i] * v.at[m] + v.at[i] * y.at[m] - along * v.at[i] * v.at[m];
+  }
+}
+
+// All incoming gradients to the coefficients. `G` is the Gram matrix where there is no spectrum (`E` then holds
+// lambda_1 alone, and is completed here if a gradient comes through u_1 or v_1).
+template <int K, class Real>
+PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool through_leading, Eigenpairs<K, Real>& E,
+                              Matrix<K, Real>& G, const Vector<K, Real>& v, const Columns<K, Real>& c,
+                              const Settings& s, Coefficients<K, Real>& out) {
+  const int k = s.k;
+  const bool rescale = s.wide && !s.normalize;
+  const Real top = E.values.at[0], sigma_1 = sqrt(top), inverse_sigma = reciprocal(sigma_1);
+  // An instance with fewer than two modalities has no alignment term, whatever comes in for it.
+  const auto alignable = number_present(c, k) >= Real(2.0);
+  in.alignment = select(alignable, in.alignment, Real(0.0));
+  Matrix<K, Real>& A = out.C;
+  Vector<K, Real> radial;
+  out.slope = Real(0.0);
+
+  if (!s.spectrum) {
+    Real trace(0.0);
+    for (int m = 0; m < k; ++m) trace = trace + G.at[m][m];
+    const Real even = in.alignment * reciprocal(sqrt(trace));
+    const Real along = (in.sigma.at[0] - in.alignment) * inverse_sigma;
+    for (int i = 0; i < k; ++i) {
+      radial.at[i] = even * G.at[i][i] + along * top * v.at[i] * v.at[i];
+      for (int m = i; m < k; ++m) A.at[i][m] = along * v.at[i] * v.at[m] + (i == m ? even : Real(0.0));
+    }
+    if (through_leading) eigenpairs(G, E, k, s.wide);
+  } else if (through_values) {
+    Vector<K, Real> sigma, gaps, p, g;
+    for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.values.at[j]);
+    const Real total = Real(1.0) + softmax_weights(sigma, c, s, gaps, p);
+    g.at[0] = in.sigma.at[0];
+    for (int j = 1; j < k; ++j) {
+      p.at[j] = p.at[j] / total;
+      const Real pull = in.alignment * p.at[j] / Real(s.tau);
+      g.at[j] = in.sigma.at[j] + pull;
+      g.at[0] = g.at[0] - pull;  // rather than (p_1 - 1) / tau, which cancels
+      // where p underflows to 0 beside an infinite gap, their product tends to 0
+      out.slope = out.slope + select(p.at[j] == Real(0.0), p.at[j], pull * gaps.at[j]);
+    }
+    through_spectrum(g, E, v, s, A, radial);
+  } else {
+    for (int i = 0; i < k; ++i) {
+      radial.at[i] = Real(0.0);
+      for (int m = i; m < k; ++m) A.at[i][m] = Real(0.0);
+    }
+  }
+
+  for (int m = 0; m < k; ++m) {
+    if (s.normalize) {
+      in.w.at[m] = in.w.at[m] * c.inverse_norms.at[m];
+      in.direct.at[m] = in.direct.at[m] * c.inverse_norms.at[m];
+    }
+    out.c.at[m] = v.at[m] * inverse_sigma;
+    if (s.wide) out.exponent.at[m] = s.normalize ? -c.exponents.at[m] : Real(0.0);
+  }
+  if (through_leading) {
+    Matrix<K, Real> N;
+    through_vectors(in, E, v, inverse_sigma, s, N, radial);
+    if (rescale) {
+      // N and c are 2^-e times these, M is not. Up or down, the factor goes where nothing overflows before the
+      // sum is formed: on N and c, or on M now and on the gradient at the end.
+      const Real e = c.exponents.at[0], up = max(e, Real(0.0)), down = e - up;
+      for (int i = 0; i < k; ++i) {
+        out.exponent.at[i] = -down;
+        out.c.at[i] = scaled(out.c.at[i], -up);
+        for (int m = i; m < k; ++m) {
+          A.at[i][m] = scaled(A.at[i][m], down);
+          N.at[i][m] = scaled(N.at[i][m], -up);
+        }
+      }
+    }
+    for (int i = 0; i < k; ++i)
+      for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] + N.at[i][m];
+  }
+
+  if (s.normalize) {  // dx_m = (dz_m - (z_m . dz_m) z_m) / n_m
+    for (int i = 0; i < k; ++i) {
+      if (through_leading) radial.at[i] = radial.at[i] + out.c.at[i] * in.w.at[i];
+      A.at[i][i] = A.at[i][i] - (radial.at[i] + in.direct.at[i]);
+    }
+    for (int i = 0; i < k; ++i) {
+      out.c.at[i] = out.c.at[i] * c.inverse_norms.at[i];
+      for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] * c.inverse_norms.at[i] * c.inverse_norms.at[m];
+    }
+  }
+  for (int i = 0; i < k; ++i)  // absent columns are neither read nor written
+    for (int m = i; m < k; ++m)
+      A.at[i][m] = select(c.present.at[i] * c.present.at[m] > Real(0.0), A.at[i][m], Real(0.0));
+}
+
+}  // namespace pmrl

@@ -1,0 +1,89 @@
+// What the CPU kernels of each instruction set offer, in plain pointers: no torch beyond this line.
+//
+// Work is cut into blocks of kLanes instances; a call handles blocks [begin, end), so any number of threads may
+// share a batch, and the result does not depend on how they do.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/kspace.h"
+
+#define PMRL_MEMBER inline __attribute__((always_inline))
+
+namespace pmrl {
+
+constexpr int kLanes = 8;  // instances solved together
+
+enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed };
+
+// (B, d) with any row stride; the last dimension is contiguous.
+struct Rows {
+  char* data;
+  int64_t stride;  // in bytes
+  Dtype dtype;     // never kMixed
+};
+
+// (B,) or (B, n) of float32, or of float64 if wide, with any strides (in elements).
+struct Values {
+  const void* data;  // null: none
+  int64_t stride0, stride1;
+};
+
+struct Batch {
+  int64_t B, d;
+  Settings settings;
+  Dtype dtype;  // of all embeddings, or kMixed
+  Rows x[kMaxModalities];
+  const bool* mask;  // (B, k), contiguous, or null
+  double* state;     // (ceil(B / kLanes), state_size, kLanes) in a buffer that may be longer
+};
+
+// What a forward pass leaves for the backward pass, for each instance: eigenvalues and eigenvectors (k + k^2), or
+// lambda_1 and the upper triangle of the Gram matrix; v_1 (k); 1/norms (k) if normalised; exponents (k) if wide.
+PMRL_INLINE constexpr int state_size(const Settings& s) {
+  return (s.spectrum ? s.k + s.k * s.k : 1 + s.k * (s.k + 1) / 2) + s.k + (s.normalize ? s.k : 0) + (s.wide ? s.k : 0);
+}
+
+// Outputs have the embeddings' output dtype, float32 or (wide) float64, and are contiguous. Null: not asked for.
+struct Forward {
+  Batch batch;
+  void* alignment;          // (B,)
+  void* sigma;              // (B, values)
+  int values;
+  void* v;                  // (B, k)
+  void* u;                  // (B, d)
+  void* z[kMaxModalities];  // (B, d) each
+};
+
+struct Backward {
+  Batch batch;
+  Values alignment, sigma, v;  // incoming gradients
+  int values;
+  Rows u;                      // data null: none
+  Rows z[kMaxModalities];
+  Rows out[kMaxModalities];    // gradients of the embeddings; data null: not asked for
+  double* slopes;              // (ceil(B / kLanes),): dL/d tau of each block
+};
+
+struct Kernels {
+  const char* isa;
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  void (*backward)(const Backward&, int64_t begin, int64_t end);
+  // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.
+  void (*eigenpairs)(const double* A, int64_t n, int k, bool wide, double* values, double* vectors);
+  void (*leading_pair)(const double* A, int64_t n, int k, bool wide, double* values, double* vectors);
+  void (*exp_nonpositive)(const double* x, int64_t n, double* y);
+  void (*log1p_nonnegative)(const double* x, int64_t n, double* y);
+};
+
+// One per instruction set the library was compiled for, best first; null ends the list.
+extern const Kernels* const kCompiled[];
+
+// The best of kCompiled that this processor runs, or the one PMRL_KERNELS_ISA names. If that one is unknown or
+// cannot run here, null, and `reason` says so. Decided once.
+const Kernels* chosen(const char** reason);
+
+// Whether this processor can run it.
+bool runs_here(const Kernels& kernels);
+
+}  // namespace pmrl

@@ -1,0 +1,254 @@
+// The vector types of one instruction set, and loads and stores of every dtype through float64.
+//
+// Everything here is in an unnamed namespace: each instruction set compiles its own copy, and none may be merged.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/elementary.h"
+#include "kernels.h"
+
+namespace pmrl {
+namespace {
+
+using pmrl::abs;  // those of double stay visible beside those of packs
+using pmrl::any;
+using pmrl::pow2;
+using pmrl::select;
+using pmrl::sqrt;
+
+#if defined(__AVX512F__)
+constexpr int kNative = 8;  // doubles in a register
+#elif defined(__AVX__)
+constexpr int kNative = 4;
+#else
+constexpr int kNative = 2;
+#endif
+
+template <class Element>
+struct VectorOf {
+  typedef Element type __attribute__((vector_size(kNative * sizeof(Element))));
+  typedef Element unaligned __attribute__((vector_size(kNative * sizeof(Element)), aligned(1), may_alias));
+};
+using F64 = VectorOf<double>::type;
+using F32 = VectorOf<float>::type;
+using I64 = VectorOf<int64_t>::type;
+using U32 = VectorOf<uint32_t>::type;
+using I32 = VectorOf<int32_t>::type;
+using U16 = VectorOf<uint16_t>::type;
+
+template <class Element>
+PMRL_INLINE typename VectorOf<Element>::type load_vector(const Element* from) {
+  return *reinterpret_cast<const typename VectorOf<Element>::unaligned*>(from);
+}
+
+template <class Element>
+PMRL_INLINE void store_vector(Element* to, typename VectorOf<Element>::type x) {
+  *reinterpret_cast<typename VectorOf<Element>::unaligned*>(to) = x;
+}
+
+// ---- a pack: one double for each of kLanes instances --------------------------------------------
+
+constexpr int kParts = kLanes / kNative;
+
+struct PackMask {
+  I64 part[kParts];
+};
+
+struct Pack {
+  F64 part[kParts];
+
+  Pack() = default;
+  PMRL_MEMBER explicit Pack(double x) {
+    for (int i = 0; i < kParts; ++i) part[i] = x - F64{};
+  }
+  PMRL_MEMBER static Pack load(const double* from) {
+    Pack x;
+    for (int i = 0; i < kParts; ++i) x.part[i] = load_vector(from + i * kNative);
+    return x;
+  }
+  PMRL_MEMBER void store(double* to) const {
+    for (int i = 0; i < kParts; ++i) store_vector(to + i * kNative, part[i]);
+  }
+};
+
+#define PMRL_PACK_BINARY(Result, op)                 \
+  PMRL_INLINE Result operator op(Pack a, Pack b) {   \
+    Result r;                                        \
+    for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] op b.part[i]; \
+    return r;                                        \
+  }
+PMRL_PACK_BINARY(Pack, +)
+PMRL_PACK_BINARY(Pack, -)
+PMRL_PACK_BINARY(Pack, *)
+PMRL_PACK_BINARY(Pack, /)
+PMRL_PACK_BINARY(PackMask, <)
+PMRL_PACK_BINARY(PackMask, <=)
+PMRL_PACK_BINARY(PackMask, >)
+PMRL_PACK_BINARY(PackMask, >=)
+PMRL_PACK_BINARY(PackMask, ==)
+PMRL_PACK_BINARY(PackMask, !=)
+#undef PMRL_PACK_BINARY
+
+PMRL_INLINE Pack operator-(Pack a) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = -a.part[i];
+  return a;
+}
+PMRL_INLINE PackMask operator&(PackMask a, PackMask b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] &= b.part[i];
+  return a;
+}
+PMRL_INLINE PackMask operator|(PackMask a, PackMask b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] |= b.part[i];
+  return a;
+}
+PMRL_INLINE Pack select(PackMask condition, Pack yes, Pack no) {
+  Pack r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = condition.part[i] ? yes.part[i] : no.part[i];
+  return r;
+}
+PMRL_INLINE Pack sqrt(Pack x) {
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    x.part[i] = _mm512_sqrt_pd(x.part[i]);
+#elif defined(__AVX__)
+    x.part[i] = _mm256_sqrt_pd(x.part[i]);
+#elif defined(__SSE2__)
+    x.part[i] = _mm_sqrt_pd(x.part[i]);
+#else
+    for (int j = 0; j < kNative; ++j) x.part[i][j] = __builtin_sqrt(x.part[i][j]);
+#endif
+  }
+  return x;
+}
+PMRL_INLINE Pack abs(Pack x) {
+  for (int i = 0; i < kParts; ++i)
+    x.part[i] = (F64)((I64)x.part[i] & (I64{} + INT64_MAX));
+  return x;
+}
+PMRL_INLINE bool any(PackMask condition) {
+  I64 all = condition.part[0];
+  for (int i = 1; i < kParts; ++i) all |= condition.part[i];
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_pd((__m256d)all) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_pd((__m128d)all) != 0;
+#else
+  int64_t found = 0;
+  for (int j = 0; j < kNative; ++j) found |= all[j];
+  return found != 0;
+#endif
+}
+PMRL_INLINE Pack pow2(Pack n) {
+  for (int i = 0; i < kParts; ++i) n.part[i] = (F64)((I64)(n.part[i] + (6755399441055744.0 + 1023.0)) << 52);
+  return n;
+}
+
+// ---- dtypes -------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+PMRL_INLINE F64 widen(F32 x) { return __builtin_convertvector(x, F64); }
+PMRL_INLINE F32 narrow(F64 x) { return __builtin_convertvector(x, F32); }
+
+// Rounded to odd: a second rounding, to a narrower format, then gives what a single one would have.
+PMRL_INLINE U32 narrow_to_odd(F64 x) {
+  const F32 near = narrow(x);
+  const F64 back = widen(near);
+  const I64 magnitude = I64{} + INT64_MAX;
+  const F64 a = (F64)((I64)back & magnitude), b = (F64)((I64)x & magnitude);
+  const U32 inexact = (U32)__builtin_convertvector(back != x, I32), away = (U32)__builtin_convertvector(a > b, I32);
+  return ((U32)near + away) | (inexact & 1);  // masks are 0 or -1
+}
+
+PMRL_INLINE F64 load_native(const double* from) { return load_vector(from); }
+PMRL_INLINE F64 load_native(const float* from) { return widen(load_vector(from)); }
+PMRL_INLINE F64 load_native(const BFloat16* from) {
+  const U16 half = load_vector(reinterpret_cast<const uint16_t*>(from));
+  return widen((F32)(__builtin_convertvector(half, U32) << 16));
+}
+PMRL_INLINE F64 load_native(const Float16* from) {
+  const U16 half = load_vector(reinterpret_cast<const uint16_t*>(from));
+#if defined(__F16C__) && defined(__AVX512F__)
+  return widen((F32)_mm256_cvtph_ps((__m128i)half));
+#elif defined(__F16C__)
+  int64_t bits;
+  memcpy(&bits, &half, sizeof bits);
+  return widen((F32)_mm_cvtph_ps(_mm_cvtsi64_si128(bits)));
+#else
+  const U32 h = __builtin_convertvector(half, U32);
+  const U32 exponent = h & 0x7c00, sign = (h & 0x8000) << 16;
+  U32 normal = ((h & 0x7fff) << 13) + (112u << 23);
+  normal = exponent == 0x7c00 ? normal + (112u << 23) : normal;
+  const F32 subnormal = __builtin_convertvector((I32)(h & 0x3ff), F32) * 0x1p-24f;
+  return widen((F32)((exponent == 0 ? (U32)subnormal : normal) | sign));
+#endif
+}
+
+PMRL_INLINE void store_native(double* to, F64 x) { store_vector(to, x); }
+PMRL_INLINE void store_native(float* to, F64 x) { store_vector(to, narrow(x)); }
+PMRL_INLINE void store_native(BFloat16* to, F64 x) {
+  const U32 b = narrow_to_odd(x);
+  U32 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  rounded = (b & 0x7fffffff) > 0x7f800000 ? (b >> 16) | 0x40 : rounded;  // a NaN must not round to Inf
+  store_vector(reinterpret_cast<uint16_t*>(to), __builtin_convertvector(rounded, U16));
+}
+PMRL_INLINE void store_native(Float16* to, F64 x) {
+  const U32 b = narrow_to_odd(x);
+#if defined(__F16C__) && defined(__AVX512F__)
+  const __m128i half = _mm256_cvtps_ph((__m256)b, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(to, &half, sizeof(U16));
+#elif defined(__F16C__)
+  const __m128i half = _mm_cvtps_ph((__m128)b, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(to, &half, sizeof(U16));
+#else
+  const U32 a = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
+  const U32 normal = (a + 0xc8000fffu + ((a >> 13) & 1)) >> 13;
+  const U32 subnormal = (U32)((F32)a + 0.5f) - 0x3f000000u;  // the addition rounds
+  U32 h = a < 0x38800000u ? subnormal : normal;
+  h = a >= 0x47800000u ? (a > 0x7f800000u ? U32{} + 0x7e00u : U32{} + 0x7c00u) : h;
+  store_vector(reinterpret_cast<uint16_t*>(to), __builtin_convertvector(h | sign, U16));
+#endif
+}
+
+// The last d % kNative elements, the rest read as zeros.
+template <class Element>
+PMRL_INLINE F64 load_native(const Element* from, int64_t n) {
+  Element buffer[kNative] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+  return load_native(static_cast<const Element*>(buffer));
+}
+
+template <class Element>
+PMRL_INLINE void store_native(Element* to, F64 x, int64_t n) {
+  Element buffer[kNative];
+  store_native(buffer, x);
+  for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+}
+
+PMRL_INLINE double sum(F64 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(x);
+#else
+  double total = x[0];
+  for (int i = 1; i < kNative; ++i) total += x[i];
+  return total;
+#endif
+}
+
+PMRL_INLINE F64 broadcast(double x) { return x - F64{}; }
+
+}  // namespace
+}  // namespace pmrl

@@ -1,0 +1,27 @@
+// The operators of the native library, by PyTorch's stable ABI: one binary for every Python and every torch >= 2.10.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
+  // Signatures and meanings are those of pmrl_kernels/backends/reference.py; the state is this library's own.
+  m.def(
+      "spectral_forward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
+      "bool normalize, bool spectrum, bool align, bool want_u, bool want_z) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  m.def(
+      "spectral_backward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
+      "bool normalize, bool spectrum, bool align, Tensor[] state, Tensor? grad_alignment, Tensor? grad_sigma, "
+      "Tensor? grad_u, Tensor? grad_v, Tensor?[] grad_z, bool[] needed) -> (Tensor[], Tensor)");
+  // What was built, one "name: value" a line, and which instruction set runs (or why none does).
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CPU, m) {
+  m.impl("spectral_forward", TORCH_BOX(&pmrl::spectral_forward));
+  m.impl("spectral_backward", TORCH_BOX(&pmrl::spectral_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&pmrl::build_info));
+}

@@ -1,0 +1,123 @@
+"""The native backend: compiled kernels for the CPU, on PyTorch's stable ABI.
+
+The library registers its operators itself (csrc/library.cpp); here they get the shape functions that
+``torch.compile`` and fake tensors need. Contrasts are the reference's, which are matrix products.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import types
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+NAME = "native"
+
+_PACKAGE = Path(__file__).parent.parent
+_LIBRARY = _PACKAGE / "libpmrl_kernels.so"
+_RECORD = _PACKAGE / "native_build.txt"
+_LANES = 8  # instances solved together: the state comes in blocks of them
+
+
+def _load() -> tuple[dict[str, str], str | None]:
+    """What the library says of itself, and why it cannot be used (or None)."""
+    if not _LIBRARY.exists():
+        why = _RECORD.read_text().strip() if _RECORD.exists() else "it was not built"
+        return {}, f"this installation has no compiled library: {why}"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return {}, f"{_LIBRARY.name} cannot be loaded: {error}"
+    facts = dict(line.split(": ", 1) for line in torch.ops.pmrl_kernels.build_info().splitlines())
+    return facts, facts["unusable"] or None
+
+
+def source_hash(root: Path) -> str:
+    """What CMakeLists.txt computes of the sources below ``root`` and builds into the library."""
+    files = sorted(
+        str(path.relative_to(root))
+        for path in (root / "CMakeLists.txt", *root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cpp"))
+    )
+    digests = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in files)
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
+build_info, _unavailable = _load()
+"""Facts of the build by name (sources, compiler, torch, compiled, isa); empty where there is no library."""
+
+if build_info and (_PACKAGE.parent / "csrc").is_dir() and build_info["sources"] != source_hash(_PACKAGE.parent):
+    warnings.warn(
+        "pmrl_kernels: the native library was not built from the sources beside it; run `make build`", stacklevel=2
+    )
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run in this installation, or None."""
+    return _unavailable
+
+
+def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
+    """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
+    if device.type != "cpu":
+        return f"this version has kernels for the CPU only, not for {device.type}"
+    return None
+
+
+def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, wide: bool) -> tuple[int, int]:
+    """As csrc/cpu says: room for whole blocks of state_size numbers an instance."""
+    pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
+    return B + _LANES - 1, pairs + k + k * normalize + k * wide
+
+
+def _spectral_forward_shapes(
+    embeddings: Sequence[Tensor],
+    mask: Any,
+    temperature: Any,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    align: bool,
+    want_u: bool,
+    want_z: bool,
+) -> Any:
+    first = embeddings[0]
+    (B, k, d) = first.shape if first.dim() == 3 else (first.shape[0], len(embeddings), first.shape[1])
+    wide = any(x.dtype == torch.float64 for x in embeddings)
+    out = torch.float64 if wide else torch.float32
+    return (
+        first.new_empty((B if align else 0,), dtype=out),
+        first.new_empty((B, min(d, k) if spectrum else 1), dtype=out),
+        first.new_empty((B if want_u else 0, d), dtype=out),
+        first.new_empty((B, k), dtype=out),
+        [first.new_empty((B, d), dtype=out) for _ in range(k)] if want_z else [],
+        [first.new_empty(_state_shape(B, k, normalize, spectrum, wide), dtype=torch.float64)],
+    )
+
+
+def _spectral_backward_shapes(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
+    needed = arguments[-1]
+    grads = [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(embeddings, needed, strict=True)]
+    return grads, embeddings[0].new_empty((), dtype=torch.float64)
+
+
+operators: Any = None
+"""What ``autograd.py`` calls."""
+
+if _unavailable is None:
+    torch.library.register_fake("pmrl_kernels::spectral_forward", _spectral_forward_shapes)
+    torch.library.register_fake("pmrl_kernels::spectral_backward", _spectral_backward_shapes)
+    operators = types.SimpleNamespace(
+        spectral_forward=torch.ops.pmrl_kernels.spectral_forward.default,
+        spectral_backward=torch.ops.pmrl_kernels.spectral_backward.default,
+        instance_forward=reference.operators.instance_forward,
+        instance_backward=reference.operators.instance_backward,
+        modality_forward=reference.operators.modality_forward,
+        modality_backward=reference.operators.modality_backward,
+    )
