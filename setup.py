@@ -63,9 +63,7 @@ def obstacle(facts: dict[str, str | None]) -> str | None:
     if not sys.platform.startswith("linux"):
         return f"it is built on Linux only, not on {sys.platform}"
     if facts["torch"] is None:
-        return (
-            f"torch was not found by {sys.executable} at installation; install torch first, then this package again"
-        )
+        return f"torch was not found by {sys.executable} at installation; install torch first, then this package again"
     version = str(facts["version"])
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         return f"it needs torch >= 2.10 at installation, which had {version}"

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends
+from .backends import native
 
 
 def _version(package: str) -> str:
@@ -45,6 +46,7 @@ def report() -> str:
     for name in (*backends.available, *backends.unavailable_reasons):
         reason = backends.unavailable_reasons.get(name)
         lines.append((f"backend {name}", "works" if reason is None else f"not available: {reason}"))
+    lines.append(("native library", native.describe()))
     default = backends.default_name
     lines.append(("default", f"{default} (PMRL_KERNELS_BACKEND)" if default else "the fastest that works"))
     width = max(len(label) for label, _ in lines) + 2

@@ -26,11 +26,15 @@ _RECORD = _PACKAGE / "native_build.txt"
 _LANES = 8  # instances solved together: the state comes in blocks of them
 
 
+def _record() -> str:
+    """What setup.py wrote about its outcome."""
+    return _RECORD.read_text().strip() if _RECORD.exists() else "it was not built"
+
+
 def _load() -> tuple[dict[str, str], str | None]:
     """What the library says of itself, and why it cannot be used (or None)."""
     if not _LIBRARY.exists():
-        why = _RECORD.read_text().strip() if _RECORD.exists() else "it was not built"
-        return {}, f"this installation has no compiled library: {why}"
+        return {}, f"this installation has no compiled library: {_record()}"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
@@ -56,6 +60,14 @@ if build_info and (_PACKAGE.parent / "csrc").is_dir() and build_info["sources"] 
     warnings.warn(
         "pmrl_kernels: the native library was not built from the sources beside it; run `make build`", stacklevel=2
     )
+
+
+def describe() -> str:
+    """What was built at installation and which instruction set runs; "(-)" marks one this processor lacks."""
+    if not build_info:
+        return _record()
+    facts = build_info
+    return f"{facts['isa'] or 'none'} of {facts['compiled']}, by {facts['compiler']} with torch {facts['torch']}"
 
 
 def unavailable() -> str | None:
