@@ -7,12 +7,10 @@ STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
   // Signatures and meanings are those of pmrl_kernels/backends/reference.py; the state is this library's own.
   m.def(
       "spectral_forward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
-      "bool normalize, bool spectrum, bool align, bool want_u, bool want_z) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+      "bool normalize, bool spectrum, int wanted) -> (Tensor[], Tensor[])");
   m.def(
       "spectral_backward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
-      "bool normalize, bool spectrum, bool align, Tensor[] state, Tensor? grad_alignment, Tensor? grad_sigma, "
-      "Tensor? grad_u, Tensor? grad_v, Tensor?[] grad_z, bool[] needed) -> (Tensor[], Tensor)");
+      "bool normalize, bool spectrum, int wanted, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]");
   // What was built, one "name: value" a line, and which instruction set runs (or why none does).
   m.def("build_info() -> str");
 }

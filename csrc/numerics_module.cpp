@@ -124,6 +124,7 @@ PYBIND11_MODULE(_numerics, m) {
   m.attr("MAX_MODALITIES") = kMaxModalities;
   m.attr("PEAK_TIE") = kPeakTie;
   m.attr("RANK_ONE") = kRankOne;
+  m.attr("WANTED") = std::vector<int>{kAlignment, kAlignmentSum, kAlignmentMean, kSigma, kU, kV, kZ};
   m.def("singular_value_floor_squared", [](int k, bool wide) { return eigenvalue_floor(k, wide); });
   m.def("eigenvalue_gap", [](int k, bool wide) { return eigenvalue_gap(k, wide); });
   m.def("zero_sum", [](int k) { return zero_sum(k); });

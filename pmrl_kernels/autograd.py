@@ -7,13 +7,14 @@ form with ``ctx`` in ``forward`` is tens of microseconds a call faster, the form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends import available
+from .backends import available, constants
 
 _NO_JVP = (
     "pmrl_kernels: forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented; "
@@ -85,13 +86,11 @@ class SpectralSettings(NamedTuple):
     fixed_temperature: float
     normalize: bool
     spectrum: bool
-    align: bool
-    want_u: bool
-    want_z: bool
+    wanted: int
 
 
 class _Spectral(Function):
-    """(settings, mask, temperature, *embeddings) -> (alignment, sigma, u, v, *z, *state)."""
+    """(settings, mask, temperature, *embeddings) -> the wanted outputs."""
 
     @staticmethod
     def forward(
@@ -101,58 +100,66 @@ class _Spectral(Function):
         temperature: Tensor | None,
         *embeddings: Tensor,
     ) -> tuple[Tensor, ...]:
-        output = _spectral_forward(settings, mask, temperature, *embeddings)
-        _spectral_context(ctx, (settings, mask, temperature, *embeddings), output)
-        return output
+        backend, *options = settings
+        call = available[backend].operators.spectral_forward
+        outputs, state = call(embeddings, mask, temperature, *options)
+        _save_spectral(ctx, settings, mask, temperature, embeddings, len(outputs), state)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        backend, fixed, normalize, spectrum, align, *_ = settings = ctx.settings
+        backend, *options = ctx.settings
         mask, temperature, *rest = ctx.saved_tensors
         embeddings, state = rest[: ctx.inputs], rest[ctx.inputs :]
         needed = ctx.needs_input_grad
-        # Outputs that were not asked for are empty; their gradients say nothing.
-        alignment, sigma, u, v = grads[:4]
-        alignment = alignment if align else None
-        u = u if settings.want_u else None
-        z = grads[4 : len(grads) - len(state)]
         with torch.no_grad():
-            found, slope = available[backend].operators.spectral_backward(
-                embeddings, mask, temperature, fixed, normalize, spectrum, align, state,
-                alignment, sigma, u, v, z, needed[3:],
-            )  # fmt: skip
-            tau = slope.to(temperature.dtype) if needed[2] else None
-        out = [x if want else None for x, want in zip(found, needed[3:], strict=True)]
+            found = available[backend].operators.spectral_backward(
+                embeddings, mask, temperature, *options, state, grads[: ctx.outputs], needed[3:]
+            )
+            tau = found[-1].to(temperature.dtype) if needed[2] else None
+        out = [x if want else None for x, want in zip(found, needed[3:])]  # noqa: B905 (∂τ may follow)
         return (None, None, *_final((tau, *out), temperature, *embeddings, *grads))
 
 
-def _spectral_forward(
-    settings: SpectralSettings, mask: Tensor | None, temperature: Tensor | None, *embeddings: Tensor
-) -> tuple[Tensor, ...]:
-    backend, *options = settings
-    call = available[backend].operators.spectral_forward
-    alignment, sigma, u, v, z, state = call(embeddings, mask, temperature, *options)
-    return (alignment, sigma, u, v, *z, *state)
-
-
-def _spectral_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    settings, mask, temperature, *embeddings = inputs
-    k = embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings)
-    state = output[4 + k * settings.want_z :]
-    ctx.settings, ctx.inputs = settings, len(embeddings)
+def _save_spectral(
+    ctx: Any,
+    settings: SpectralSettings,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    embeddings: Sequence[Tensor],
+    outputs: int,
+    state: Sequence[Tensor],
+) -> None:
+    ctx.settings, ctx.inputs, ctx.outputs = settings, len(embeddings), outputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*state)
     ctx.save_for_backward(mask, temperature, *embeddings, *state)
 
 
 class _SpectralTransformed(_ReverseOnly, _Spectral):
+    """The same with the state as further outputs: ``setup_context`` sees nothing else of the forward pass."""
+
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _spectral_forward(*inputs)
+        (backend, *options), mask, temperature, *embeddings = inputs
+        call = available[backend].operators.spectral_forward
+        outputs, state = call(embeddings, mask, temperature, *options)
+        return (*outputs, *state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _spectral_context(ctx, inputs, output)
+        settings, mask, temperature, *embeddings = inputs
+        outputs = _outputs(settings, embeddings)
+        state = output[outputs:]
+        ctx.mark_non_differentiable(*state)
+        _save_spectral(ctx, settings, mask, temperature, embeddings, outputs, state)
+
+
+def _outputs(settings: SpectralSettings, embeddings: Sequence[Tensor]) -> int:
+    """How many outputs a spectral call has."""
+    k = embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings)
+    wanted = settings.wanted
+    single = (constants.ANY_ALIGNMENT, constants.SIGMA, constants.U, constants.V)
+    return sum(bool(wanted & flag) for flag in single) + (k if wanted & constants.Z else 0)
 
 
 class _Instance(Function):
@@ -268,12 +275,13 @@ def spectral(
     mask: Tensor | None,
     temperature: Tensor | None,
     embeddings: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """alignment (B,), sigma (B, min(d, k)) or (B, 1), u (B, d), v (B, k) and the z, k times (B, d), as asked for."""
-    function = _SpectralTransformed if _transforming() else _Spectral
-    alignment, sigma, u, v, *rest = function.apply(settings, mask, temperature, *embeddings)
-    k = v.shape[1]
-    return alignment, sigma, u, v, tuple(rest[:k]) if settings.want_z else ()
+) -> tuple[Tensor, ...]:
+    """The wanted ones of alignment, sigma (B, min(d, k)) or (B, 1), u (B, d), v (B, k) and the z, k times (B, d)."""
+    if _transforming():
+        outputs = _SpectralTransformed.apply(settings, mask, temperature, *embeddings)
+        return tuple(outputs[: _outputs(settings, embeddings)])
+    result: tuple[Tensor, ...] = _Spectral.apply(settings, mask, temperature, *embeddings)
+    return result
 
 
 def instance(

@@ -67,9 +67,42 @@ def _check_sizes(k: int, d: int, hint: str = "") -> None:
         raise ValueError("embeddings: got d = 0, wanted embeddings of at least one dimension")
 
 
+def _uniform(tensors: tuple[Any, ...]) -> bool:
+    """Whether these are what users nearly always pass; ``_check_modalities``, which takes longer, decides otherwise."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.dim() != 2:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for x in tensors:
+        if not isinstance(x, Tensor) or x.dtype != dtype or x.is_nested or x.layout != torch.strided:
+            return False
+        if x.shape != shape or x.device != device:
+            return False
+    return dtype in _DTYPES
+
+
+def _check_modalities(tensors: tuple[Any, ...], names: list[str]) -> None:
+    """k tensors (B, d) of one shape and device, and of one dtype except under autocast."""
+    first, k = tensors[0], len(tensors)
+    for x, name in zip(tensors, names, strict=True):
+        _check_tensor(x, name)
+    for x, name in zip(tensors, names, strict=True):
+        if x.dim() != 2:
+            wanted = "(B, d), or one (B, k, d) tensor alone" if k == 1 else f"(B, d) as all {k} modalities have it"
+            raise ValueError(f"{name}: got shape {_shape(x)}, wanted {wanted}")
+        if x.shape != first.shape:
+            raise ValueError(f"{name}: got shape {_shape(x)}, wanted {_shape(first)} as {names[0]} has it")
+        if x.device != first.device:
+            raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
+        if x.dtype != first.dtype and not _under_autocast(first.device.type):
+            raise TypeError(
+                f"{name}: got dtype {x.dtype}, wanted {first.dtype} as {names[0]} has it "
+                "(mixed dtypes are accepted under torch.autocast)"
+            )
+
+
 def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
     """Reads ``*embeddings`` and ``mask`` in any accepted form; raises TypeError or ValueError for any other."""
-    names: list[str]
     keys: tuple[Any, ...] | None = None
     tensors: tuple[Any, ...] = embeddings
     if len(embeddings) == 1 and not isinstance(embeddings[0], Tensor):
@@ -98,25 +131,13 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
         dtype = first.dtype
     else:
         k = len(tensors)
-        names = [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)]
-        for x, name in zip(tensors, names, strict=True):
-            _check_tensor(x, name)
-        for x, name in zip(tensors, names, strict=True):
-            if x.dim() != 2:
-                wanted = "(B, d), or one (B, k, d) tensor alone" if k == 1 else f"(B, d) as all {k} modalities have it"
-                raise ValueError(f"{name}: got shape {_shape(x)}, wanted {wanted}")
-            if x.shape != first.shape:
-                raise ValueError(f"{name}: got shape {_shape(x)}, wanted {_shape(first)} as {names[0]} has it")
-            if x.device != first.device:
-                raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
-            if x.dtype != first.dtype and not _under_autocast(first.device.type):
-                raise TypeError(
-                    f"{name}: got dtype {x.dtype}, wanted {first.dtype} as {names[0]} has it "
-                    "(mixed dtypes are accepted under torch.autocast)"
-                )
+        if _uniform(tensors):
+            dtype = first.dtype
+        else:
+            _check_modalities(tensors, [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)])
+            dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
         B, d = first.shape
         _check_sizes(k, d)
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
     return Batch(tensors, _mask(mask, keys, B, k, d, first.device), B, k, d, first.device, dtype)
 
 

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from . import autograd, inputs
-from .backends import resolve
+from .backends import constants, resolve
 from .inputs import Embeddings, Mask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_REDUCTIONS = {"mean": constants.ALIGNMENT_MEAN, "sum": constants.ALIGNMENT_SUM, "none": constants.ALIGNMENT}
 
 
 class PMRLComponents(NamedTuple):
@@ -93,21 +96,11 @@ def dominant_sv_loss(
     batch = inputs.canonical(embeddings, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
     normalize = inputs.flag(normalize, "normalize")
-    inputs.one_of(reduction, "reduction", ("mean", "sum", "none"))
+    reduction = inputs.one_of(reduction, "reduction", tuple(_REDUCTIONS))
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
-    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, align=True, want_u=False, want_z=False)
-    alignment = autograd.spectral(settings, batch.mask, tau, batch.tensors)[0]
-    if reduction == "none":
-        return alignment
-    return alignment.sum() if reduction == "sum" else _mean(alignment, batch)
-
-
-def _mean(alignment: Tensor, batch: inputs.Batch) -> Tensor:
-    """Over the instances that have something to align; counted on the device, so nothing waits for it."""
-    if batch.mask is not None:
-        return alignment.sum() / (batch.mask.sum(1) >= 2).sum().clamp_min(1)
-    return alignment.sum() / max(batch.B, 1)
+    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, _REDUCTIONS[reduction])
+    return autograd.spectral(settings, batch.mask, tau, batch.tensors)[0]
 
 
 def instance_contrastive_loss(
@@ -263,11 +256,11 @@ def pmrl_loss(
     inputs.process_group(group)
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
 
-    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, align=True, want_u=True, want_z=by_modality)
-    per_instance, _, u, _, z = autograd.spectral(settings, batch.mask, tau, batch.tensors)
-    alignment = _mean(per_instance, batch)
+    wanted = constants.ALIGNMENT_MEAN | constants.U | (constants.Z if by_modality else 0)
+    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)
+    alignment, u, *z = autograd.spectral(settings, batch.mask, tau, batch.tensors)
     if by_modality:
-        instance = autograd.modality(name, fixed2, batch.mask, tau2, u, z)
+        instance = autograd.modality(name, fixed2, batch.mask, tau2, u, tuple(z))
     else:
         instance = autograd.instance(name, fixed2, "unit", None, tau2, u)
     total = torch.add(alignment, instance, alpha=weight)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import autograd, inputs
-from .backends import resolve
+from .backends import constants, resolve
 from .inputs import Embeddings, Mask
 
 
@@ -66,7 +66,7 @@ def singular_values(
         >>> singular_values(x, y, normalize=False)
         tensor([[5., 3.]])
     """
-    return _spectral(embeddings, mask, normalize, backend, spectrum=True, want_u=False)[0]
+    return _spectral(embeddings, mask, normalize, backend, spectrum=True, wanted=constants.SIGMA)[0]
 
 
 def dominant_singular_value(
@@ -99,7 +99,7 @@ def dominant_singular_value(
         >>> dominant_singular_value(x, x, x)
         tensor([1.7321])
     """
-    return _spectral(embeddings, mask, normalize, backend, spectrum=False, want_u=False)[0][:, 0]
+    return _spectral(embeddings, mask, normalize, backend, spectrum=False, wanted=constants.SIGMA)[0][:, 0]
 
 
 def dominant_singular_triplet(
@@ -138,7 +138,8 @@ def dominant_singular_triplet(
         >>> torch.allclose(u, x), torch.allclose(v, torch.tensor([[0.5, 0.5, 0.0]]).sqrt())
         (True, True)
     """
-    sigma, u, v = _spectral(embeddings, mask, normalize, backend, spectrum=False, want_u=True)
+    wanted = constants.SIGMA | constants.U | constants.V
+    sigma, u, v = _spectral(embeddings, mask, normalize, backend, spectrum=False, wanted=wanted)
     return DominantTriplet(sigma[:, 0], u, v)
 
 
@@ -149,11 +150,10 @@ def _spectral(
     backend: str | None,
     *,
     spectrum: bool,
-    want_u: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wanted: int,
+) -> tuple[Tensor, ...]:
     batch = inputs.canonical(embeddings, mask)
     normalize = inputs.flag(normalize, "normalize")
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
-    settings = autograd.SpectralSettings(name, 1.0, normalize, spectrum, align=False, want_u=want_u, want_z=False)
-    _, sigma, u, v, _ = autograd.spectral(settings, batch.mask, None, batch.tensors)
-    return sigma, u, v
+    settings = autograd.SpectralSettings(name, 1.0, normalize, spectrum, wanted)
+    return autograd.spectral(settings, batch.mask, None, batch.tensors)

@@ -30,6 +30,7 @@ from pmrl_kernels import (
     pmrl_loss,
     singular_values,
 )
+from pmrl_kernels.backends import constants
 
 BACKENDS = tuple(pmrl_kernels.backends.available)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -780,37 +781,36 @@ def data(k: int, B: int, d: int, dtype: torch.dtype = torch.float64) -> list[Ten
     return [x.detach() for x in modalities(k, B, d, dtype)]
 
 
+ALL = constants.ALIGNMENT | constants.SIGMA | constants.U | constants.V | constants.Z
+
+
 def spectral_samples() -> Iterator[tuple[Any, ...]]:
     """Arguments of spectral_forward: forms, dtypes, masks and what is asked for."""
     tau = torch.tensor(0.5)
     for dtype in DTYPES:
-        yield data(3, 4, 6, dtype), None, None, 0.5, True, True, True, False, False
-    yield data(3, 4, 6), some_mask(4, 3), tau, 1.0, True, True, True, True, True
-    yield data(3, 4, 6), None, tau, 1.0, False, True, True, True, True
-    yield data(5, 4, 3, torch.float32), some_mask(4, 5), None, 0.5, False, False, True, True, False
-    yield data(2, 1, 1, torch.float32), None, None, 0.5, True, False, False, True, False
-    yield [torch.stack(data(3, 4, 6, torch.float32), 1)], some_mask(4, 3), tau, 1.0, True, True, True, True, True
-    yield [torch.stack(data(3, 4, 6), 2).transpose(1, 2)], None, None, 0.5, True, False, True, True, False
-    yield data(3, 0, 6, torch.float32), None, None, 0.5, True, True, True, True, True
-    yield data(1, 4, 6, torch.float32), None, None, 0.5, True, True, True, False, False
+        yield data(3, 4, 6, dtype), None, None, 0.5, True, True, constants.ALIGNMENT_MEAN
+    yield data(3, 4, 6), some_mask(4, 3), tau, 1.0, True, True, ALL
+    yield data(3, 4, 6), None, tau, 1.0, False, True, ALL - constants.V
+    yield data(5, 4, 3, torch.float32), some_mask(4, 5), None, 0.5, False, False, constants.ALIGNMENT | constants.U
+    yield data(5, 4, 3, torch.float32), some_mask(4, 5), tau, 0.5, True, True, constants.ALIGNMENT_MEAN | constants.U
+    yield data(2, 1, 1, torch.float32), None, None, 0.5, True, False, constants.SIGMA | constants.U | constants.V
+    yield [torch.stack(data(3, 4, 6, torch.float32), 1)], some_mask(4, 3), tau, 1.0, True, True, ALL
+    yield [torch.stack(data(3, 4, 6), 2).transpose(1, 2)], None, None, 0.5, True, False, constants.ALIGNMENT_SUM
+    yield data(3, 0, 6, torch.float32), None, None, 0.5, True, True, ALL
+    yield data(3, 0, 6, torch.float32), None, None, 0.5, True, True, constants.ALIGNMENT_MEAN
+    yield data(1, 4, 6, torch.float32), None, None, 0.5, True, True, constants.ALIGNMENT
 
 
 def spectral_backward_samples() -> Iterator[tuple[Any, ...]]:
     for sample in spectral_samples():
-        embeddings, _, _, _, _, _, align, want_u, _ = sample
-        alignment, sigma, u, v, z, state = OPS.spectral_forward(*sample)
-        grads = (
-            torch.ones_like(alignment) if align else None,
-            torch.ones_like(sigma),
-            torch.ones_like(u) if want_u else None,
-            torch.ones_like(v) if want_u else None,
-            [torch.ones_like(x) for x in z],
-        )
-        yield *sample[:7], state, *grads, [True] * len(embeddings)
+        embeddings = sample[0]
+        outputs, state = OPS.spectral_forward(*sample)
+        grads = [torch.ones_like(x) for x in outputs]
+        yield *sample, state, grads, [True] * len(embeddings)
         if len(embeddings) > 1:
             needed = [m == 1 for m in range(len(embeddings))]
-            yield *sample[:7], state, grads[0], None, None, None, [None for _ in z], needed
-            yield *sample[:7], state, *grads[:4], [x if m else None for m, x in enumerate(grads[4])], needed
+            yield *sample, state, [grads[0], *(None for _ in grads[1:])], needed
+            yield *sample, state, [*(None for _ in grads[1:]), grads[-1]], needed
 
 
 def instance_samples() -> Iterator[tuple[Any, ...]]:

@@ -42,4 +42,16 @@ PMRL_INLINE constexpr int squarings(int k, bool wide) {
   return steps;
 }
 
+// What a spectral operator is asked for, added up; outputs come in this order.
+enum Wanted {
+  kAlignment = 1,
+  kAlignmentSum = 2,
+  kAlignmentMean = 4,
+  kAnyAlignment = 7,
+  kSigma = 8,
+  kU = 16,
+  kV = 32,
+  kZ = 64,
+};
+
 }  // namespace pmrl

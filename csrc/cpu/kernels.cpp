@@ -430,7 +430,7 @@ PMRL_INLINE bool is_scaled(const Batch& b, const Block<K>& block, int lane) {
 
 // From the block's Gram matrices to its state and outputs.
 template <int K>
-PMRL_NOINLINE void solve(const Batch& b, int64_t index, Block<K>& block) {
+PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block<K>& block) {
   Settings s = b.settings;
   if (K) s.k = K;
   const int k = s.k;
@@ -469,7 +469,7 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, Block<K>& block) {
     for (int j = 0; j < k; ++j)
       for (int i = 0; i <= j; ++i) G.at[i][j].store(state.matrix + triangle(i, j) * kLanes);
   }
-  alignment(E.values, trace, columns, s).store(block.alignment);
+  if (aligned) alignment(E.values, trace, columns, s).store(block.alignment);
   for (int m = 0; m < k; ++m) {
     v.at[m].store(state.v + m * kLanes);
     v.at[m].store(block.v[m]);
@@ -540,13 +540,15 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
         for (int m = 0; m <= j; ++m)
           if (block.present[m][lane] * block.present[j][lane] == 0.0) block.gram[triangle(m, j)][lane] = 0.0;
     }
-    solve<K>(b, index, block);
+    solve<K>(b, index, f.alignment || f.totals, block);
+    double total = 0.0;
     const State state(b, index);
     for (int lane = 0; lane < kLanes && start + lane < b.B; ++lane) {
       const int64_t i = start + lane;
       if (f.alignment) put(f.alignment, i, block.alignment[lane], s.wide);
-      for (int j = 0; j < f.values; ++j) put(f.sigma, i * f.values + j, block.sigma[j][lane], s.wide);
-      for (int m = 0; m < k; ++m) put(f.v, i * k + m, block.v[m][lane], s.wide);
+      if (f.totals) total += block.alignment[lane];
+      for (int j = 0; j < f.values && f.sigma; ++j) put(f.sigma, i * f.values + j, block.sigma[j][lane], s.wide);
+      for (int m = 0; m < k && f.v; ++m) put(f.v, i * k + m, block.v[m][lane], s.wide);
       if (!f.u && !f.z[0]) continue;
       RowType rows[kSize<K>];
       if (!make_rows<K>(b, i, nullptr, rows)) {
@@ -567,6 +569,7 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
         write_vectors(f, rows, i, lane, block, state);
       }
     }
+    if (f.totals) f.totals[index] = total;
   }
 }
 
@@ -679,7 +682,7 @@ void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = start + lane;
       const bool exists = i < b.B;
-      block.alignment[lane] = exists && g.alignment.data ? get(g.alignment, i, 0, s.wide) : 0.0;
+      block.alignment[lane] = exists && g.alignment.data ? get(g.alignment, i, 0, s.wide) * g.alignment_factor : 0.0;
       for (int m = 0; m < k; ++m) {
         block.sigma[m][lane] = exists && g.sigma.data && m < g.values ? get(g.sigma, i, m, s.wide) : 0.0;
         block.v[m][lane] =
@@ -714,7 +717,7 @@ void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
         write_gradients(g, rows, i, lane, block, state, !g.u.data && !direct);
       }
     }
-    g.slopes[index] = slope;
+    if (g.slopes) g.slopes[index] = slope;
   }
 }
 

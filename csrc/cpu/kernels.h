@@ -23,7 +23,7 @@ struct Rows {
   Dtype dtype;     // never kMixed
 };
 
-// (B,) or (B, n) of float32, or of float64 if wide, with any strides (in elements).
+// 0-d, (B,) or (B, n) of float32, or of float64 if wide, with any strides (in elements).
 struct Values {
   const void* data;  // null: none
   int64_t stride0, stride1;
@@ -48,6 +48,7 @@ PMRL_INLINE constexpr int state_size(const Settings& s) {
 struct Forward {
   Batch batch;
   void* alignment;          // (B,)
+  double* totals;           // (ceil(B / kLanes),): sum of the alignment terms of each block
   void* sigma;              // (B, values)
   int values;
   void* v;                  // (B, k)
@@ -58,11 +59,12 @@ struct Forward {
 struct Backward {
   Batch batch;
   Values alignment, sigma, v;  // incoming gradients
+  double alignment_factor;     // of the first
   int values;
   Rows u;                      // data null: none
   Rows z[kMaxModalities];
   Rows out[kMaxModalities];    // gradients of the embeddings; data null: not asked for
-  double* slopes;              // (ceil(B / kLanes),): dL/d tau of each block
+  double* slopes;              // (ceil(B / kLanes),): dL/d tau of each block; null: not asked for
 };
 
 struct Kernels {

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -24,9 +25,20 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// Through the dispatcher, so that torch.use_deterministic_algorithms can fill what is not yet written.
+// A contiguous tensor, not yet written. (torch::stable::empty boxes its sizes, which takes four times as long.)
 Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  int64_t strides[3] = {1, 1, 1};
+  const int dim = static_cast<int>(sizes.size());
+  for (int i = dim - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes.begin()[i + 1]);
+  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                       : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0,
+                                           &handle) == AOTI_TORCH_SUCCESS,
+                  "pmrl_kernels: out of memory");
+  return Tensor(handle);
 }
 
 // A number in a 0-d tensor, NaN if it is not finite and positive. Nothing waits for it: this is a CPU.
@@ -113,111 +125,150 @@ const Kernels& kernels() {
   return *found;
 }
 
-// An incoming gradient (B,), (B, n): any strides, the outputs' dtype.
-Values values_of(const std::optional<Tensor>& grad, bool wide) {
+// An incoming gradient 0-d (B = 0), (B,) (n = 0) or (B, n): any strides, the outputs' dtype.
+Values values_of(const std::optional<Tensor>& grad, int64_t B, int64_t n, bool wide) {
   if (!grad) return {nullptr, 0, 0};
-  STD_TORCH_CHECK(grad->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                  "pmrl_kernels: an incoming gradient must have its output's dtype");
-  return {grad->const_data_ptr(), grad->stride(0), grad->dim() > 1 ? grad->stride(1) : 0};
+  const int64_t dim = grad->dim();
+  STD_TORCH_CHECK(grad->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
+                      (dim < 1 || grad->size(0) == B) && (dim < 2 || grad->size(1) == n),
+                  "pmrl_kernels: an incoming gradient must have its output's shape and dtype");
+  return {grad->const_data_ptr(), dim > 0 ? grad->stride(0) : 0, dim > 1 ? grad->stride(1) : 0};
 }
 
 // An incoming gradient (B, d).
-Rows rows_of(const std::optional<Tensor>& grad, bool wide, std::vector<Tensor>& held) {
+Rows rows_of(const std::optional<Tensor>& grad, int64_t B, int64_t d, bool wide, std::vector<Tensor>& held) {
   if (!grad) return {nullptr, 0, Dtype::kFloat32};
   held.push_back(with_rows(*grad));
-  const Values values = values_of(held.back(), wide);
+  const Values values = values_of(held.back(), B, d, wide);
   return {static_cast<char*>(const_cast<void*>(values.data)), values.stride0 * (wide ? 8 : 4),
           wide ? Dtype::kFloat64 : Dtype::kFloat32};
 }
 
+// How many instances a mean over the alignment terms counts; at least 1, so that nothing gives 0.
+double number_alignable(const Batch& batch) {
+  const int k = batch.settings.k;
+  int64_t count = k >= 2 ? batch.B : 0;
+  if (batch.mask) {
+    count = 0;
+    for (int64_t i = 0; i < batch.B; ++i) {
+      int present = 0;
+      for (int m = 0; m < k; ++m) present += batch.mask[i * k + m];
+      count += present >= 2;
+    }
+  }
+  return static_cast<double>(std::max<int64_t>(1, count));
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
     std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
-    double fixed_temperature, bool normalize, bool spectrum, bool align, bool want_u, bool want_z) {
+    double fixed_temperature, bool normalize, bool spectrum, int64_t wanted) {
   Held held;
   Forward f{};
   f.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
   const Settings& s = f.batch.settings;
-  const int64_t B = f.batch.B, d = f.batch.d, k = s.k;
-  const ScalarType out = s.wide ? ScalarType::Double : ScalarType::Float;
-  f.values = spectrum ? s.count : 1;
+  const int64_t B = f.batch.B, d = f.batch.d, k = s.k, count = blocks(f.batch);
+  const ScalarType dtype = s.wide ? ScalarType::Double : ScalarType::Float;
 
-  Tensor alignment = make({align ? B : 0}, out), sigma = make({B, f.values}, out), v = make({B, k}, out);
-  Tensor u = make({want_u ? B : 0, d}, out);
-  // Room for ceil(B / kLanes) whole blocks, in a shape that torch.compile need not specialise on.
-  Tensor state = make({B + kLanes - 1, state_size(s)}, ScalarType::Double);
-  std::vector<Tensor> z;
-  for (int64_t m = 0; m < k && want_z; ++m) {
-    z.push_back(make({B, d}, out));
-    f.z[m] = z.back().mutable_data_ptr();
+  std::vector<Tensor> outputs;
+  const auto add = [&](std::initializer_list<int64_t> sizes) {
+    outputs.push_back(make(sizes, dtype));
+    return outputs.back().mutable_data_ptr();
+  };
+  std::vector<double> totals;
+  void* reduced = nullptr;
+  if (wanted & kAlignment) f.alignment = add({B});
+  if (wanted & (kAlignmentSum | kAlignmentMean)) {
+    reduced = add({});
+    totals.resize(count);
+    f.totals = totals.data();
   }
-  f.alignment = align ? alignment.mutable_data_ptr() : nullptr;
-  f.sigma = sigma.mutable_data_ptr();
-  f.v = v.mutable_data_ptr();
-  f.u = want_u ? u.mutable_data_ptr() : nullptr;
+  f.values = spectrum ? s.count : 1;
+  if (wanted & kSigma) f.sigma = add({B, f.values});
+  if (wanted & kU) f.u = add({B, d});
+  if (wanted & kV) f.v = add({B, k});
+  for (int64_t m = 0; m < k && wanted & kZ; ++m) f.z[m] = add({B, d});
+  // Room for ceil(B / kLanes) whole blocks and a spare row, in a shape that torch.compile need not specialise on.
+  Tensor state = make({B + kLanes, state_size(s)}, ScalarType::Double);
   f.batch.state = static_cast<double*>(state.mutable_data_ptr());
 
   const Kernels& run = kernels();
-  torch::stable::parallel_for(0, blocks(f.batch), grain(f.batch),
+  torch::stable::parallel_for(0, count, grain(f.batch),
                               [&](int64_t begin, int64_t end) { run.forward(f, begin, end); });
-  return {alignment, sigma, u, v, z, {state}};
+  if (reduced) {
+    double total = 0;
+    for (double x : totals) total += x;  // block by block, whatever thread took it
+    if (wanted & kAlignmentMean) total /= number_alignable(f.batch);
+    if (s.wide)
+      *static_cast<double*>(reduced) = total;
+    else
+      *static_cast<float*>(reduced) = static_cast<float>(total);
+  }
+  return {outputs, {state}};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> spectral_backward(
-    std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
-    double fixed_temperature, bool normalize, bool spectrum, bool align, std::vector<Tensor> state,
-    std::optional<Tensor> grad_alignment, std::optional<Tensor> grad_sigma, std::optional<Tensor> grad_u,
-    std::optional<Tensor> grad_v, std::vector<std::optional<Tensor>> grad_z, std::vector<bool> needed) {
+std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optional<Tensor> mask,
+                                      std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
+                                      bool spectrum, int64_t wanted, std::vector<Tensor> state,
+                                      std::vector<std::optional<Tensor>> grads, std::vector<bool> needed) {
   Held held;
   Backward g{};
   g.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
   const Settings& s = g.batch.settings;
   const int64_t B = g.batch.B, d = g.batch.d, k = s.k, count = blocks(g.batch);
-  STD_TORCH_CHECK(state.size() == 1 && state[0].numel() == (B + kLanes - 1) * state_size(s),
+  STD_TORCH_CHECK(state.size() == 1 && state[0].numel() == (B + kLanes) * state_size(s) &&
+                      state[0].scalar_type() == ScalarType::Double && state[0].is_contiguous(),
                   "pmrl_kernels: state is not that of this batch");
   STD_TORCH_CHECK(needed.size() == embeddings.size(), "pmrl_kernels: needed must name each embedding");
   g.batch.state = static_cast<double*>(const_cast<void*>(state[0].const_data_ptr()));
 
   std::vector<Tensor> rows;
-  if (align) g.alignment = values_of(grad_alignment, s.wide);
-  g.sigma = values_of(grad_sigma, s.wide);
-  g.v = values_of(grad_v, s.wide);
+  size_t next = 0;
+  const auto incoming = [&]() -> const std::optional<Tensor>& {
+    STD_TORCH_CHECK(next < grads.size(), "pmrl_kernels: grads must name each wanted output");
+    return grads[next++];
+  };
+  g.alignment_factor = wanted & kAlignmentMean ? 1 / number_alignable(g.batch) : 1.0;
   g.values = spectrum ? s.count : 1;
-  g.u = rows_of(grad_u, s.wide, rows);
-  for (size_t m = 0; m < grad_z.size() && m < static_cast<size_t>(k); ++m) g.z[m] = rows_of(grad_z[m], s.wide, rows);
+  if (wanted & kAnyAlignment) g.alignment = values_of(incoming(), wanted & kAlignment ? B : 0, 0, s.wide);
+  if (wanted & kSigma) g.sigma = values_of(incoming(), B, g.values, s.wide);
+  if (wanted & kU) g.u = rows_of(incoming(), B, d, s.wide, rows);
+  if (wanted & kV) g.v = values_of(incoming(), B, k, s.wide);
+  for (int64_t m = 0; m < k && wanted & kZ; ++m) g.z[m] = rows_of(incoming(), B, d, s.wide, rows);
 
-  std::vector<Tensor> grads;
-  bool wanted = false;
+  std::vector<Tensor> found;
+  bool any_needed = false;
   for (size_t j = 0; j < embeddings.size(); ++j) {
     const Tensor& x = held.embeddings[j];
     const ScalarType dtype = x.scalar_type();
     const int64_t element = x.element_size();
+    const bool stacked = x.dim() == 3;
     if (!needed[j]) {
-      grads.push_back(make({0}, dtype));
+      found.push_back(make({0}, dtype));
       continue;
     }
-    wanted = true;
-    grads.push_back(x.dim() == 3 ? make({B, k, d}, dtype) : make({B, d}, dtype));
-    char* data = static_cast<char*>(grads.back().mutable_data_ptr());
-    if (x.dim() == 3)
-      for (int64_t m = 0; m < k; ++m) g.out[m] = {data + m * d * element, k * d * element, dtype_of(x)};
-    else
-      g.out[j] = {data, d * element, dtype_of(x)};
+    any_needed = true;
+    found.push_back(stacked ? make({B, k, d}, dtype) : make({B, d}, dtype));
+    char* data = static_cast<char*>(found.back().mutable_data_ptr());
+    for (int64_t m = 0; m < (stacked ? k : 1); ++m)
+      g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
   }
 
-  Tensor slope = make({}, ScalarType::Double);
-  double total = 0;
-  if (wanted || temperature) {
-    std::vector<double> slopes(count);
-    g.slopes = slopes.data();
+  if (any_needed || temperature) {
+    std::vector<double> slopes(temperature ? count : 0);
+    g.slopes = temperature ? slopes.data() : nullptr;
     const Kernels& run = kernels();
     torch::stable::parallel_for(0, count, grain(g.batch),
                                 [&](int64_t begin, int64_t end) { run.backward(g, begin, end); });
-    for (double x : slopes) total += x;  // block by block, whatever thread took it
+    if (temperature) {
+      double total = 0;
+      for (double x : slopes) total += x;
+      found.push_back(make({}, ScalarType::Double));
+      *static_cast<double*>(found.back().mutable_data_ptr()) = total;
+    }
   }
-  *static_cast<double*>(slope.mutable_data_ptr()) = total;
-  return {grads, slope};
+  return found;
 }
 
 std::string build_info() {

@@ -12,15 +12,15 @@ namespace pmrl {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
+// (outputs, state)
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
     std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
-    double fixed_temperature, bool normalize, bool spectrum, bool align, bool want_u, bool want_z);
+    double fixed_temperature, bool normalize, bool spectrum, int64_t wanted);
 
-std::tuple<std::vector<Tensor>, Tensor> spectral_backward(
-    std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
-    double fixed_temperature, bool normalize, bool spectrum, bool align, std::vector<Tensor> state,
-    std::optional<Tensor> grad_alignment, std::optional<Tensor> grad_sigma, std::optional<Tensor> grad_u,
-    std::optional<Tensor> grad_v, std::vector<std::optional<Tensor>> grad_z, std::vector<bool> needed);
+std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optional<Tensor> mask,
+                                      std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
+                                      bool spectrum, int64_t wanted, std::vector<Tensor> state,
+                                      std::vector<std::optional<Tensor>> grads, std::vector<bool> needed);
 
 std::string build_info();
 

@@ -83,9 +83,9 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
 
 
 def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, wide: bool) -> tuple[int, int]:
-    """As csrc/cpu says: room for whole blocks of state_size numbers an instance."""
+    """As csrc/cpu says: state_size numbers an instance, with room for whole blocks."""
     pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
-    return B + _LANES - 1, pairs + k + k * normalize + k * wide
+    return B + _LANES, pairs + k + k * normalize + k * wide
 
 
 def _spectral_forward_shapes(
@@ -95,28 +95,13 @@ def _spectral_forward_shapes(
     fixed_temperature: float,
     normalize: bool,
     spectrum: bool,
-    align: bool,
-    want_u: bool,
-    want_z: bool,
+    wanted: int,
 ) -> Any:
     first = embeddings[0]
-    (B, k, d) = first.shape if first.dim() == 3 else (first.shape[0], len(embeddings), first.shape[1])
+    B, k = first.shape[0], first.shape[1] if first.dim() == 3 else len(embeddings)
     wide = any(x.dtype == torch.float64 for x in embeddings)
-    out = torch.float64 if wide else torch.float32
-    return (
-        first.new_empty((B if align else 0,), dtype=out),
-        first.new_empty((B, min(d, k) if spectrum else 1), dtype=out),
-        first.new_empty((B if want_u else 0, d), dtype=out),
-        first.new_empty((B, k), dtype=out),
-        [first.new_empty((B, d), dtype=out) for _ in range(k)] if want_z else [],
-        [first.new_empty(_state_shape(B, k, normalize, spectrum, wide), dtype=torch.float64)],
-    )
-
-
-def _spectral_backward_shapes(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
-    needed = arguments[-1]
-    grads = [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(embeddings, needed, strict=True)]
-    return grads, embeddings[0].new_empty((), dtype=torch.float64)
+    state = first.new_empty(_state_shape(B, k, normalize, spectrum, wide), dtype=torch.float64)
+    return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
 
 
 operators: Any = None
@@ -124,7 +109,7 @@ operators: Any = None
 
 if _unavailable is None:
     torch.library.register_fake("pmrl_kernels::spectral_forward", _spectral_forward_shapes)
-    torch.library.register_fake("pmrl_kernels::spectral_backward", _spectral_backward_shapes)
+    torch.library.register_fake("pmrl_kernels::spectral_backward", reference.spectral_backward_shapes)
     operators = types.SimpleNamespace(
         spectral_forward=torch.ops.pmrl_kernels.spectral_forward.default,
         spectral_backward=torch.ops.pmrl_kernels.spectral_backward.default,

@@ -232,6 +232,11 @@ def _counts(mask: Tensor | None, k: int, d: int, device: torch.device) -> tuple[
     return torch.arange(k, device=device) < present.clamp_max(d), present >= 2
 
 
+def _number_alignable(alignable: Tensor, B: int) -> Tensor:
+    """How many instances a mean over the alignment terms counts; at least 1, so that nothing gives 0."""
+    return alignable.expand(B, 1).sum().clamp_min(1)
+
+
 def _through_spectrum(g: Tensor, eigenvalues: Tensor, V: Tensor, v: Tensor, double_input: bool) -> Tensor:
     """M (B, k, k) = V diag(g_j/σ_j) Vᵀ from the gradients g (B, k) of the singular values.
 
@@ -272,10 +277,8 @@ def spectral_forward(
     fixed_temperature: float,
     normalize: bool,
     spectrum: bool,
-    align: bool,
-    want_u: bool,
-    want_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    wanted: int,
+) -> tuple[list[Tensor], list[Tensor]]:
     """Singular values, leading vectors and alignment of every instance.
 
     Args:
@@ -284,13 +287,12 @@ def spectral_forward(
         temperature, fixed_temperature: τ as a 0-d tensor, or else as a number.
         spectrum: all singular values and the softmax objective; else σ₁ by power iteration and the
             leading objective ‖Z‖_F − σ₁.
-        align, want_u, want_z: which of the first, third and fifth output are asked for; the others
-            come back empty.
+        wanted: which outputs are asked for, as a sum of ``constants.ALIGNMENT`` and the like.
 
     Returns:
-        alignment (B,), sigma (B, min(d, k)) or (B, 1), u (B, d), v (B, k), the k normalised embeddings
-        (B, d), and what the backward pass needs: eigenvalues (B, k) and eigenvectors (B, k, k), or λ₁
-        (B, 1) and the Gram (B, k, k); v₁ (B, k); 1/norms and exponents, (B, k) or empty.
+        What is wanted of alignment (B,) or its sum or mean, 0-d; sigma (B, min(d, k)) or (B, 1); u (B, d); v (B, k);
+        the k normalised embeddings (B, d). And what the backward pass needs: eigenvalues (B, k) and eigenvectors
+        (B, k, k), or λ₁ (B, 1) and the Gram (B, k, k); v₁ (B, k); 1/norms and exponents, (B, k) or empty.
     """
     xs = _modalities(embeddings)
     (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
@@ -320,8 +322,8 @@ def spectral_forward(
         (eigenvalues, v), matrix = _power_iteration(G, double_input), G
     sigma = eigenvalues.sqrt()
 
-    alignment = G.new_empty((0,))
-    if align:
+    outputs = []
+    if wanted & constants.ANY_ALIGNMENT:
         if spectrum:
             tau = _temperature(temperature, fixed_temperature)
             weights = _softmax_weights(sigma, tau, logits, shared_exponent)[1]
@@ -335,7 +337,13 @@ def spectral_forward(
         # One modality alone has nothing to align with, but a NaN in it must not be swallowed.
         alignment = alignment.where(alignable[:, 0] | alignment.isnan(), 0.0)
         alignment = alignment.masked_fill(sigma[:, 0].isnan(), torch.nan)
+        if not wanted & constants.ALIGNMENT:
+            alignment = alignment.sum()
+        if wanted & constants.ALIGNMENT_MEAN:
+            alignment = alignment / _number_alignable(alignable, B)
+        outputs.append(alignment.to(out))
 
+    want_u, want_z = bool(wanted & constants.U), bool(wanted & constants.Z)
     u = torch.empty((B if want_u else 0, d), dtype=out, device=device)
     z = [torch.empty((B, d), dtype=out, device=device) for _ in xs] if want_z else []
     if want_u or want_z:
@@ -350,12 +358,28 @@ def spectral_forward(
                     z_m = _scale_by_power_of_two(z_m, shared_exponent[rows])
                 z[m][rows] = z_m.to(out)
 
-    shown = sigma[:, : min(d, k)]
-    if shared_exponent is not None:
-        shown = _scale_by_power_of_two(shown, shared_exponent)
+    if wanted & constants.SIGMA:
+        shown = sigma[:, : min(d, k)]
+        if shared_exponent is not None:
+            shown = _scale_by_power_of_two(shown, shared_exponent)
+        outputs.append(shown.to(out, copy=True))
+    if want_u:
+        outputs.append(u)
+    if wanted & constants.V:
+        outputs.append(v.to(out, copy=True))
     state = [eigenvalues, matrix, v, inverse_norms]
     state.append(exponent if exponent is not None else G.new_empty((0, k), dtype=torch.int32))
-    return alignment.to(out), shown.to(out, copy=True), u, v.to(out, copy=True), z, state
+    return outputs + z, state
+
+
+def _split_gradients(
+    grads: Sequence[Tensor | None], wanted: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """The gradients of a spectral function's outputs by name: alignment, sigma, u, v and the k of z."""
+    rest = list(grads)
+    flags = (constants.ANY_ALIGNMENT, constants.SIGMA, constants.U, constants.V)
+    alignment, sigma, u, v = (rest.pop(0) if wanted & flag else None for flag in flags)
+    return alignment, sigma, u, v, rest
 
 
 def spectral_backward(
@@ -365,21 +389,18 @@ def spectral_backward(
     fixed_temperature: float,
     normalize: bool,
     spectrum: bool,
-    align: bool,
+    wanted: int,
     state: Sequence[Tensor],
-    grad_alignment: Tensor | None,
-    grad_sigma: Tensor | None,
-    grad_u: Tensor | None,
-    grad_v: Tensor | None,
-    grad_z: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     needed: Sequence[bool],
-) -> tuple[list[Tensor], Tensor]:
+) -> list[Tensor]:
     """Gradients of all of ``spectral_forward``'s outputs at once: dX = h ⊗ c + X·C (+ H).
 
     c (B, k) and C (B, k, k) are made in k-space from every incoming gradient; one pass over the
     embeddings applies them. Returns the gradients in the layout and dtypes of ``embeddings``, empty
-    where not ``needed``, and ∂/∂τ as a float64 0-d tensor.
+    where not ``needed``; then, if τ is a tensor, ∂/∂τ as a float64 0-d tensor.
     """
+    grad_alignment, grad_sigma, grad_u, grad_v, grad_z = _split_gradients(grads, wanted)
     xs = _modalities(embeddings)
     (B, d), k = xs[0].shape, len(xs)
     double_input = _output_dtype(xs) == torch.float64
@@ -389,17 +410,18 @@ def spectral_backward(
     sigma = eigenvalues.sqrt()
     inverse_sigma1 = _reciprocal(sigma[:, :1])
     stacked = embeddings[0].dim() == 3
-    wanted = [m for m in range(k) if needed[0 if stacked else m]]
+    columns = [m for m in range(k) if needed[0 if stacked else m]]
 
     # A = M + N, with dZ = h v₁ᵀ/σ₁ + Z A; first M, what comes through singular values.
     logits, alignable = _counts(mask, k, d, xs[0].device)
     g = torch.zeros_like(sigma)
     if grad_sigma is not None:
         g = torch.nn.functional.pad(grad_sigma.double(), (0, g.shape[1] - grad_sigma.shape[1]))
-    if align and grad_alignment is not None:
-        grad_alignment = grad_alignment.double()[:, None].where(alignable, 0.0)
-    else:
-        grad_alignment = None
+    if grad_alignment is not None:
+        grad_alignment = grad_alignment.double()
+        if wanted & constants.ALIGNMENT_MEAN:
+            grad_alignment = grad_alignment / _number_alignable(alignable, B)
+        grad_alignment = grad_alignment.expand(B)[:, None].where(alignable, 0.0)
     grad_temperature = torch.zeros((), dtype=torch.float64, device=xs[0].device)
     if spectrum:
         if grad_alignment is not None:
@@ -459,21 +481,22 @@ def spectral_backward(
         C = (A - torch.diag_embed(radial)) * inverse_norms[:, :, None] * inverse_norms[:, None, :]
         c = c * inverse_norms
 
+    slope = [grad_temperature] if temperature is not None else []
     if stacked:
-        grads = [torch.empty_like(embeddings[0], memory_format=torch.contiguous_format)] if wanted else []
-        targets = _modalities(grads) if wanted else []
-        grads = grads or [embeddings[0].new_empty((0,))]
+        found = [torch.empty_like(embeddings[0], memory_format=torch.contiguous_format)] if columns else []
+        targets = _modalities(found) if columns else []
+        found = found or [embeddings[0].new_empty((0,))]
     else:
-        targets = [x.new_empty((B, d) if m in wanted else (0,)) for m, x in enumerate(xs)]
-        grads = targets
-    if not wanted:
-        return grads, grad_temperature
-    C, c = C[:, wanted], c[:, wanted]
+        targets = [x.new_empty((B, d) if m in columns else (0,)) for m, x in enumerate(xs)]
+        found = targets
+    if not columns:
+        return found + slope
+    C, c = C[:, columns], c[:, columns]
     for rows, X in blocks:
         dX = torch.bmm(C[rows], X)
         if grad_u is not None:
             dX.addcmul_(c[rows, :, None], grad_u[rows].double()[:, None, :])
-        for i, m in enumerate(wanted):
+        for i, m in enumerate(columns):
             dx, H = dX[:, i], grad_z[m] if direct else None
             if H is not None and normalize:
                 dx = dx + H[rows].double() * inverse_norms[rows, m, None]
@@ -484,7 +507,7 @@ def spectral_backward(
             if mask is not None:
                 dx = dx.masked_fill(~mask[rows, m, None], 0.0)
             targets[m][rows] = dx.to(targets[m].dtype)
-    return grads, grad_temperature
+    return found + slope
 
 
 # ------------------------------------------------------------------------------------------------
@@ -731,9 +754,7 @@ def _spectral_forward_shapes(
     fixed_temperature: float,
     normalize: bool,
     spectrum: bool,
-    align: bool,
-    want_u: bool,
-    want_z: bool,
+    wanted: int,
 ) -> Any:
     xs = _modalities(embeddings)
     (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
@@ -745,20 +766,32 @@ def _spectral_forward_shapes(
         x((B if normalize else 0, k), dtype=wide),
         x((B if out == wide else 0, k), dtype=torch.int32),
     ]
-    return (
-        x((B if align else 0,), dtype=out),
-        x((B, min(d, k) if spectrum else 1), dtype=out),
-        x((B if want_u else 0, d), dtype=out),
-        x((B, k), dtype=out),
-        [x((B, d), dtype=out) for _ in xs] if want_z else [],
-        state,
-    )
+    return spectral_output_shapes(embeddings, spectrum, wanted), state
 
 
-def _spectral_backward_shapes(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
+def spectral_output_shapes(embeddings: Sequence[Tensor], spectrum: bool, wanted: int) -> list[Tensor]:
+    """Empty tensors like the outputs of any backend's ``spectral_forward``."""
+    xs = _modalities(embeddings)
+    (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
+    shapes: list[tuple[int, ...]] = []
+    if wanted & constants.ANY_ALIGNMENT:
+        shapes.append((B,) if wanted & constants.ALIGNMENT else ())
+    if wanted & constants.SIGMA:
+        shapes.append((B, min(d, k) if spectrum else 1))
+    if wanted & constants.U:
+        shapes.append((B, d))
+    if wanted & constants.V:
+        shapes.append((B, k))
+    if wanted & constants.Z:
+        shapes += [(B, d)] * k
+    return [xs[0].new_empty(shape, dtype=out) for shape in shapes]
+
+
+def spectral_backward_shapes(embeddings: Sequence[Tensor], mask: Any, temperature: Any, *arguments: Any) -> Any:
+    """Empty tensors like the results of any backend's ``spectral_backward``."""
     needed = arguments[-1]
     grads = [x.new_empty(x.shape if wanted else (0,)) for x, wanted in zip(embeddings, needed, strict=True)]
-    return grads, embeddings[0].new_empty((), dtype=torch.float64)
+    return grads if temperature is None else [*grads, embeddings[0].new_empty((), dtype=torch.float64)]
 
 
 def _instance_forward_shapes(u: Tensor, *settings: Any) -> Any:
@@ -783,17 +816,16 @@ def _modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
 _SETTINGS = "Tensor? mask, Tensor? temperature, float fixed_temperature"
 for _signature, _implementation, _shapes in (
     (
-        f"spectral_forward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, bool align, "
-        "bool want_u, bool want_z) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
+        f"spectral_forward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, int wanted) "
+        "-> (Tensor[], Tensor[])",
         spectral_forward,
         _spectral_forward_shapes,
     ),
     (
-        f"spectral_backward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, bool align, "
-        "Tensor[] state, Tensor? grad_alignment, Tensor? grad_sigma, Tensor? grad_u, Tensor? grad_v, "
-        "Tensor?[] grad_z, bool[] needed) -> (Tensor[], Tensor)",
+        f"spectral_backward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, int wanted, "
+        "Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]",
         spectral_backward,
-        _spectral_backward_shapes,
+        spectral_backward_shapes,
     ),
     (
         f"instance_forward(Tensor u, {_SETTINGS}, str rows) -> (Tensor, Tensor)",
