@@ -47,69 +47,141 @@ PMRL_INLINE Real zero_or_nan(const Matrix<K, Real>& A, int k) {
   return sum;
 }
 
-// One rotation in the plane (p, q): t = tan(angle) = 2 a_pq sign(d) / (|d| + sqrt(d^2 + 4 a_pq^2)), d = a_qq - a_pp.
-// Lanes that are not `active` get t = 0, which leaves every bit of theirs alone: an instance's result does
-// not depend on its neighbours in the pack.
-template <int K, class Real, class Mask>
-PMRL_INLINE void rotate(Matrix<K, Real>& A, Matrix<K, Real>& V, Mask active, int p, int q, int k) {
-  const Real apq = A.at[p][q];
-  const Real d = A.at[q][q] - A.at[p][p], e = apq + apq;
-  const Real reach = abs(d) + sqrt(d * d + e * e);
-  const Real t = select(active & (reach > Real(0.0)), select(d < Real(0.0), -e, e) / reach, Real(0.0));
-  const Real c = Real(1.0) / sqrt(Real(1.0) + t * t), s = t * c, tau = s / (Real(1.0) + c);
-  A.at[p][p] = A.at[p][p] - t * apq;
-  A.at[q][q] = A.at[q][q] + t * apq;
-  A.at[p][q] = select(active, Real(0.0), apq);
+// One rotation in the plane (p, q): tan(angle) = 2 a_pq sign(d) / (|d| + sqrt(d^2 + 4 a_pq^2)), d = a_qq - a_pp.
+//
+// The angle is found in single precision, where square roots and divisions cost a quarter, and made a rotation
+// in double precision (c^2 + s^2 = 1 to the last bit). What an angle that is off by 1e-7 leaves of a_pq is kept, and
+// goes with the next sweep; nothing is lost. Lanes that are not `active` turn by 0, which leaves every bit of
+// theirs alone: an instance's result does not depend on its neighbours in the pack.
+template <class Real, class Mask>
+PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Mask active, Real& c, Real& s) {
+  const Real d = aqq - app, e = apq + apq;
+  const auto x = narrow(select(d < Real(0.0), -e, e)), y = narrow(abs(d));
+  using Single = decltype(narrow(d));
+  const Single t = x / (y + sqrt(y * y + x * x) + Single(1e-37f));  // 0 / 0 is to be 0
+  const Single cosine = Single(1.0f) / sqrt(Single(1.0f) + t * t);
+  c = widen(cosine);
+  s = widen(t * cosine);
+  const Real error = Real(1.0) - (c * c + s * s);
+  const Real f = Real(1.0) + error * (Real(0.5) + Real(0.375) * error);
+  c = select(active, c * f, Real(1.0));
+  s = select(active, s * f, Real(0.0));
+}
+
+// A <- R^T A R for the rotation R in the plane (p, q).
+template <int K, class Real>
+PMRL_INLINE void rotate(Matrix<K, Real>& A, Real c, Real s, int p, int q, int k) {
+  const Real app = A.at[p][p], apq = A.at[p][q], aqq = A.at[q][q];
+  const Real pp = c * app - s * apq, pq = c * apq - s * aqq, qp = s * app + c * apq, qq = s * apq + c * aqq;
+  A.at[p][p] = c * pp - s * pq;
+  A.at[p][q] = s * pp + c * pq;
+  A.at[q][q] = s * qp + c * qq;
 #pragma GCC unroll 8
   for (int r = 0; r < k; ++r) {
     if (r == p || r == q) continue;
-    Real &x = upper(A, r, p), &y = upper(A, r, q);
-    const Real a = x, b = y;
-    x = a - s * (b + tau * a);
-    y = b + s * (a - tau * b);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < k; ++r) {
-    const Real a = V.at[r][p], b = V.at[r][q];
-    V.at[r][p] = a - s * (b + tau * a);
-    V.at[r][q] = b + s * (a - tau * b);
+    Real &a = upper(A, r, p), &b = upper(A, r, q);
+    const Real old = a;
+    a = c * old - s * b;
+    b = s * old + c * b;
   }
 }
 
-// The pairs of a sweep in the order of a round-robin tournament: those of one round share no index, so their
-// long chains of division and square root overlap. Player `last` is the one who sits still.
-PMRL_INLINE void tournament_pair(int players, int round, int game, int& p, int& q) {
+// One row of V <- V R.
+template <class Real>
+PMRL_INLINE void rotate_row(Real* row, Real c, Real s, int p, int q) {
+  const Real a = row[p], b = row[q];
+  row[p] = c * a - s * b;
+  row[q] = s * a + c * b;
+}
+
+// The pairs of a sweep in the order of a round-robin tournament. Those of one round share no index, so their angles
+// are found together, and the long chains of square roots and divisions overlap. Game 0 is played by who sits still.
+struct Game {
+  int p, q;
+};
+
+PMRL_INLINE constexpr Game game_of(int players, int round, int game) {
   const int circle = players - 1;
   const int a = game ? (round + game) % circle : circle;
   const int b = game ? (round + circle - game) % circle : round;
-  p = a < b ? a : b;
-  q = a < b ? b : a;
+  return a < b ? Game{a, b} : Game{b, a};
 }
 
-template <int K, int Index, class Real, class Mask>
-PMRL_INLINE void unrolled_sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Mask active) {
-  constexpr int players = K + K % 2, games = players / 2;
-  if constexpr (Index < (players - 1) * games) {
-    constexpr int round = Index / games, game = Index % games, circle = players - 1;
-    constexpr int a = game ? (round + game) % circle : circle;
-    constexpr int b = game ? (round + circle - game) % circle : round;
-    constexpr int p = a < b ? a : b, q = a < b ? b : a;
-    if constexpr (q < K) rotate<K>(A, V, active, p, q, K);
-    unrolled_sweep<K, Index + 1>(A, V, active);
+// The rotations of a sweep: (cosine, sine) of game `index` of round `round` at [round * games + index].
+template <int K, class Real>
+struct Turns {
+  static constexpr int players = kSize<K> + kSize<K> % 2;
+  Real c[(players - 1) * players / 2], s[(players - 1) * players / 2];
+};
+
+template <int K, int Round, int Index, class Real, class Mask>
+PMRL_INLINE void find_angles(const Matrix<K, Real>& A, Mask active, Turns<K, Real>& t) {
+  constexpr int games = (K + 1) / 2;
+  if constexpr (Index < games) {
+    constexpr Game game = game_of(2 * games, Round, Index);
+    constexpr int at = Round * games + Index;
+    if constexpr (game.q < K)
+      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], active, t.c[at], t.s[at]);
+    find_angles<K, Round, Index + 1>(A, active, t);
   }
 }
 
+template <int K, int Round, int Index, class Real>
+PMRL_INLINE void turn(Matrix<K, Real>& A, const Turns<K, Real>& t) {
+  constexpr int games = (K + 1) / 2;
+  if constexpr (Index < games) {
+    constexpr Game game = game_of(2 * games, Round, Index);
+    constexpr int at = Round * games + Index;
+    if constexpr (game.q < K) rotate<K>(A, t.c[at], t.s[at], game.p, game.q, K);
+    turn<K, Round, Index + 1>(A, t);
+  }
+}
+
+template <int K, int Round, class Real, class Mask>
+PMRL_INLINE void play(Matrix<K, Real>& A, Mask active, Turns<K, Real>& t) {
+  if constexpr (Round < K + K % 2 - 1) {
+    find_angles<K, Round, 0>(A, active, t);
+    turn<K, Round, 0>(A, t);
+    play<K, Round + 1>(A, active, t);
+  }
+}
+
+template <int K, int At, class Real>
+PMRL_INLINE void turn_row(Real* row, const Turns<K, Real>& t) {
+  constexpr int games = (K + 1) / 2;
+  if constexpr (At < (2 * games - 1) * games) {
+    constexpr Game game = game_of(2 * games, At / games, At % games);
+    if constexpr (game.q < K) rotate_row(row, t.c[At], t.s[At], game.p, game.q);
+    turn_row<K, At + 1>(row, t);
+  }
+}
+
+// Every pair once. V's rows take all rotations of the sweep one row at a time, which stay in registers meanwhile.
 template <int K, class Real, class Mask>
 PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Mask active, int k) {
+  Turns<K, Real> t;
   if constexpr (K > 0) {
-    unrolled_sweep<K, 0>(A, V, active);
+    play<K, 0>(A, active, t);
+    for (int r = 0; r < K; ++r) {
+      Real row[K];
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j) row[j] = V.at[r][j];
+      turn_row<K, 0>(row, t);
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j) V.at[r][j] = row[j];
+    }
   } else {
-    const int players = k + k % 2;
-    for (int round = 0; round < players - 1; ++round)
-      for (int game = 0; game < players / 2; ++game) {
-        int p, q;
-        tournament_pair(players, round, game, p, q);
-        if (q < k) rotate<K>(A, V, active, p, q, k);
+    const int games = (k + 1) / 2, count = (2 * games - 1) * games;
+    for (int at = 0; at < count; ++at) {
+      const Game game = game_of(2 * games, at / games, at % games);
+      if (game.q >= k) continue;
+      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], active, t.c[at], t.s[at]);
+      rotate<K>(A, t.c[at], t.s[at], game.p, game.q, k);
+    }
+    for (int r = 0; r < k; ++r)
+      for (int at = 0; at < count; ++at) {
+        const Game game = game_of(2 * games, at / games, at % games);
+        if (game.q < k) rotate_row(V.at[r], t.c[at], t.s[at], game.p, game.q);
       }
   }
 }
@@ -134,11 +206,14 @@ PMRL_INLINE void order(Eigenpairs<K, Real>& E, int i, int j, int k) {
 template <int K, class Real>
 PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k, bool wide) {
   const Real broken = zero_or_nan(A, k);
-  const auto fine = broken == Real(0.0);
+  Real trace(0.0);
+  for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
+  const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
+  const Real scale = select(fine, binade(trace), Real(1.0)), inverse_scale = Real(1.0) / scale;
   for (int i = 0; i < k; ++i)
     for (int j = 0; j < k; ++j) {
       E.V.at[i][j] = Real(i == j ? 1.0 : 0.0);
-      if (i <= j) A.at[i][j] = select(fine, A.at[i][j], Real(0.0));
+      if (i <= j) A.at[i][j] = select(fine, A.at[i][j] * inverse_scale, Real(0.0));
     }
   for (int sweeps = 0; sweeps < kMaxSweeps; ++sweeps) {
     Real off(0.0), diagonal(0.0);
@@ -154,7 +229,7 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k,
   for (int i = 0; i < k; ++i)  // an insertion sort that no lane's data can steer
     for (int j = i; j > 0; --j) order(E, j - 1, j, k);
   for (int i = 0; i < k; ++i) {
-    E.values.at[i] = max(E.values.at[i], Real(0.0)) + broken;
+    E.values.at[i] = max(E.values.at[i], Real(0.0)) * scale + broken;
     for (int j = 0; j < k; ++j) E.V.at[i][j] = E.V.at[i][j] + broken;
   }
 }

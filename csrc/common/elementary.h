@@ -24,6 +24,20 @@ PMRL_INLINE double pow2(double n) {
   return shifted;
 }
 
+// 2^floor(log2 x) for a positive normal x: its exponent bits alone.
+PMRL_INLINE double binade(double x) {
+  unsigned long long bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7ff0000000000000ull;
+  memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// Single precision, for what need not be exact.
+PMRL_INLINE float narrow(double x) { return static_cast<float>(x); }
+PMRL_INLINE double widen(float x) { return x; }
+PMRL_INLINE float sqrt(float x) { return ::sqrtf(x); }
+
 template <class Real>
 PMRL_INLINE Real max(Real a, Real b) {
   return select(a < b, b, a);

@@ -1,7 +1,7 @@
 // What the CPU kernels of each instruction set offer, in plain pointers: no torch beyond this line.
 //
-// Work is cut into blocks of kLanes instances; a call handles blocks [begin, end), so any number of threads may
-// share a batch, and the result does not depend on how they do.
+// Work is cut into blocks of `lanes` instances, as many as an instruction set solves together; a call handles blocks
+// [begin, end), so any number of threads may share a batch, and the result does not depend on how they do.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace pmrl {
 
-constexpr int kLanes = 8;  // instances solved together
+constexpr int kMostLanes = 16;  // of any instruction set
 
 enum class Dtype : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16, kMixed };
 
@@ -35,7 +35,7 @@ struct Batch {
   Dtype dtype;  // of all embeddings, or kMixed
   Rows x[kMaxModalities];
   const bool* mask;  // (B, k), contiguous, or null
-  double* state;     // (ceil(B / kLanes), state_size, kLanes) in a buffer that may be longer
+  double* state;     // (ceil(B / lanes), state_size, lanes) in a buffer that may be longer
 };
 
 // What a forward pass leaves for the backward pass, for each instance: eigenvalues and eigenvectors (k + k^2), or
@@ -48,7 +48,7 @@ PMRL_INLINE constexpr int state_size(const Settings& s) {
 struct Forward {
   Batch batch;
   void* alignment;          // (B,)
-  double* totals;           // (ceil(B / kLanes),): sum of the alignment terms of each block
+  double* totals;           // (ceil(B / lanes),): sum of the alignment terms of each block
   void* sigma;              // (B, values)
   int values;
   void* v;                  // (B, k)
@@ -64,11 +64,12 @@ struct Backward {
   Rows u;                      // data null: none
   Rows z[kMaxModalities];
   Rows out[kMaxModalities];    // gradients of the embeddings; data null: not asked for
-  double* slopes;              // (ceil(B / kLanes),): dL/d tau of each block; null: not asked for
+  double* slopes;              // (ceil(B / lanes),): dL/d tau of each block; null: not asked for
 };
 
 struct Kernels {
   const char* isa;
+  int lanes;  // instances solved together
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.

@@ -110,13 +110,13 @@ Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tens
   return batch;
 }
 
-int64_t blocks(const Batch& batch) { return (batch.B + kLanes - 1) / kLanes; }
-
 // Blocks a thread takes at least: some 10 microseconds of work, beside which waking another one is cheap.
-int64_t grain(const Batch& batch) {
-  const int64_t elements = kLanes * batch.settings.k * (batch.d + 64);
+int64_t grain(const Batch& batch, const Kernels& run) {
+  const int64_t elements = run.lanes * batch.settings.k * (batch.d + 64);
   return elements >= 32768 ? 1 : 32768 / elements;
 }
+
+int64_t blocks(const Batch& batch, const Kernels& run) { return (batch.B + run.lanes - 1) / run.lanes; }
 
 const Kernels& kernels() {
   const char* reason = nullptr;
@@ -168,7 +168,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   Forward f{};
   f.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
   const Settings& s = f.batch.settings;
-  const int64_t B = f.batch.B, d = f.batch.d, k = s.k, count = blocks(f.batch);
+  const int64_t B = f.batch.B, d = f.batch.d, k = s.k;
+  const Kernels& run = kernels();
+  const int64_t count = blocks(f.batch, run);
   const ScalarType dtype = s.wide ? ScalarType::Double : ScalarType::Float;
 
   std::vector<Tensor> outputs;
@@ -189,12 +191,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   if (wanted & kU) f.u = add({B, d});
   if (wanted & kV) f.v = add({B, k});
   for (int64_t m = 0; m < k && wanted & kZ; ++m) f.z[m] = add({B, d});
-  // Room for ceil(B / kLanes) whole blocks and a spare row, in a shape that torch.compile need not specialise on.
-  Tensor state = make({B + kLanes, state_size(s)}, ScalarType::Double);
+  // Room for whole blocks, in a shape that torch.compile need not specialise on.
+  Tensor state = make({B + kMostLanes - 1, state_size(s)}, ScalarType::Double);
   f.batch.state = static_cast<double*>(state.mutable_data_ptr());
 
-  const Kernels& run = kernels();
-  torch::stable::parallel_for(0, count, grain(f.batch),
+  torch::stable::parallel_for(0, count, grain(f.batch, run),
                               [&](int64_t begin, int64_t end) { run.forward(f, begin, end); });
   if (reduced) {
     double total = 0;
@@ -216,8 +217,10 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   Backward g{};
   g.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
   const Settings& s = g.batch.settings;
-  const int64_t B = g.batch.B, d = g.batch.d, k = s.k, count = blocks(g.batch);
-  STD_TORCH_CHECK(state.size() == 1 && state[0].numel() == (B + kLanes) * state_size(s) &&
+  const int64_t B = g.batch.B, d = g.batch.d, k = s.k;
+  const Kernels& run = kernels();
+  const int64_t count = blocks(g.batch, run);
+  STD_TORCH_CHECK(state.size() == 1 && state[0].numel() == (B + kMostLanes - 1) * state_size(s) &&
                       state[0].scalar_type() == ScalarType::Double && state[0].is_contiguous(),
                   "pmrl_kernels: state is not that of this batch");
   STD_TORCH_CHECK(needed.size() == embeddings.size(), "pmrl_kernels: needed must name each embedding");
@@ -258,8 +261,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   if (any_needed || temperature) {
     std::vector<double> slopes(temperature ? count : 0);
     g.slopes = temperature ? slopes.data() : nullptr;
-    const Kernels& run = kernels();
-    torch::stable::parallel_for(0, count, grain(g.batch),
+    torch::stable::parallel_for(0, count, grain(g.batch, run),
                                 [&](int64_t begin, int64_t end) { run.backward(g, begin, end); });
     if (temperature) {
       double total = 0;

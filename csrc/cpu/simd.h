@@ -18,9 +18,12 @@ namespace {
 
 using pmrl::abs;  // those of double stay visible beside those of packs
 using pmrl::any;
+using pmrl::binade;
+using pmrl::narrow;
 using pmrl::pow2;
 using pmrl::select;
 using pmrl::sqrt;
+using pmrl::widen;
 
 #if defined(__AVX512F__)
 constexpr int kNative = 8;  // doubles in a register
@@ -52,9 +55,33 @@ PMRL_INLINE void store_vector(Element* to, typename VectorOf<Element>::type x) {
   *reinterpret_cast<typename VectorOf<Element>::unaligned*>(to) = x;
 }
 
+// GCC 12 makes five instructions of a __builtin_convertvector of eight floats.
+PMRL_INLINE F64 widen(F32 x) {
+#if defined(__AVX512F__)
+  return (F64)_mm512_cvtps_pd((__m256)x);
+#elif defined(__AVX__)
+  return (F64)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, F64);
+#endif
+}
+PMRL_INLINE F32 narrow(F64 x) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_cvtpd_ps((__m512d)x);
+#elif defined(__AVX__)
+  return (F32)_mm256_cvtpd_ps((__m256d)x);
+#else
+  return __builtin_convertvector(x, F32);
+#endif
+}
+
 // ---- a pack: one double for each of kLanes instances --------------------------------------------
 
-constexpr int kParts = kLanes / kNative;
+// Two registers, so that one's square roots and divisions wait while the other's run: the chains of a rotation are
+// long, and packs of one register leave a third to a half of the time unused (k = 3, 4).
+constexpr int kParts = 2;
+constexpr int kLanes = kParts * kNative;
+static_assert(kLanes <= kMostLanes, "the state has no room for so many");
 
 struct PackMask {
   I64 part[kParts];
@@ -77,23 +104,22 @@ struct Pack {
   }
 };
 
-#define PMRL_PACK_BINARY(Result, op)                 \
-  PMRL_INLINE Result operator op(Pack a, Pack b) {   \
-    Result r;                                        \
+#define PMRL_PACK_BINARY(Result, Operand, op)                            \
+  PMRL_INLINE Result operator op(Operand a, Operand b) {                 \
+    Result r;                                                            \
     for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] op b.part[i]; \
-    return r;                                        \
+    return r;                                                            \
   }
-PMRL_PACK_BINARY(Pack, +)
-PMRL_PACK_BINARY(Pack, -)
-PMRL_PACK_BINARY(Pack, *)
-PMRL_PACK_BINARY(Pack, /)
-PMRL_PACK_BINARY(PackMask, <)
-PMRL_PACK_BINARY(PackMask, <=)
-PMRL_PACK_BINARY(PackMask, >)
-PMRL_PACK_BINARY(PackMask, >=)
-PMRL_PACK_BINARY(PackMask, ==)
-PMRL_PACK_BINARY(PackMask, !=)
-#undef PMRL_PACK_BINARY
+PMRL_PACK_BINARY(Pack, Pack, +)
+PMRL_PACK_BINARY(Pack, Pack, -)
+PMRL_PACK_BINARY(Pack, Pack, *)
+PMRL_PACK_BINARY(Pack, Pack, /)
+PMRL_PACK_BINARY(PackMask, Pack, <)
+PMRL_PACK_BINARY(PackMask, Pack, <=)
+PMRL_PACK_BINARY(PackMask, Pack, >)
+PMRL_PACK_BINARY(PackMask, Pack, >=)
+PMRL_PACK_BINARY(PackMask, Pack, ==)
+PMRL_PACK_BINARY(PackMask, Pack, !=)
 
 PMRL_INLINE Pack operator-(Pack a) {
   for (int i = 0; i < kParts; ++i) a.part[i] = -a.part[i];
@@ -151,6 +177,47 @@ PMRL_INLINE Pack pow2(Pack n) {
   return n;
 }
 
+PMRL_INLINE Pack binade(Pack x) {
+  for (int i = 0; i < kParts; ++i) x.part[i] = (F64)((I64)x.part[i] & (I64{} + 0x7ff0000000000000));
+  return x;
+}
+
+// The same in single precision, for the solvers' rotation angles.
+struct PackSingle {
+  F32 part[kParts];
+  PackSingle() = default;
+  PMRL_MEMBER explicit PackSingle(float x) {
+    for (int i = 0; i < kParts; ++i) part[i] = x - F32{};
+  }
+};
+PMRL_PACK_BINARY(PackSingle, PackSingle, +)
+PMRL_PACK_BINARY(PackSingle, PackSingle, *)
+PMRL_PACK_BINARY(PackSingle, PackSingle, /)
+#undef PMRL_PACK_BINARY
+
+PMRL_INLINE PackSingle narrow(Pack x) {
+  PackSingle r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = narrow(x.part[i]);
+  return r;
+}
+PMRL_INLINE Pack widen(PackSingle x) {
+  Pack r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = widen(x.part[i]);
+  return r;
+}
+PMRL_INLINE PackSingle sqrt(PackSingle x) {
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    x.part[i] = (F32)_mm256_sqrt_ps((__m256)x.part[i]);
+#elif defined(__AVX__)
+    x.part[i] = (F32)_mm_sqrt_ps((__m128)x.part[i]);
+#else
+    for (int j = 0; j < kNative; ++j) x.part[i][j] = __builtin_sqrtf(x.part[i][j]);
+#endif
+  }
+  return x;
+}
+
 // ---- dtypes -------------------------------------------------------------------------------------
 
 struct BFloat16 {
@@ -159,9 +226,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-PMRL_INLINE F64 widen(F32 x) { return __builtin_convertvector(x, F64); }
-PMRL_INLINE F32 narrow(F64 x) { return __builtin_convertvector(x, F32); }
 
 // Rounded to odd: a second rounding, to a narrower format, then gives what a single one would have.
 PMRL_INLINE U32 narrow_to_odd(F64 x) {

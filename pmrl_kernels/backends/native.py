@@ -23,7 +23,7 @@ NAME = "native"
 _PACKAGE = Path(__file__).parent.parent
 _LIBRARY = _PACKAGE / "libpmrl_kernels.so"
 _RECORD = _PACKAGE / "native_build.txt"
-_LANES = 8  # instances solved together: the state comes in blocks of them
+_LANES = 16  # instances solved together, at most: the state comes in blocks of them
 
 
 def _record() -> str:
@@ -85,7 +85,7 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
 def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, wide: bool) -> tuple[int, int]:
     """As csrc/cpu says: state_size numbers an instance, with room for whole blocks."""
     pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
-    return B + _LANES, pairs + k + k * normalize + k * wide
+    return B + _LANES - 1, pairs + k + k * normalize + k * wide
 
 
 def _spectral_forward_shapes(
