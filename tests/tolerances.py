@@ -35,3 +35,24 @@ FORMULA_64 = 1e-10
 
 # Contrast terms in float32: similarities carry a rounding of a few eps32 into exp(s/τ).
 CONTRAST_32 = 64 * EPS32
+
+# The k x k solvers of the native code alone, in units of λ₁ (tests/test_solvers.py). What Jacobi leaves
+# off-diagonal, 1e-15 of the diagonal for inputs of up to 32 bits, may all be one cluster's error.
+
+
+def solver(k: int, double_input: bool) -> float:
+    return (4 + k) * EPS64 + (0.0 if double_input else 1e-15 * k**0.5)
+
+
+# The power iteration's vector, in units of λ₁/(λ₁ − λ₂), and its elementary functions in those of the last place.
+POWER_ITERATION = 2.5 * EPS64
+EXP_ULPS = 1.25
+LOG1P_ULPS = 3.0
+
+# Native and reference results in float64 on random embeddings, which have no close eigenvalues.
+TWO_BACKENDS = 1e-10
+# On nearly aligned ones and the like, where 1e-14 of a Gram matrix is 1e-6 of a small eigenvalue.
+DELICATE = 1e-5
+
+# Two float64 evaluations of one formula with sums in another order, before a rounding to the result's dtype.
+NOISE_64 = 1e-12

@@ -22,10 +22,10 @@ constexpr double kEps64 = kEps32 * kEps32 / 64;  // 2^-52
 constexpr double kPeakTie = 4 * kEps32;
 constexpr double kRankOne = 1e-12;
 
-// Jacobi stops at 2 off^2 <= this * diag^2. What is left between eigenvalues near 0 counts in full: up to 32-bit inputs
-// it moves a sigma_j by 2.7e-7 sigma_1 at the very most, within their contract; a float64 input, whose sigma_j are
-// wanted to within some eps64 of lambda_1, needs it at the rounding of the Gram matrix.
-PMRL_INLINE constexpr double jacobi_tolerance(bool wide) { return wide ? 1e-33 : 1e-26; }
+// Jacobi stops at 2 off^2 <= this * diag^2. Eigenvalues would do with less up to 32-bit inputs, but the sum of v1's
+// entries must come out below zero_sum where it is zero, and off / diag = 1e-15 leaves it up to 1e-15 k. A float64
+// input, whose sigma_j are wanted to within some eps64 of lambda_1, needs the rounding of the Gram matrix.
+PMRL_INLINE constexpr double jacobi_tolerance(bool wide) { return wide ? 1e-33 : 1e-30; }
 // Quadratic convergence needs 4 to 6 sweeps for k <= 8 and up to 10 for 32. The cap only ever ends a solve
 // that rounding keeps from meeting the tolerance.
 constexpr int kMaxSweeps = 20;

@@ -25,18 +25,23 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// A contiguous tensor, not yet written. (torch::stable::empty boxes its sizes, which takes four times as long.)
-Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3] = {1, 1, 1};
-  const int dim = static_cast<int>(sizes.size());
-  for (int i = dim - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes.begin()[i + 1]);
-  const int32_t code = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                       : dtype == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                       : aoti_torch_dtype_float32();
+int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// A contiguous tensor on the CPU, not yet written. (torch::stable::empty boxes its arguments and takes four times as
+// long; aoti_torch_empty_strided is quicker still, but PyTorch's filling of such memory, which finds elements that
+// nobody wrote, passes it by.)
+Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int32_t code = code_of(dtype), layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0,
-                                           &handle) == AOTI_TORCH_SUCCESS,
+  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &code,
+                                            &layout, &device, 0, nullptr, &handle) == AOTI_TORCH_SUCCESS,
                   "pmrl_kernels: out of memory");
   return Tensor(handle);
 }
@@ -44,6 +49,7 @@ Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 // A number in a 0-d tensor, NaN if it is not finite and positive. Nothing waits for it: this is a CPU.
 double read_temperature(const std::optional<Tensor>& tensor, double fixed) {
   if (!tensor) return fixed;
+  STD_TORCH_CHECK(tensor->dim() == 0, "pmrl_kernels: temperature must be 0-d");
   double tau = std::numeric_limits<double>::quiet_NaN();
   const void* data = tensor->const_data_ptr();
   switch (tensor->scalar_type()) {
@@ -125,13 +131,13 @@ const Kernels& kernels() {
   return *found;
 }
 
-// An incoming gradient 0-d (B = 0), (B,) (n = 0) or (B, n): any strides, the outputs' dtype.
-Values values_of(const std::optional<Tensor>& grad, int64_t B, int64_t n, bool wide) {
+// An incoming gradient, of its output's sizes: 0-d, (B,) or (B, n). Any strides, the outputs' dtype.
+Values values_of(const std::optional<Tensor>& grad, std::initializer_list<int64_t> sizes, bool wide) {
   if (!grad) return {nullptr, 0, 0};
-  const int64_t dim = grad->dim();
-  STD_TORCH_CHECK(grad->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
-                      (dim < 1 || grad->size(0) == B) && (dim < 2 || grad->size(1) == n),
-                  "pmrl_kernels: an incoming gradient must have its output's shape and dtype");
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  bool fits = grad->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) && grad->dim() == dim;
+  for (int64_t i = 0; i < dim; ++i) fits = fits && grad->size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits, "pmrl_kernels: an incoming gradient must have its output's shape and dtype");
   return {grad->const_data_ptr(), dim > 0 ? grad->stride(0) : 0, dim > 1 ? grad->stride(1) : 0};
 }
 
@@ -139,9 +145,16 @@ Values values_of(const std::optional<Tensor>& grad, int64_t B, int64_t n, bool w
 Rows rows_of(const std::optional<Tensor>& grad, int64_t B, int64_t d, bool wide, std::vector<Tensor>& held) {
   if (!grad) return {nullptr, 0, Dtype::kFloat32};
   held.push_back(with_rows(*grad));
-  const Values values = values_of(held.back(), B, d, wide);
+  const Values values = values_of(held.back(), {B, d}, wide);
   return {static_cast<char*>(const_cast<void*>(values.data)), values.stride0 * (wide ? 8 : 4),
           wide ? Dtype::kFloat64 : Dtype::kFloat32};
+}
+
+// What is asked for: at most one form of the alignment term, and no flag that is none.
+void check_wanted(int64_t wanted) {
+  const int64_t alignment = wanted & kAnyAlignment;
+  STD_TORCH_CHECK(wanted >= 0 && wanted < 2 * kZ && (alignment & (alignment - 1)) == 0,
+                  "pmrl_kernels: wanted must be a sum of flags with one reduction at most, got ", wanted);
 }
 
 // How many instances a mean over the alignment terms counts; at least 1, so that nothing gives 0.
@@ -164,6 +177,7 @@ double number_alignable(const Batch& batch) {
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
     std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
     double fixed_temperature, bool normalize, bool spectrum, int64_t wanted) {
+  check_wanted(wanted);
   Held held;
   Forward f{};
   f.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
@@ -175,7 +189,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
 
   std::vector<Tensor> outputs;
   const auto add = [&](std::initializer_list<int64_t> sizes) {
-    outputs.push_back(make(sizes, dtype));
+    outputs.push_back(make(held.embeddings[0], sizes, dtype));
     return outputs.back().mutable_data_ptr();
   };
   std::vector<double> totals;
@@ -192,8 +206,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   if (wanted & kV) f.v = add({B, k});
   for (int64_t m = 0; m < k && wanted & kZ; ++m) f.z[m] = add({B, d});
   // Room for whole blocks, in a shape that torch.compile need not specialise on.
-  Tensor state = make({B + kMostLanes - 1, state_size(s)}, ScalarType::Double);
+  Tensor state = make(held.embeddings[0], {B + kMostLanes - 1, state_size(s)}, ScalarType::Double);
   f.batch.state = static_cast<double*>(state.mutable_data_ptr());
+  const int64_t used = count * run.lanes;  // the rest is zeros, so that equal inputs have equal states
+  std::fill(f.batch.state + used * state_size(s), f.batch.state + (B + kMostLanes - 1) * state_size(s), 0.0);
 
   torch::stable::parallel_for(0, count, grain(f.batch, run),
                               [&](int64_t begin, int64_t end) { run.forward(f, begin, end); });
@@ -213,6 +229,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
                                       std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
                                       bool spectrum, int64_t wanted, std::vector<Tensor> state,
                                       std::vector<std::optional<Tensor>> grads, std::vector<bool> needed) {
+  check_wanted(wanted);
   Held held;
   Backward g{};
   g.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
@@ -234,11 +251,13 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   };
   g.alignment_factor = wanted & kAlignmentMean ? 1 / number_alignable(g.batch) : 1.0;
   g.values = spectrum ? s.count : 1;
-  if (wanted & kAnyAlignment) g.alignment = values_of(incoming(), wanted & kAlignment ? B : 0, 0, s.wide);
-  if (wanted & kSigma) g.sigma = values_of(incoming(), B, g.values, s.wide);
+  if (wanted & kAlignment) g.alignment = values_of(incoming(), {B}, s.wide);
+  if (wanted & (kAlignmentSum | kAlignmentMean)) g.alignment = values_of(incoming(), {}, s.wide);
+  if (wanted & kSigma) g.sigma = values_of(incoming(), {B, g.values}, s.wide);
   if (wanted & kU) g.u = rows_of(incoming(), B, d, s.wide, rows);
-  if (wanted & kV) g.v = values_of(incoming(), B, k, s.wide);
+  if (wanted & kV) g.v = values_of(incoming(), {B, k}, s.wide);
   for (int64_t m = 0; m < k && wanted & kZ; ++m) g.z[m] = rows_of(incoming(), B, d, s.wide, rows);
+  STD_TORCH_CHECK(next == grads.size(), "pmrl_kernels: grads must name each wanted output");
 
   std::vector<Tensor> found;
   bool any_needed = false;
@@ -248,11 +267,11 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
     const int64_t element = x.element_size();
     const bool stacked = x.dim() == 3;
     if (!needed[j]) {
-      found.push_back(make({0}, dtype));
+      found.push_back(make(x, {0}, dtype));
       continue;
     }
     any_needed = true;
-    found.push_back(stacked ? make({B, k, d}, dtype) : make({B, d}, dtype));
+    found.push_back(stacked ? make(x, {B, k, d}, dtype) : make(x, {B, d}, dtype));
     char* data = static_cast<char*>(found.back().mutable_data_ptr());
     for (int64_t m = 0; m < (stacked ? k : 1); ++m)
       g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
@@ -266,7 +285,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
     if (temperature) {
       double total = 0;
       for (double x : slopes) total += x;
-      found.push_back(make({}, ScalarType::Double));
+      found.push_back(make(held.embeddings[0], {}, ScalarType::Double));
       *static_cast<double*>(found.back().mutable_data_ptr()) = total;
     }
   }
