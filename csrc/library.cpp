@@ -5,6 +5,8 @@
 
 STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
   // Signatures and meanings are those of pmrl_kernels/backends/reference.py; the state is this library's own.
+  // An operator whose outputs or state change shape in a release needs another name: torch.compile keeps compiled
+  // graphs on disk by the operators' names, and would run those of the release before.
   m.def(
       "spectral_forward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
       "bool normalize, bool spectrum, int wanted) -> (Tensor[], Tensor[])");

@@ -554,8 +554,12 @@ def test_autocast_changes_no_bit(name, dtype, backend):
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before, on disk neither: such a cache knows graphs, not the shapes our operators declare."""
+    import torch._inductor.config
+
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 

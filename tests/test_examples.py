@@ -1,4 +1,4 @@
-"""The programs a newcomer runs: the demo, the README's lines, the documentation's figure, the timing script."""
+"""The programs a newcomer runs: the demo, the README's lines, the documentation's figure."""
 
 from __future__ import annotations
 
@@ -89,14 +89,3 @@ def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
     assert recipes.largest_error() < 1e-9
     assert recipes.saturation_cosine(4, 0.05) == pytest.approx(0.159, abs=1e-3)
     assert recipes.saturation_cosine(4, 1.0) is None
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ordinary_memory")
-def test_timing_script(monkeypatch, capsys):
-    script = load("benchmarks/against_svd.py")
-    monkeypatch.setattr(script, "SHAPES", ((8, 16, 3),))
-    monkeypatch.setattr(script, "ROUNDS", 2)
-    monkeypatch.setattr(sys, "argv", ["against_svd.py", "--threads", str(torch.get_num_threads())])
-    script.main()
-    assert "reduced/ours" in capsys.readouterr().out

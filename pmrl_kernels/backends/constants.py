@@ -59,8 +59,8 @@ RANK_ONE = 1e-12
 eigensolver. Far above the rounding of ‖P‖²; what passes has a share of 5e-13, squared in the last steps."""
 
 ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z = (1 << bit for bit in range(7))
-"""What a spectral function is asked for, added up: one of the first three at most (the alignment terms (B,), their sum,
-or their mean over the instances with at least two modalities), singular values, u₁, v₁, and the k normalised embeddings.
-Its outputs come in this order."""
+"""What a spectral function is asked for, added up: one of the first three at most (the alignment terms (B,), their
+sum, or their mean over the instances with at least two modalities), singular values, u₁, v₁, and the k normalised
+embeddings. Its outputs come in this order."""
 
 ANY_ALIGNMENT = ALIGNMENT | ALIGNMENT_SUM | ALIGNMENT_MEAN

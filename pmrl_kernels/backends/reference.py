@@ -757,7 +757,7 @@ def _spectral_forward_shapes(
     wanted: int,
 ) -> Any:
     xs = _modalities(embeddings)
-    (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
+    B, k, out = xs[0].shape[0], len(xs), _output_dtype(xs)
     x, wide = xs[0].new_empty, torch.float64
     state = [
         x((B, k if spectrum else 1), dtype=wide),

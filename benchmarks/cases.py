@@ -1,0 +1,122 @@
+"""The registry: which shapes, which contenders, which inputs. Everything that is measured is listed here.
+
+A contender for another device joins CONTENDERS with an ``unavailable`` that says where it cannot run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import formulations
+import torch
+from formulations import Loss
+from torch import Tensor
+
+from pmrl_kernels import backends, dominant_sv_loss
+
+TEMPERATURE = 0.05
+COSINE = 0.5  # expected between modalities of an instance
+FULL_SVD_LIMIT = 1 << 29  # elements of the (B, d, d) factor: 2 GiB
+
+Step = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Case(NamedTuple):
+    """Embeddings of one size, float32."""
+
+    B: int
+    d: int
+    k: int
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"B={self.B},d={self.d},k={self.k}"
+
+
+CASES = tuple(Case(B, d, k) for k in (3, 4, 6, 8) for d in (128, 512, 1024) for B in (64, 256, 1024, 4096))
+QUICK = (Case(1024, 512, 4), Case(64, 512, 4))
+OVERHEAD = Case(8, 16, 4)
+MEMORY = Case(1024, 1024, 4)
+GATE_SIZES = ((1024, 128), (64, 128))  # B, d; both size classes of compiled graphs, the large one first
+GATE_COSINE = 0.05  # far from alignment, where the authors' cross entropy still holds the loss in float32
+LEADING = tuple(Case(1024, 512, k) for k in (4, 8, 16, 32))
+
+
+def embeddings(case: Case, cosine: float = COSINE, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """k random leaves (B, d) that share a part: the expected cosine of two modalities is ``cosine``."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(case.B, case.d, generator=generator)
+    own = torch.randn(case.k, case.B, case.d, generator=generator)
+    return [
+        (cosine**0.5 * shared + (1 - cosine) ** 0.5 * x).to(case.device, dtype).contiguous().requires_grad_()
+        for x in own
+    ]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A formulation, and where it can run."""
+
+    name: str
+    column: str
+    """The name in a narrow table."""
+    loss: Loss | None = None
+    """From embeddings to the mean loss; None for those of which only the work counts."""
+    work: Step | None = None
+    """Forward and backward, where that is not the loss and its gradients."""
+    tolerance: float = 1e-3
+    """Of loss and gradients at the gate, relative to a float64 SVD: wide enough for float32, for no wrong formula."""
+    rival: str | None = None
+    """"eager" or "compiled": a k-space formulation in plain PyTorch, the best of either kind being a rival to beat."""
+    unavailable: str | None = None
+    """Why it cannot run in this installation."""
+    largest: int | None = None
+    """The most elements of a (B, d, d) factor it is asked for."""
+
+    def step(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Forward + backward: the gradients of all embeddings."""
+        if self.work is not None:
+            return self.work(xs)
+        assert self.loss is not None
+        return torch.autograd.grad(self.loss(xs), tuple(xs))
+
+    def declines(self, case: Case) -> str | None:
+        """Why it is not run there, or None."""
+        if self.unavailable is not None:
+            return self.unavailable
+        if self.largest is not None and case.B * case.d**2 > self.largest:
+            return f"its (B, d, d) factor would take {case.B * case.d**2 / 2**28:.0f} GiB"
+        return None
+
+
+def _rival(function: Callable[[Sequence[Tensor], float], Tensor]) -> Loss:
+    return functools.partial(function, temperature=TEMPERATURE)
+
+
+def _ours(backend: str) -> Loss:
+    return functools.partial(dominant_sv_loss, temperature=TEMPERATURE, backend=backend)
+
+
+NATIVE, REDUCED, FLOOR = "native", "reduced SVD", "floor"
+RIVALS = ("eager", "compiled")
+
+CONTENDERS = (
+    Contender("full SVD", "full SVD", _rival(formulations.full_svd), largest=FULL_SVD_LIMIT),
+    Contender(REDUCED, "reduced", _rival(formulations.reduced_svd)),
+    Contender("svdvals", "svdvals", _rival(formulations.svdvals)),
+    Contender("Gram + eigh", "eigh", _rival(formulations.gram_eigh)),
+    Contender("torch k-space", "k-space", _rival(formulations.k_space), rival="eager"),
+    Contender("torch k-space, compiled", "compiled", _rival(formulations.k_space_compiled), rival="compiled"),
+    Contender("torch k-space, compiled Jacobi", "Jacobi", _rival(formulations.k_space_jacobi), rival="compiled"),
+    Contender("reference", "reference", _ours("reference"), tolerance=1e-6),
+    Contender(NATIVE, NATIVE, _ours(NATIVE), tolerance=1e-6, unavailable=backends.unavailable_reasons.get(NATIVE)),
+    Contender(FLOOR, FLOOR, work=formulations.floor),
+)
+MEAN_SQUARED_ERROR = Contender("F.mse_loss", "mse_loss", work=formulations.mean_squared_error)
+
+
+def named(name: str) -> Contender:
+    return next(contender for contender in (*CONTENDERS, MEAN_SQUARED_ERROR) if contender.name == name)

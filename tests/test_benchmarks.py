@@ -1,0 +1,171 @@
+"""The benchmark: its registry and gate, what it reports, and that it refuses where numbers would mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pmrl_kernels import backends
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The scripts as they see one another, in memory that is not filled with NaN, and torch's settings restored."""
+    torch.use_deterministic_algorithms(False)
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import accuracy
+    import bench
+    import cases
+    import figure
+    import formulations
+    import measure
+
+    yield SimpleNamespace(
+        accuracy=accuracy, bench=bench, cases=cases, figure=figure, formulations=formulations, measure=measure
+    )
+    torch.set_num_threads(threads)
+
+
+def test_every_formulation_agrees_with_a_float64_svd(benchmark_modules):
+    """But for the compiled ones, which the slow test takes."""
+    cases, accuracy = benchmark_modules.cases, benchmark_modules.accuracy
+    checked = 0
+    for contender in cases.CONTENDERS:
+        case = cases.Case(32, 24, 4)
+        if contender.loss is None or contender.rival == "compiled" or contender.declines(case):
+            continue
+        error = accuracy.agreement(contender, cases.embeddings(case, cases.GATE_COSINE))
+        assert error <= contender.tolerance, contender.name
+        checked += 1
+    assert checked >= 6
+
+
+def test_the_gate_stops_a_wrong_formula(benchmark_modules):
+    """An error of a thousandth in the gradient, or a NaN, ends the program before any time is printed."""
+    cases, bench = benchmark_modules.cases, benchmark_modules.bench
+    reference = cases.named("reference")
+    for spoil in (lambda loss: loss * 1.001, lambda loss: loss * torch.nan):
+        wrong = dataclasses.replace(reference, loss=lambda xs, spoil=spoil: spoil(reference.loss(xs)))
+        with pytest.raises(SystemExit, match="No time of a wrong result"):
+            bench.gate([wrong], [3], lambda _: None)
+    assert bench.gate([reference], [3], lambda _: None) == (reference,)
+
+
+def test_a_busy_machine_is_refused_unless_forced(benchmark_modules, monkeypatch, capsys):
+    bench, measure = benchmark_modules.bench, benchmark_modules.measure
+    monkeypatch.setattr(measure, "busy", lambda threads: ["it is being tested"])
+    with pytest.raises(SystemExit, match="busy: it is being tested"):
+        bench.main(["--quick"])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_makes_a_machine_busy(benchmark_modules, monkeypatch):
+    measure = benchmark_modules.measure
+    monkeypatch.setattr(measure, "SPIN_SECONDS", 0.05)
+    monkeypatch.setattr(measure, "load_average", lambda: 1000.0)
+    assert any("load average is 1000.0" in reason for reason in measure.busy(1))
+    monkeypatch.setattr(measure, "load_average", lambda: 0.0)
+    # of a thousand threads' processor time, one process gets a small share
+    assert any("1000 busy threads" in reason for reason in measure.busy(1000))
+
+
+@pytest.mark.slow
+def test_the_report(benchmark_modules, monkeypatch, tmp_path, capsys):
+    """All sections at toy sizes, files included; the compiled formulations pass the gate too."""
+    bench, cases, accuracy = benchmark_modules.bench, benchmark_modules.cases, benchmark_modules.accuracy
+    shapes = (cases.Case(8, 16, 4), cases.Case(16, 16, 4))
+    monkeypatch.setattr(cases, "CASES", shapes)
+    monkeypatch.setattr(cases, "LEADING", (shapes[0], cases.Case(8, 40, 32)))
+    monkeypatch.setattr(cases, "MEMORY", cases.Case(1024, 256, 4))
+    monkeypatch.setattr(accuracy, "INSTANCES", 8)
+    monkeypatch.setattr(accuracy, "MODALITIES", (4,))
+    monkeypatch.setattr(bench, "SECONDS", 0.2)
+    monkeypatch.setattr(bench, "SOLVER_MATRICES", 64)
+    results = bench.main(["--force", "--threads", "1", "--output", str(tmp_path)])
+
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "cpu.json").read_text()) == results
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    table = [line for line in (tmp_path / "cpu.csv").read_text().splitlines() if not line.startswith("#")]
+    assert len(table) == 1 + len(shapes) * len(cases.CONTENDERS)
+    for name in (*(contender.column for contender in cases.CONTENDERS), "F.mse_loss", *results["conditions"]["torch"]):
+        assert name in printed
+    assert set(results) >= set(bench.SECTIONS)
+    for row in results["time"] + results["overhead"]:
+        assert row["median_ms"] > 0 or row["not_run"]
+    for row in results["accuracy"]["sigma"]:
+        for backend in backends.available:
+            assert row[backend] <= 4, row
+    for row in results["memory"]:
+        assert row["MiB"] > 0
+    if "native" in backends.available:
+        memory = {row["contender"]: row["of_gradients"] for row in results["memory"]}
+        assert memory["full SVD"] > 10 * memory["native"]
+        assert 1 <= memory["native"] < 2
+
+
+def test_ratios(benchmark_modules):
+    """Means over shapes are geometric, a lost shape is named, and what was not run is no zero."""
+    bench, cases = benchmark_modules.bench, benchmark_modules.cases
+    medians = {contender.name: 8.0 for contender in cases.CONTENDERS} | {"native": 2.0, "floor": 1.0}
+    rows = [
+        {"B": B, "d": 4, "k": 3, "contender": name, "median_ms": ms * (8 if B == 2 and name == "native" else 1)}
+        for B in (1, 2)
+        for name, ms in medians.items()
+    ]
+    rows[0] = {"B": 1, "d": 4, "k": 3, "contender": "full SVD", "not_run": "too large"}
+    found = bench.summary(rows)
+    assert found["reduced/native"] == pytest.approx({"geometric_mean": math.sqrt(2), "least": 0.5, "greatest": 4})
+    assert found["eager/native"]["greatest"] == 4
+    assert found["native/floor"]["greatest"] == 16
+    lost = bench.losses(rows)
+    assert lost
+    assert all("B=2" in line for line in lost)
+    assert any("reduced SVD takes 0.50" in line for line in lost)
+    assert "full SVD" not in bench.by_shape(rows)[1, 4, 3]
+
+
+def test_turns(benchmark_modules):
+    """Every contender is called, quick ones many times in a turn, and single calls are single."""
+    measure = benchmark_modules.measure
+    counts = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        counts[name] += 1
+
+    calls = {name: lambda name=name: call(name) for name in counts}
+    timings = measure.interleaved(calls, 0.01)
+    assert all(timing.rounds >= measure.LEAST_ROUNDS for timing in timings.values())
+    assert min(counts.values()) > 20 * measure.LEAST_ROUNDS
+    before = dict(counts)
+    timings = measure.interleaved(calls, 0.0, turn_seconds=0.0)
+    assert all(counts[name] - before[name] == timings[name].rounds + 4 for name in counts)
+
+
+def test_peak_memory_is_that_of_one_call(benchmark_modules):
+    """The floor's gradients and nothing else, in MiB."""
+    if not (sys.platform == "linux" and Path("/proc/self/clear_refs").exists()):
+        pytest.skip("needs Linux's /proc")
+    found = benchmark_modules.measure.peak_memory("floor", (512, 1024, 4))
+    assert 8 <= found <= 9
+
+
+@pytest.mark.slow
+def test_records_of_single_calls(tmp_path):
+    """``make bench-record`` collects and runs; here each call once."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "native"]
+    done = subprocess.run([*command, str(FOLDER / "test_record.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout or "2 skipped" in done.stdout
