@@ -78,21 +78,16 @@ struct AnyTarget {
   }
 };
 
-// What goes with a kind of row: where gradients of the same dtype are written, and the k its loops are unrolled for
-// (rows of any dtype use the loops of any k).
+// Where gradients of a row's dtype are written.
 template <class RowType>
 struct TargetOf;
 template <class Element>
 struct TargetOf<Row<Element>> {
-  template <int K>
-  static constexpr int unrolled = K;
   using type = Target<Element>;
   PMRL_MEMBER static type make(char* data, Dtype) { return {reinterpret_cast<Element*>(data)}; }
 };
 template <>
 struct TargetOf<AnyRow> {
-  template <int K>
-  static constexpr int unrolled = 0;
   using type = AnyTarget;
   PMRL_MEMBER static type make(char* data, Dtype dtype) { return {data, dtype}; }
 };
@@ -108,9 +103,9 @@ PMRL_INLINE void make_row(AnyRow& row, const Rows& x, int64_t i, double exponent
 
 // The rows of instance i. An absent modality shows a present one's row, which is as finite as the instance is; its
 // Gram entries and coefficients are zeros. False if no modality is present.
-template <int K, class RowType>
-PMRL_INLINE bool make_rows(const Batch& b, int64_t i, const double* exponents, RowType (&rows)[kSize<K>]) {
-  const int k = K ? K : b.settings.k;
+template <class RowType>
+PMRL_INLINE bool make_rows(const Batch& b, int64_t i, const double* exponents, RowType* rows) {
+  const int k = b.settings.k;
   const bool* mask = b.mask ? b.mask + i * k : nullptr;
   int first = 0;
   if (mask) {
@@ -351,11 +346,52 @@ PMRL_NOINLINE void apply_any(const RowType* rows, const double* C, int k, int64_
     }
 }
 
+// The above for one k, unrolled up to kTemplatedModalities; rows of any dtype use the loops of any k.
+template <class RowType>
+struct Streams {
+  void (*gram)(const RowType*, int k, int64_t d, double* out);
+  void (*dots)(const RowType*, const GradientRow&, int k, int64_t d, double* out);
+  void (*apply)(const RowType*, const double* C, int64_t d, const typename TargetOf<RowType>::type*);  // null: none
+};
+
+template <class RowType>
+struct StreamsOf {
+  template <int K>
+  static Streams<RowType> make() {
+    return {gram<K, RowType>, dots<K, RowType>, apply<K, RowType>};
+  }
+  static Streams<RowType> make_any() { return {gram<0, RowType>, dots<0, RowType>, nullptr}; }
+};
+
+// Maker's make<K>() for that k, or its make_any().
+template <class Maker>
+auto for_k(int k) {
+  static_assert(kTemplatedModalities == 8, "name them all");
+  switch (k) {
+    case 2: return Maker::template make<2>();
+    case 3: return Maker::template make<3>();
+    case 4: return Maker::template make<4>();
+    case 5: return Maker::template make<5>();
+    case 6: return Maker::template make<6>();
+    case 7: return Maker::template make<7>();
+    case 8: return Maker::template make<8>();
+    default: return Maker::make_any();
+  }
+}
+
+template <class RowType>
+Streams<RowType> streams(int k) {
+  return for_k<StreamsOf<RowType>>(k);
+}
+template <>
+Streams<AnyRow> streams<AnyRow>(int) {
+  return StreamsOf<AnyRow>::make_any();
+}
+
 // ---- a block of kLanes instances ----------------------------------------------------------------
 
-template <int K>
 struct Block {
-  static constexpr int n = kSize<K>;
+  static constexpr int n = kMaxModalities;
   alignas(64) double gram[n * (n + 1) / 2][kLanes];  // forward: Gram entries; backward: coefficients C
   double present[n][kLanes];
   double exponent[n][kLanes];
@@ -380,9 +416,8 @@ struct State {
   }
 };
 
-template <int K>
-PMRL_INLINE void read_mask(const Batch& b, int64_t start, Block<K>& block) {
-  const int k = K ? K : b.settings.k;
+PMRL_INLINE void read_mask(const Batch& b, int64_t start, Block& block) {
+  const int k = b.settings.k;
   for (int m = 0; m < k; ++m)
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = start + lane;
@@ -390,13 +425,29 @@ PMRL_INLINE void read_mask(const Batch& b, int64_t start, Block<K>& block) {
     }
 }
 
+// What happens to a block in k-space, for one k.
+template <int K>
+PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& block);
+template <int K>
+PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block);
+
+struct Solvers {
+  void (*forward)(const Batch&, int64_t index, bool aligned, Block&);
+  void (*backward)(const Backward&, int64_t index, Block&);
+
+  template <int K>
+  static Solvers make() {
+    return {solve<K>, solve_backward<K>};
+  }
+  static Solvers make_any() { return make<0>(); }
+};
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // Exponents that bring one float64 instance to order 1, where its Gram matrix is out of range without them: one
 // for each embedding if it will be normalised anyway, else one for all. False if none is needed.
-template <int K>
-PMRL_NOINLINE bool find_exponents(const Batch& b, int64_t i, int lane, Block<K>& block) {
-  const int k = K ? K : b.settings.k;
+PMRL_NOINLINE bool find_exponents(const Batch& b, int64_t i, int lane, Block& block) {
+  const int k = b.settings.k;
   // the solvers square Gram entries once more
   constexpr double least = 0x1p-300, largest = 0x1p300;
   const auto in_range = [](double square) { return square > least && square < largest; };
@@ -438,17 +489,16 @@ PMRL_NOINLINE bool find_exponents(const Batch& b, int64_t i, int lane, Block<K>&
   return true;
 }
 
-template <int K>
-PMRL_INLINE bool is_scaled(const Batch& b, const Block<K>& block, int lane) {
+PMRL_INLINE bool is_scaled(const Batch& b, const Block& block, int lane) {
   if (!b.settings.wide) return false;
   bool any_scaled = false;
-  for (int m = 0; m < (K ? K : b.settings.k); ++m) any_scaled = any_scaled || block.exponent[m][lane] != 0.0;
+  for (int m = 0; m < b.settings.k; ++m) any_scaled = any_scaled || block.exponent[m][lane] != 0.0;
   return any_scaled;
 }
 
 // From the block's Gram matrices to its state and outputs.
 template <int K>
-PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block<K>& block) {
+PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& block) {
   Settings s = b.settings;
   if (K) s.k = K;
   const int k = s.k;
@@ -513,8 +563,8 @@ PMRL_INLINE char* output_row(void* out, int64_t i, int64_t d, bool wide) {
   return static_cast<char*>(out) + i * d * (wide ? 8 : 4);
 }
 
-template <int K, class RowType>
-PMRL_INLINE void write_vectors(const Forward& f, const RowType* rows, int64_t i, int lane, const Block<K>& block,
+template <class RowType>
+PMRL_INLINE void write_vectors(const Forward& f, const RowType* rows, int64_t i, int lane, const Block& block,
                                const State& state) {
   const Settings& s = f.batch.settings;
   const int64_t d = f.batch.d;
@@ -531,24 +581,26 @@ PMRL_INLINE void write_vectors(const Forward& f, const RowType* rows, int64_t i,
   }
 }
 
-template <int K, class RowType>
+template <class RowType>
 void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
   const Batch& b = f.batch;
   const Settings& s = b.settings;
-  const int k = K ? K : s.k;
-  Block<K> block;
+  const int k = s.k;
+  const Streams<RowType> stream = streams<RowType>(k);
+  const Solvers solver = for_k<Solvers>(k);
+  Block block;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t start = index * kLanes;
     read_mask(b, start, block);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = start + lane;
-      RowType rows[kSize<K>];
+      RowType rows[kMaxModalities];
       for (int m = 0; m < k && s.wide; ++m) block.exponent[m][lane] = 0.0;
-      if (i < b.B && make_rows<K>(b, i, nullptr, rows)) {
-        gram<K>(rows, k, b.d, &block.gram[0][lane]);
+      if (i < b.B && make_rows(b, i, nullptr, rows)) {
+        stream.gram(rows, k, b.d, &block.gram[0][lane]);
         if (s.wide && find_exponents(b, i, lane, block)) {
           AnyRow scaled_rows[kMaxModalities];
-          make_rows<0>(b, i, &block.exponent[0][lane], scaled_rows);
+          make_rows(b, i, &block.exponent[0][lane], scaled_rows);
           gram<0>(scaled_rows, k, b.d, &block.gram[0][lane]);
         }
       } else {
@@ -558,7 +610,7 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
         for (int m = 0; m <= j; ++m)
           if (block.present[m][lane] * block.present[j][lane] == 0.0) block.gram[triangle(m, j)][lane] = 0.0;
     }
-    solve<K>(b, index, f.alignment || f.totals, block);
+    solver.forward(b, index, f.alignment || f.totals, block);
     double total = 0.0;
     const State state(b, index);
     for (int lane = 0; lane < kLanes && start + lane < b.B; ++lane) {
@@ -568,13 +620,13 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
       for (int j = 0; j < f.values && f.sigma; ++j) put(f.sigma, i * f.values + j, block.sigma[j][lane], s.wide);
       for (int m = 0; m < k && f.v; ++m) put(f.v, i * k + m, block.v[m][lane], s.wide);
       if (!f.u && !f.z[0]) continue;
-      RowType rows[kSize<K>];
-      if (!make_rows<K>(b, i, nullptr, rows)) {
+      RowType rows[kMaxModalities];
+      if (!make_rows(b, i, nullptr, rows)) {
         if (f.u) memset(output_row(f.u, i, b.d, s.wide), 0, b.d * (s.wide ? 8 : 4));
         for (int m = 0; m < k && f.z[0]; ++m) memset(output_row(f.z[m], i, b.d, s.wide), 0, b.d * (s.wide ? 8 : 4));
       } else if (is_scaled(b, block, lane) && (s.normalize || f.u)) {
         AnyRow scaled_rows[kMaxModalities];
-        make_rows<0>(b, i, &block.exponent[0][lane], scaled_rows);
+        make_rows(b, i, &block.exponent[0][lane], scaled_rows);
         if (s.normalize) {
           write_vectors(f, scaled_rows, i, lane, block, state);
         } else {  // u from scaled rows, z as they are
@@ -599,7 +651,7 @@ PMRL_INLINE double get(const Values& values, int64_t i, int64_t j, bool wide) {
 }
 
 template <int K>
-PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block<K>& block) {
+PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block) {
   const Batch& b = g.batch;
   Settings s = b.settings;
   if (K) s.k = K;
@@ -638,10 +690,11 @@ PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block<K>& bl
   out.slope.store(block.alignment);
 }
 
-template <int K, class RowType>
-PMRL_INLINE void incoming_dots(const Backward& g, const RowType* rows, int64_t i, int lane, Block<K>& block) {
+template <class RowType>
+PMRL_INLINE void incoming_dots(const Backward& g, const Streams<RowType>& stream, const RowType* rows, int64_t i,
+                               int lane, Block& block) {
   const Settings& s = g.batch.settings;
-  if (g.u.data) dots<TargetOf<RowType>::template unrolled<K>>(rows, {g.u.data + i * g.u.stride, s.wide}, s.k, g.batch.d, &block.w[0][lane]);
+  if (g.u.data) stream.dots(rows, {g.u.data + i * g.u.stride, s.wide}, s.k, g.batch.d, &block.w[0][lane]);
   for (int m = 0; m < s.k; ++m) {
     if (block.present[m][lane] == 0.0) block.w[m][lane] = 0.0;
     if (g.z[m].data && s.normalize && block.present[m][lane] != 0.0)
@@ -649,12 +702,12 @@ PMRL_INLINE void incoming_dots(const Backward& g, const RowType* rows, int64_t i
   }
 }
 
-template <int K, class RowType>
-PMRL_INLINE void write_gradients(const Backward& g, const RowType* rows, int64_t i, int lane, const Block<K>& block,
-                                 const State& state, bool plain) {
+template <class RowType>
+PMRL_INLINE void write_gradients(const Backward& g, const Streams<RowType>& stream, const RowType* rows, int64_t i,
+                                 int lane, const Block& block, const State& state, bool plain) {
   const Batch& b = g.batch;
   const Settings& s = b.settings;
-  typename TargetOf<RowType>::type targets[kSize<K>];
+  typename TargetOf<RowType>::type targets[kMaxModalities];
   for (int m = 0; m < s.k; ++m) {
     const bool wanted = g.out[m].data && block.present[m][lane] != 0.0;
     char* data = wanted ? g.out[m].data + i * g.out[m].stride : nullptr;
@@ -662,12 +715,7 @@ PMRL_INLINE void write_gradients(const Backward& g, const RowType* rows, int64_t
     if (g.out[m].data && !wanted) memset(g.out[m].data + i * g.out[m].stride, 0, b.d * element_size(g.out[m].dtype));
     plain = plain && wanted;
   }
-  if constexpr (TargetOf<RowType>::template unrolled<K> > 0) {
-    if (plain) {
-      apply<K>(rows, &block.gram[0][lane], b.d, targets);
-      return;
-    }
-  }
+  if (plain && stream.apply) return stream.apply(rows, &block.gram[0][lane], b.d, targets);
   Extras e;
   e.h = {g.u.data ? g.u.data + i * g.u.stride : nullptr, s.wide};
   e.c = &block.w[0][lane];
@@ -685,14 +733,17 @@ PMRL_INLINE void write_gradients(const Backward& g, const RowType* rows, int64_t
   apply_any(rows, &block.gram[0][lane], s.k, b.d, targets, e);
 }
 
-template <int K, class RowType>
+template <class RowType>
 void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
   const Batch& b = g.batch;
   const Settings& s = b.settings;
-  const int k = K ? K : s.k;
+  const int k = s.k;
   bool direct = false;
   for (int m = 0; m < k; ++m) direct = direct || g.z[m].data;
-  Block<K> block;
+  const Streams<RowType> stream = streams<RowType>(k);
+  const Streams<AnyRow> any_stream = streams<AnyRow>(k);
+  const Solvers solver = for_k<Solvers>(k);
+  Block block;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t start = index * kLanes;
     const State state(b, index);
@@ -708,31 +759,31 @@ void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
         block.w[m][lane] = block.direct[m][lane] = 0.0;
         if (s.wide) block.exponent[m][lane] = state.exponents[m * kLanes + lane];
       }
-      RowType rows[kSize<K>];
-      if (!exists || !(g.u.data || direct) || !make_rows<K>(b, i, nullptr, rows)) continue;
+      RowType rows[kMaxModalities];
+      if (!exists || !(g.u.data || direct) || !make_rows(b, i, nullptr, rows)) continue;
       if (is_scaled(b, block, lane)) {
         AnyRow scaled_rows[kMaxModalities];
-        make_rows<0>(b, i, &block.exponent[0][lane], scaled_rows);
-        incoming_dots(g, scaled_rows, i, lane, block);
+        make_rows(b, i, &block.exponent[0][lane], scaled_rows);
+        incoming_dots(g, any_stream, scaled_rows, i, lane, block);
       } else {
-        incoming_dots(g, rows, i, lane, block);
+        incoming_dots(g, stream, rows, i, lane, block);
       }
     }
-    solve_backward<K>(g, index, block);
+    solver.backward(g, index, block);
     double slope = 0.0;
     for (int lane = 0; lane < kLanes && start + lane < b.B; ++lane) {
       const int64_t i = start + lane;
       slope += block.alignment[lane];
-      RowType rows[kSize<K>];
-      if (!make_rows<K>(b, i, nullptr, rows)) {
+      RowType rows[kMaxModalities];
+      if (!make_rows(b, i, nullptr, rows)) {
         for (int m = 0; m < k; ++m)
           if (g.out[m].data) memset(g.out[m].data + i * g.out[m].stride, 0, b.d * element_size(g.out[m].dtype));
       } else if (is_scaled(b, block, lane)) {
         AnyRow scaled_rows[kMaxModalities];
-        make_rows<0>(b, i, &block.exponent[0][lane], scaled_rows);
-        write_gradients(g, scaled_rows, i, lane, block, state, false);
+        make_rows(b, i, &block.exponent[0][lane], scaled_rows);
+        write_gradients(g, any_stream, scaled_rows, i, lane, block, state, false);
       } else {
-        write_gradients(g, rows, i, lane, block, state, !g.u.data && !direct);
+        write_gradients(g, stream, rows, i, lane, block, state, !g.u.data && !direct);
       }
     }
     if (g.slopes) g.slopes[index] = slope;
@@ -741,61 +792,24 @@ void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
 
 // ---- entry points -------------------------------------------------------------------------------
 
-template <class Task>
-void for_row_type(const Task& task, int k, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32: return task.template of_type<Row<float>>(k);
-    case Dtype::kFloat64: return task.template of_type<Row<double>>(k);
-    case Dtype::kBFloat16: return task.template of_type<Row<BFloat16>>(k);
-    case Dtype::kFloat16: return task.template of_type<Row<Float16>>(k);
-    default: return task.template run<0, AnyRow>();
-  }
-}
-
-template <class Self>
-struct ForAnyK {
-  template <class RowType>
-  void of_type(int k) const {
-    const Self& self = static_cast<const Self&>(*this);
-    switch (k) {
-      case 2: return self.template run<2, RowType>();
-      case 3: return self.template run<3, RowType>();
-      case 4: return self.template run<4, RowType>();
-      case 5: return self.template run<5, RowType>();
-      case 6: return self.template run<6, RowType>();
-      case 7: return self.template run<7, RowType>();
-      case 8: return self.template run<8, RowType>();
-      default: return self.template run<0, RowType>();
-    }
-  }
-};
-
-struct ForwardTask : ForAnyK<ForwardTask> {
-  const Forward& f;
-  int64_t begin, end;
-  ForwardTask(const Forward& f, int64_t begin, int64_t end) : f(f), begin(begin), end(end) {}
-  template <int K, class RowType>
-  void run() const {
-    forward_blocks<K, RowType>(f, begin, end);
-  }
-};
-
-struct BackwardTask : ForAnyK<BackwardTask> {
-  const Backward& g;
-  int64_t begin, end;
-  BackwardTask(const Backward& g, int64_t begin, int64_t end) : g(g), begin(begin), end(end) {}
-  template <int K, class RowType>
-  void run() const {
-    backward_blocks<K, RowType>(g, begin, end);
-  }
-};
-
 void forward(const Forward& f, int64_t begin, int64_t end) {
-  for_row_type(ForwardTask(f, begin, end), f.batch.settings.k, f.batch.dtype);
+  switch (f.batch.dtype) {
+    case Dtype::kFloat32: return forward_blocks<Row<float>>(f, begin, end);
+    case Dtype::kFloat64: return forward_blocks<Row<double>>(f, begin, end);
+    case Dtype::kBFloat16: return forward_blocks<Row<BFloat16>>(f, begin, end);
+    case Dtype::kFloat16: return forward_blocks<Row<Float16>>(f, begin, end);
+    default: return forward_blocks<AnyRow>(f, begin, end);
+  }
 }
 
 void backward(const Backward& g, int64_t begin, int64_t end) {
-  for_row_type(BackwardTask(g, begin, end), g.batch.settings.k, g.batch.dtype);
+  switch (g.batch.dtype) {
+    case Dtype::kFloat32: return backward_blocks<Row<float>>(g, begin, end);
+    case Dtype::kFloat64: return backward_blocks<Row<double>>(g, begin, end);
+    case Dtype::kBFloat16: return backward_blocks<Row<BFloat16>>(g, begin, end);
+    case Dtype::kFloat16: return backward_blocks<Row<Float16>>(g, begin, end);
+    default: return backward_blocks<AnyRow>(g, begin, end);
+  }
 }
 
 // The solvers alone, on matrices in row-major order.
@@ -828,25 +842,21 @@ void solve_matrices(const double* A, int64_t n, int k, bool all, bool wide, doub
   }
 }
 
-void solve_matrices(const double* A, int64_t n, int k, bool all, bool wide, double* values, double* vectors) {
-  switch (k) {
-    case 2: return solve_matrices<2>(A, n, k, all, wide, values, vectors);
-    case 3: return solve_matrices<3>(A, n, k, all, wide, values, vectors);
-    case 4: return solve_matrices<4>(A, n, k, all, wide, values, vectors);
-    case 5: return solve_matrices<5>(A, n, k, all, wide, values, vectors);
-    case 6: return solve_matrices<6>(A, n, k, all, wide, values, vectors);
-    case 7: return solve_matrices<7>(A, n, k, all, wide, values, vectors);
-    case 8: return solve_matrices<8>(A, n, k, all, wide, values, vectors);
-    default: return solve_matrices<0>(A, n, k, all, wide, values, vectors);
+struct SolveMatrices {
+  using Function = void (*)(const double*, int64_t, int, bool, bool, double*, double*);
+  template <int K>
+  static Function make() {
+    return solve_matrices<K>;
   }
-}
+  static Function make_any() { return solve_matrices<0>; }
+};
 
 void all_eigenpairs(const double* A, int64_t n, int k, bool wide, double* values, double* vectors) {
-  solve_matrices(A, n, k, true, wide, values, vectors);
+  for_k<SolveMatrices>(k)(A, n, k, true, wide, values, vectors);
 }
 
 void all_leading_pairs(const double* A, int64_t n, int k, bool wide, double* values, double* vectors) {
-  solve_matrices(A, n, k, false, wide, values, vectors);
+  for_k<SolveMatrices>(k)(A, n, k, false, wide, values, vectors);
 }
 
 template <class Function>
