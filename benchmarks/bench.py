@@ -155,7 +155,7 @@ def solver_rows(seconds: float) -> list[Row] | str:
         gram = torch.bmm(X, X.mT)
         array = gram.numpy()
         calls: dict[str, Callable[[], object]] = {
-            f"Jacobi ({isa})": functools.partial(_numerics.eigenpairs, array, False, isa),
+            f"Jacobi ({isa})": functools.partial(_numerics.eigenpairs, array, isa),
             f"power iteration ({isa})": functools.partial(_numerics.leading_pair, array, False, isa),
             "numpy.linalg.eigh": functools.partial(numpy.linalg.eigh, array),
             "torch.linalg.eigh": functools.partial(torch.linalg.eigh, gram),

@@ -49,7 +49,7 @@ void solve(const double* A, int k, bool all, bool wide, double* values, double* 
   Eigenpairs<K, double> E;
   Vector<K, double> v;
   if (all) {
-    eigenpairs(G, E, k, wide);
+    eigenpairs(G, E, k);
     for (int j = 0; j < k; ++j) {
       values[j] = E.values.at[j];
       for (int m = 0; m < k; ++m) vectors[m * k + j] = E.V.at[m][j];
@@ -73,15 +73,15 @@ void solve(const double* A, int k, bool all, bool wide, double* values, double* 
   }
 }
 
-std::tuple<Array, Array> eigenpairs_of(const Array& A, bool wide, const std::string& isa) {
+std::tuple<Array, Array> eigenpairs_of(const Array& A, const std::string& isa) {
   const int k = size_of(A);
   const py::ssize_t n = A.shape(0);
   Array values({n, py::ssize_t(k)}), vectors({n, py::ssize_t(k), py::ssize_t(k)});
   if (const Kernels* kernels = find(isa))
-    kernels->eigenpairs(A.data(), n, k, wide, values.mutable_data(), vectors.mutable_data());
+    kernels->eigenpairs(A.data(), n, k, values.mutable_data(), vectors.mutable_data());
   else
     for (py::ssize_t i = 0; i < n; ++i)
-      solve(A.data() + i * k * k, k, true, wide, values.mutable_data() + i * k, vectors.mutable_data() + i * k * k);
+      solve(A.data() + i * k * k, k, true, false, values.mutable_data() + i * k, vectors.mutable_data() + i * k * k);
   return {values, vectors};
 }
 
@@ -130,7 +130,7 @@ PYBIND11_MODULE(_numerics, m) {
   m.def("zero_sum", [](int k) { return zero_sum(k); });
   m.def("squarings", [](int k, bool wide) { return squarings(k, wide); });
   m.def("runs_here", &runnable, "The instruction sets that can be asked for.");
-  m.def("eigenpairs", &eigenpairs_of, py::arg("A"), py::arg("wide"), py::arg("isa"),
+  m.def("eigenpairs", &eigenpairs_of, py::arg("A"), py::arg("isa"),
         "A (n, k, k) -> eigenvalues (n, k), descending, and eigenvectors (n, k, k) in columns.");
   m.def("leading_pair", &leading_pair_of, py::arg("A"), py::arg("wide"), py::arg("isa"),
         "A (n, k, k) -> largest eigenvalues (n,) and oriented eigenvectors (n, k).");

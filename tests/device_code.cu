@@ -31,7 +31,7 @@ __global__ void solve(const double* gram, const double* incoming, int n, pmrl::S
   Vector<K, double> v;
   if (s.spectrum) {
     const double broken = zero_or_nan(G, K);
-    eigenpairs(copy, E, K, s.wide);
+    eigenpairs(copy, E, K);
     drop_surplus(E.values, columns, s, broken);
     oriented(E, v, K, s.wide);
   } else {

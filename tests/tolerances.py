@@ -36,12 +36,11 @@ FORMULA_64 = 1e-10
 # Contrast terms in float32: similarities carry a rounding of a few eps32 into exp(s/τ).
 CONTRAST_32 = 64 * EPS32
 
-# The k x k solvers of the native code alone, in units of λ₁ (tests/test_solvers.py). What Jacobi leaves
-# off-diagonal, 1e-15 of the diagonal for inputs of up to 32 bits, may all be one cluster's error.
+# The k x k solvers of the native code alone, in units of λ₁ (tests/test_solvers.py).
 
 
-def solver(k: int, double_input: bool) -> float:
-    return (4 + k) * EPS64 + (0.0 if double_input else 1e-15 * k**0.5)
+def solver(k: int) -> float:
+    return (4 + k) * EPS64
 
 
 # The power iteration's vector, in units of λ₁/(λ₁ − λ₂), and its elementary functions in those of the last place.

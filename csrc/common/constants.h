@@ -23,9 +23,8 @@ constexpr double kPeakTie = 4 * kEps32;
 constexpr double kRankOne = 1e-12;
 
 // Jacobi stops at 2 off^2 <= this * diag^2. Eigenvalues would do with less up to 32-bit inputs, but the sum of v1's
-// entries must come out below zero_sum where it is zero, and off / diag = 1e-15 leaves it up to 1e-15 k. A float64
-// input, whose sigma_j are wanted to within some eps64 of lambda_1, needs the rounding of the Gram matrix.
-PMRL_INLINE constexpr double jacobi_tolerance(bool wide) { return wide ? 1e-33 : 1e-30; }
+// entries must come out below zero_sum where it is zero, and off / diag = 1e-15 leaves it up to 1e-15 k.
+constexpr double kJacobiTolerance = 1e-30;
 // Quadratic convergence needs 4 to 6 sweeps for k <= 8 and up to 10 for 32. The cap only ever ends a solve
 // that rounding keeps from meeting the tolerance.
 constexpr int kMaxSweeps = 20;

@@ -51,10 +51,12 @@ PMRL_INLINE Real zero_or_nan(const Matrix<K, Real>& A, int k) {
 //
 // The angle is found in single precision, where square roots and divisions cost a quarter, and made a rotation
 // in double precision (c^2 + s^2 = 1 to the last bit). What an angle that is off by 1e-7 leaves of a_pq is kept, and
-// goes with the next sweep; nothing is lost. Lanes that are not `active` turn by 0, which leaves every bit of
-// theirs alone: an instance's result does not depend on its neighbours in the pack.
-template <class Real, class Mask>
-PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Mask active, Real& c, Real& s) {
+// goes with the next sweep; nothing is lost. An a_pq of which a_pq^2 is not above `least` stays: between equal
+// eigenvalues it is rounding noise, by which one would turn at random, and stir up what other rotations have settled.
+// Turning by 0 leaves every bit alone, so lanes that have converged (`least` infinite) do not depend on their neighbours
+// in the pack.
+template <class Real>
+PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Real least, Real& c, Real& s) {
   const Real d = aqq - app, e = apq + apq;
   const auto x = narrow(select(d < Real(0.0), -e, e)), y = narrow(abs(d));
   using Single = decltype(narrow(d));
@@ -64,18 +66,20 @@ PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Mask active, Real& c, Re
   s = widen(t * cosine);
   const Real error = Real(1.0) - (c * c + s * s);
   const Real f = Real(1.0) + error * (Real(0.5) + Real(0.375) * error);
-  c = select(active, c * f, Real(1.0));
-  s = select(active, s * f, Real(0.0));
+  const auto turns = apq * apq > least;
+  c = select(turns, c * f, Real(1.0));
+  s = select(turns, s * f, Real(0.0));
 }
 
-// A <- R^T A R for the rotation R in the plane (p, q).
+// A <- R^T A R for the rotation R in the plane (p, q). The diagonal moves by what it gains and loses, c^2 + s^2 = 1 being
+// used up: rounding then costs in proportion to the angle, and the many small rotations of the last sweeps cost nothing.
 template <int K, class Real>
 PMRL_INLINE void rotate(Matrix<K, Real>& A, Real c, Real s, int p, int q, int k) {
   const Real app = A.at[p][p], apq = A.at[p][q], aqq = A.at[q][q];
-  const Real pp = c * app - s * apq, pq = c * apq - s * aqq, qp = s * app + c * apq, qq = s * apq + c * aqq;
-  A.at[p][p] = c * pp - s * pq;
-  A.at[p][q] = s * pp + c * pq;
-  A.at[q][q] = s * qp + c * qq;
+  const Real sd = s * (aqq - app), gain = s * (sd - c * (apq + apq));
+  A.at[p][p] = app + gain;
+  A.at[p][q] = (c * c - s * s) * apq - c * sd;
+  A.at[q][q] = aqq - gain;
 #pragma GCC unroll 8
   for (int r = 0; r < k; ++r) {
     if (r == p || r == q) continue;
@@ -114,15 +118,15 @@ struct Turns {
   Real c[(players - 1) * players / 2], s[(players - 1) * players / 2];
 };
 
-template <int K, int Round, int Index, class Real, class Mask>
-PMRL_INLINE void find_angles(const Matrix<K, Real>& A, Mask active, Turns<K, Real>& t) {
+template <int K, int Round, int Index, class Real>
+PMRL_INLINE void find_angles(const Matrix<K, Real>& A, Real least, Turns<K, Real>& t) {
   constexpr int games = (K + 1) / 2;
   if constexpr (Index < games) {
     constexpr Game game = game_of(2 * games, Round, Index);
     constexpr int at = Round * games + Index;
     if constexpr (game.q < K)
-      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], active, t.c[at], t.s[at]);
-    find_angles<K, Round, Index + 1>(A, active, t);
+      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], least, t.c[at], t.s[at]);
+    find_angles<K, Round, Index + 1>(A, least, t);
   }
 }
 
@@ -137,12 +141,12 @@ PMRL_INLINE void turn(Matrix<K, Real>& A, const Turns<K, Real>& t) {
   }
 }
 
-template <int K, int Round, class Real, class Mask>
-PMRL_INLINE void play(Matrix<K, Real>& A, Mask active, Turns<K, Real>& t) {
+template <int K, int Round, class Real>
+PMRL_INLINE void play(Matrix<K, Real>& A, Real least, Turns<K, Real>& t) {
   if constexpr (Round < K + K % 2 - 1) {
-    find_angles<K, Round, 0>(A, active, t);
+    find_angles<K, Round, 0>(A, least, t);
     turn<K, Round, 0>(A, t);
-    play<K, Round + 1>(A, active, t);
+    play<K, Round + 1>(A, least, t);
   }
 }
 
@@ -157,11 +161,11 @@ PMRL_INLINE void turn_row(Real* row, const Turns<K, Real>& t) {
 }
 
 // Every pair once. V's rows take all rotations of the sweep one row at a time, which stay in registers meanwhile.
-template <int K, class Real, class Mask>
-PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Mask active, int k) {
+template <int K, class Real>
+PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k) {
   Turns<K, Real> t;
   if constexpr (K > 0) {
-    play<K, 0>(A, active, t);
+    play<K, 0>(A, least, t);
     for (int r = 0; r < K; ++r) {
       Real row[K];
 #pragma GCC unroll 8
@@ -175,7 +179,7 @@ PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Mask active, int 
     for (int at = 0; at < count; ++at) {
       const Game game = game_of(2 * games, at / games, at % games);
       if (game.q >= k) continue;
-      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], active, t.c[at], t.s[at]);
+      rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], least, t.c[at], t.s[at]);
       rotate<K>(A, t.c[at], t.s[at], game.p, game.q, k);
     }
     for (int r = 0; r < k; ++r)
@@ -204,7 +208,7 @@ PMRL_INLINE void order(Eigenpairs<K, Real>& E, int i, int j, int k) {
 
 // All eigenpairs of A, destroying it. Eigenvalues are clamped at 0; a matrix that is not finite gives NaN.
 template <int K, class Real>
-PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k, bool wide) {
+PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k) {
   const Real broken = zero_or_nan(A, k);
   Real trace(0.0);
   for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
@@ -221,9 +225,11 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k,
       diagonal = diagonal + A.at[i][i] * A.at[i][i];
       for (int j = i + 1; j < k; ++j) off = off + A.at[i][j] * A.at[i][j];
     }
-    const auto active = off + off > Real(jacobi_tolerance(wide)) * diagonal;
+    const Real tolerance = Real(kJacobiTolerance) * diagonal;
+    const auto active = off + off > tolerance;
     if (!any(active)) break;
-    sweep<K>(A, E.V, active, k);
+    // entries that all stay add up to less than the tolerance
+    sweep<K>(A, E.V, select(active, tolerance * Real(1.0 / (k * k)), Real(HUGE_VAL)), k);
   }
   for (int i = 0; i < k; ++i) E.values.at[i] = A.at[i][i];
   for (int i = 0; i < k; ++i)  // an insertion sort that no lane's data can steer
@@ -379,7 +385,7 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
     Matrix<K, Real> copy = A;
     Eigenpairs<K, Real> E;
     Vector<K, Real> w;
-    eigenpairs(copy, E, k, wide);
+    eigenpairs(copy, E, k);
     oriented(E, w, k, wide);
     value = select(undecided, E.values.at[0], value);
     for (int i = 0; i < k; ++i) x.at[i] = select(undecided, w.at[i], x.at[i]);

@@ -206,7 +206,7 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       radial.at[i] = even * G.at[i][i] + along * top * v.at[i] * v.at[i];
       for (int m = i; m < k; ++m) A.at[i][m] = along * v.at[i] * v.at[m] + (i == m ? even : Real(0.0));
     }
-    if (through_leading) eigenpairs(G, E, k, s.wide);
+    if (through_leading) eigenpairs(G, E, k);
   } else if (through_values) {
     Vector<K, Real> sigma, gaps, p, g;
     for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.values.at[j]);

@@ -524,7 +524,7 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
   Vector<K, Pack> v;
   if (s.spectrum) {
     const Pack broken = zero_or_nan(G, k);
-    eigenpairs(G, E, k, s.wide);
+    eigenpairs(G, E, k);
     drop_surplus(E.values, columns, s, broken);
     oriented(E, v, k, s.wide);
     for (int i = 0; i < k; ++i) {
@@ -827,7 +827,7 @@ void solve_matrices(const double* A, int64_t n, int k, bool all, bool wide, doub
     Eigenpairs<K, Pack> E;
     Vector<K, Pack> v;
     if (all)
-      eigenpairs(G, E, k, wide);
+      eigenpairs(G, E, k);
     else
       leading_pair(G, E.values.at[0], v, k, wide);
     for (int j = 0; j < (all ? k : 1); ++j) {
@@ -851,8 +851,8 @@ struct SolveMatrices {
   static Function make_any() { return solve_matrices<0>; }
 };
 
-void all_eigenpairs(const double* A, int64_t n, int k, bool wide, double* values, double* vectors) {
-  for_k<SolveMatrices>(k)(A, n, k, true, wide, values, vectors);
+void all_eigenpairs(const double* A, int64_t n, int k, double* values, double* vectors) {
+  for_k<SolveMatrices>(k)(A, n, k, true, false, values, vectors);
 }
 
 void all_leading_pairs(const double* A, int64_t n, int k, bool wide, double* values, double* vectors) {

@@ -73,7 +73,7 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.
-  void (*eigenpairs)(const double* A, int64_t n, int k, bool wide, double* values, double* vectors);
+  void (*eigenpairs)(const double* A, int64_t n, int k, double* values, double* vectors);
   void (*leading_pair)(const double* A, int64_t n, int k, bool wide, double* values, double* vectors);
   void (*exp_nonpositive)(const double* x, int64_t n, double* y);
   void (*log1p_nonnegative)(const double* x, int64_t n, double* y);
