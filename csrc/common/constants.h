@@ -2,10 +2,13 @@
 // They are those of pmrl_kernels/backends/constants.py, which says why each is what it is; a test compares the two.
 #pragma once
 
+#define PMRL_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__) || defined(__HIPCC__)
+#define PMRL_UNROLL(n) PMRL_PRAGMA(unroll)
 #define PMRL_INLINE static __host__ __device__ __forceinline__
 #define PMRL_FUNCTION static __host__ __device__ __forceinline__
 #else
+#define PMRL_UNROLL(n) PMRL_PRAGMA(GCC unroll n)
 // Always inlined and of internal linkage: the CPU kernels are compiled once per instruction set, and the
 // linker must never fold an AVX-512 copy of a function into the baseline.
 #define PMRL_INLINE static inline __attribute__((always_inline))

@@ -80,7 +80,7 @@ PMRL_INLINE void rotate(Matrix<K, Real>& A, Real c, Real s, int p, int q, int k)
   A.at[p][p] = app + gain;
   A.at[p][q] = (c * c - s * s) * apq - c * sd;
   A.at[q][q] = aqq - gain;
-#pragma GCC unroll 8
+  PMRL_UNROLL(8)
   for (int r = 0; r < k; ++r) {
     if (r == p || r == q) continue;
     Real &a = upper(A, r, p), &b = upper(A, r, q);
@@ -168,10 +168,10 @@ PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k
     play<K, 0>(A, least, t);
     for (int r = 0; r < K; ++r) {
       Real row[K];
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int j = 0; j < K; ++j) row[j] = V.at[r][j];
       turn_row<K, 0>(row, t);
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int j = 0; j < K; ++j) V.at[r][j] = row[j];
     }
   } else {
@@ -198,7 +198,7 @@ PMRL_INLINE void order(Eigenpairs<K, Real>& E, int i, int j, int k) {
   if (!any(swap)) return;
   E.values.at[i] = select(swap, b, a);
   E.values.at[j] = select(swap, a, b);
-#pragma GCC unroll 8
+  PMRL_UNROLL(8)
   for (int r = 0; r < k; ++r) {
     const Real x = E.V.at[r][i], y = E.V.at[r][j];
     E.V.at[r][i] = select(swap, y, x);

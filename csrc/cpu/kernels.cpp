@@ -134,24 +134,24 @@ PMRL_INLINE void gram_triangle(const RowType* rows, int first, int64_t d, double
   F64 x[R];
   int64_t c = 0;
   for (; c + kNative <= d; c += kNative) {
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < R; ++m) x[m] = rows[m].load(c);
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int j = 0; j < R; ++j)
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int i = 0; i <= j; ++i) sums[triangle(i, j)] += x[i] * x[j];
   }
   if (c < d) {
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < R; ++m) x[m] = rows[m].load(c, d - c);
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int j = 0; j < R; ++j)
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int i = 0; i <= j; ++i) sums[triangle(i, j)] += x[i] * x[j];
   }
-#pragma GCC unroll 8
+  PMRL_UNROLL(8)
   for (int j = 0; j < R; ++j)
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int i = 0; i <= j; ++i) out[triangle(first + i, first + j) * kLanes] = sum(sums[triangle(i, j)]);
 }
 
@@ -162,28 +162,28 @@ PMRL_INLINE void gram_rectangle(const RowType* left, const RowType* right, int i
   F64 x[kTile], y[R];
   int64_t c = 0;
   for (; c + kNative <= d; c += kNative) {
-#pragma GCC unroll 4
+    PMRL_UNROLL(4)
     for (int s = 0; s < kTile; ++s) x[s] = left[s].load(c);
-#pragma GCC unroll 4
+    PMRL_UNROLL(4)
     for (int t = 0; t < R; ++t) {
       y[t] = right[t].load(c);
-#pragma GCC unroll 4
+      PMRL_UNROLL(4)
       for (int s = 0; s < kTile; ++s) sums[s][t] += x[s] * y[t];
     }
   }
   if (c < d) {
-#pragma GCC unroll 4
+    PMRL_UNROLL(4)
     for (int s = 0; s < kTile; ++s) x[s] = left[s].load(c, d - c);
-#pragma GCC unroll 4
+    PMRL_UNROLL(4)
     for (int t = 0; t < R; ++t) {
       y[t] = right[t].load(c, d - c);
-#pragma GCC unroll 4
+      PMRL_UNROLL(4)
       for (int s = 0; s < kTile; ++s) sums[s][t] += x[s] * y[t];
     }
   }
-#pragma GCC unroll 4
+  PMRL_UNROLL(4)
   for (int t = 0; t < R; ++t)
-#pragma GCC unroll 4
+    PMRL_UNROLL(4)
     for (int s = 0; s < kTile; ++s) out[triangle(i0 + s, j0 + t) * kLanes] = sum(sums[s][t]);
 }
 
@@ -255,15 +255,15 @@ PMRL_NOINLINE void dots(const RowType* rows, const GradientRow& h, int k, int64_
     int64_t c = 0;
     for (; c + kNative <= d; c += kNative) {
       const F64 y = h.load(c);
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int m = 0; m < K; ++m) totals[m] += rows[m].load(c) * y;
     }
     if (c < d) {
       const F64 y = h.load(c, d - c);
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int m = 0; m < K; ++m) totals[m] += rows[m].load(c, d - c) * y;
     }
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) out[m * kLanes] = sum(totals[m]);
   } else {
     for (int m = 0; m < k; ++m) out[m * kLanes] = dot(rows[m], h, d);
@@ -277,24 +277,24 @@ PMRL_NOINLINE void apply(const RowType* rows, const double* C, int64_t d,
   int64_t c = 0;
   for (; c + kNative <= d; c += kNative) {
     F64 x[K];
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) x[m] = rows[m].load(c);
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) {
       F64 total = C[triangle(0, m) * kLanes] * x[0];
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int j = 1; j < K; ++j) total += C[(j < m ? triangle(j, m) : triangle(m, j)) * kLanes] * x[j];
       targets[m].store(c, total);
     }
   }
   if (c < d) {
     F64 x[K];
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) x[m] = rows[m].load(c, d - c);
-#pragma GCC unroll 8
+    PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) {
       F64 total{};
-#pragma GCC unroll 8
+      PMRL_UNROLL(8)
       for (int j = 0; j < K; ++j) total += C[(j < m ? triangle(j, m) : triangle(m, j)) * kLanes] * x[j];
       targets[m].store(c, total, d - c);
     }
@@ -322,7 +322,7 @@ PMRL_NOINLINE void apply_any(const RowType* rows, const double* C, int k, int64_
       F64 totals[kTile] = {};
       for (int j = 0; j < k; ++j) {
         const F64 x = whole ? rows[j].load(c) : rows[j].load(c, n);
-#pragma GCC unroll 4
+        PMRL_UNROLL(4)
         for (int t = 0; t < kTile; ++t) {
           const int m = first + t < k ? first + t : k - 1;
           totals[t] += C[(j < m ? triangle(j, m) : triangle(m, j)) * kLanes] * x;
@@ -330,7 +330,7 @@ PMRL_NOINLINE void apply_any(const RowType* rows, const double* C, int k, int64_
       }
       F64 h{};
       if (e.h.data) h = whole ? e.h.load(c) : e.h.load(c, n);
-#pragma GCC unroll 4
+      PMRL_UNROLL(4)
       for (int t = 0; t < kTile; ++t) {
         const int m = first + t;
         if (m >= k || !targets[m].data) continue;
