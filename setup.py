@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 LIBRARY = "pmrl_kernels.libpmrl_kernels"
@@ -28,7 +28,6 @@ DOOR = "pmrl_kernels._numerics"
 RECORD = "native_build.txt"
 OLDEST_TORCH = (2, 10)
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
-BUILT = "built"
 
 # Under build isolation this process does not see the environment that the package is installed into. A new
 # one of the same interpreter, which ignores PYTHONPATH and the like, does.
@@ -47,114 +46,141 @@ print(json.dumps(facts))
 """
 
 
+class NotBuiltError(Exception):
+    """Why there is no native library, for the record."""
+
+
 def probe() -> dict[str, str | None]:
     """Where the target interpreter has torch and pybind11."""
     done = subprocess.run([sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True)
     if done.returncode:
-        return {"torch": None, "pybind11": None}
+        raise NotBuiltError(f"looking for torch failed at installation: {done.stderr.strip().splitlines()[-1]}")
     facts: dict[str, str | None] = json.loads(done.stdout)
     return facts
 
 
-def obstacle(facts: dict[str, str | None]) -> str | None:
-    """Why no native library can be built here, or None."""
+def survey() -> dict[str, str | None]:
+    """What ``probe`` found, if that and the tools of this machine suffice for a build."""
     if REQUESTED == "0":
-        return "PMRL_KERNELS_NATIVE=0 at installation"
+        raise NotBuiltError("PMRL_KERNELS_NATIVE=0 at installation")
+    if REQUESTED not in ("", "1"):
+        sys.exit(f"PMRL_KERNELS_NATIVE: got {REQUESTED!r}, wanted 0, 1 or nothing")
     if not sys.platform.startswith("linux"):
-        return f"it is built on Linux only, not on {sys.platform}"
+        raise NotBuiltError(f"it is built on Linux only, not on {sys.platform}")
+    facts = probe()
     if facts["torch"] is None:
-        return f"torch was not found by {sys.executable} at installation; install torch first, then this package again"
+        # Both options matter: pip keeps an installed version, and the wheels it made, whatever else changed.
+        raise NotBuiltError(
+            f"torch was not found by {sys.executable} at installation; with torch installed, install this package "
+            "again with pip's --force-reinstall and --no-cache-dir"
+        )
     version = str(facts["version"])
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        return f"it needs torch >= 2.10 at installation, which had {version}"
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+        raise NotBuiltError(
+            f"it needs torch >= {'.'.join(map(str, OLDEST_TORCH))} at installation, which had {version}"
+        )
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
-        return f"no C++ compiler was found at installation ({', '.join(compilers)})"
+        raise NotBuiltError(f"no C++ compiler was found at installation (looked for {', '.join(compilers)})")
     if not shutil.which("cmake"):
-        return "cmake was not found at installation"
-    return None
+        raise NotBuiltError("cmake was not found at installation")
+    return facts
 
 
-facts = probe()
-reason = obstacle(facts)
-if REQUESTED == "1" and reason is not None:
-    sys.exit(f"PMRL_KERNELS_NATIVE=1, but the native library cannot be built: {reason}")
+def run(*command: str) -> None:
+    """Runs it and passes its output on; a failure names the first error in it."""
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            sys.stdout.write(line)
+            lines.append(line.strip())
+    if process.returncode:
+        at = next((i for i, line in enumerate(lines) if "error:" in line or line.startswith("CMake Error")), None)
+        if at is None:
+            told = lines[-1:]
+        elif lines[at].startswith("CMake Error at"):
+            told = lines[at + 1 : at + 6]  # the line itself only says where
+        else:
+            told = [lines[at]]
+        message = " ".join(filter(None, told)) or f"exit status {process.returncode}"
+        raise NotBuiltError(f"the compilation failed at installation: {message[:400]}")
 
 
 class Build(build_ext):
-    """One CMake build for all extensions; no file name carries a Python version, as none depends on one."""
+    """One CMake build for all extensions, or none and the reason."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        # The library depends on no version of Python, and its name carries none.
         if fullname.endswith("libpmrl_kernels"):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        development = self.inplace or getattr(self, "editable_mode", False)
-        self.extensions = [ext for ext in self.extensions if ext.name == LIBRARY or (development and facts["pybind11"])]
+        package = Path(self.get_ext_fullpath(LIBRARY)).parent
         try:
-            built = self._compile([ext.name for ext in self.extensions])
-        except (subprocess.CalledProcessError, OSError) as error:
+            built, outcome = self._compile(survey()), "built"
+        except (NotBuiltError, OSError) as error:
             if REQUESTED == "1":
-                raise
-            self._record(f"the compilation failed at installation: {error}")
-            self.extensions = []
-            return
-        for ext in self.extensions:
-            target = Path(self.get_ext_fullpath(ext.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+                sys.exit(f"PMRL_KERNELS_NATIVE=1, but the native library cannot be built: {error}")
+            built, outcome = {}, str(error)
+        self.extensions = [ext for ext in self.extensions if ext.name in built]
+        # Without one the distribution is pure Python, to everything that asks from here on.
+        self.distribution.ext_modules = self.extensions
+        package.mkdir(parents=True, exist_ok=True)
+        # What an earlier build left in place is not what the record is about to describe.
+        targets = {name: Path(self.get_ext_fullpath(name)) for name in built}
+        for stale in {*package.glob("libpmrl_kernels.so"), *package.glob("_numerics*.so")} - {*targets.values()}:
+            stale.unlink()
+        for name, source in built.items():
+            target = targets[name]
             # A running process may have the old file mapped: never write into it.
             temporary = target.with_name(target.name + ".new")
-            shutil.copyfile(built[ext.name], temporary)
+            shutil.copyfile(source, temporary)
             os.replace(temporary, target)
-        self._record(BUILT)
+        (package / RECORD).write_text(outcome + "\n")
 
-    def _compile(self, names: list[str]) -> dict[str, Path]:
+    def _compile(self, facts: dict[str, str | None]) -> dict[str, Path]:
+        """The files built, by the name of their extension. The door is for development, so for builds in place."""
+        development = self.inplace or getattr(self, "editable_mode", False)
         build = ROOT / "build" / "native"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         settings = [f"-DPMRL_TORCH_ROOT={facts['torch']}", f"-DPMRL_TORCH_VERSION={facts['version']}"]
-        if DOOR in names:
+        if development and facts["pybind11"]:
             settings += ["-DPMRL_NUMERICS=ON", f"-Dpybind11_DIR={facts['pybind11']}"]
             settings += [f"-DPython_EXECUTABLE={sys.executable}"]
         else:
             settings += ["-DPMRL_NUMERICS=OFF"]
         # The cache may name tools of an isolated environment that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        subprocess.run(["cmake", *generator, "-S", str(ROOT), "-B", str(build), *settings], check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        results = {LIBRARY: build / "libpmrl_kernels.so"}
-        if DOOR in names:
-            results[DOOR] = next(build.glob("_numerics*.so"))
-        return results
-
-    def _record(self, outcome: str) -> None:
-        folder = Path(self.get_ext_fullpath(LIBRARY)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(outcome + "\n")
-
-
-class Sources(build_py):
-    """Leaves the reason where there is nothing to build."""
-
-    def run(self) -> None:
-        super().run()
-        if reason is not None:
-            folder = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
-            (folder / "pmrl_kernels").mkdir(parents=True, exist_ok=True)
-            (folder / "pmrl_kernels" / RECORD).write_text(reason + "\n")
-            for stale in (folder / "pmrl_kernels").glob("libpmrl_kernels.so"):
-                stale.unlink()  # of an earlier build, or the record would not be true
+        run("cmake", *generator, "-S", str(ROOT), "-B", str(build), *settings)
+        run("cmake", "--build", str(build))
+        built = {LIBRARY: build / "libpmrl_kernels.so"}
+        if "-DPMRL_NUMERICS=ON" in settings:
+            built[DOOR] = next(build.glob("_numerics*.so"))
+        return built
 
 
 class Wheel(bdist_wheel):
     """py3-none-<platform>: the library needs the platform's C library and PyTorch's stable ABI, no Python."""
 
+    def run(self) -> None:
+        # Both are packed whole: what an earlier build left there would go with it.
+        for folder in (self.get_finalized_command("build").build_lib, self.bdist_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        # Only now is it known whether there is a library.
+        self.root_is_pure = not self.distribution.has_ext_modules()
+
     def get_tag(self) -> tuple[str, str, str]:
-        _, _, platform = super().get_tag()
-        return ("py3", "none", platform if self.distribution.has_ext_modules() else "any")
+        return ("py3", "none", super().get_tag()[2])
 
 
 setup(
-    ext_modules=[] if reason else [Extension(LIBRARY, []), Extension(DOOR, [])],
-    cmdclass={"build_ext": Build, "build_py": Sources, "bdist_wheel": Wheel},
+    ext_modules=[Extension(LIBRARY, []), Extension(DOOR, [])],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )
