@@ -1,9 +1,13 @@
 # Everything runs inside .venv, created on first use from constraints.txt.
 #   make demo      train a six-view model on scanned digits and draw the comparison
 #   make test      the suite, doctests included
-#   make test-all  the suite and what is slower
+#   make test-all  the suite and what is slower, `make sanitize` included
 #   make lint      ruff, ruff format, mypy
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
+#   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
+#   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
+#   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
+#   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -15,7 +19,7 @@ BUILT  := $(VENV)/built
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
 
-.PHONY: demo test test-all build lint format clean
+.PHONY: demo test test-all build wheel sanitize bench bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -40,6 +44,22 @@ test: $(BUILT)
 
 test-all: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(filter 1,$(PMRL_KERNELS_NATIVE)),$(MAKE) sanitize)
+
+# The objects are those of `make build`. A wheel of pure Python is no answer here, whatever the reason.
+wheel: $(BUILT)
+	rm -f dist/*.whl
+	PMRL_KERNELS_NATIVE=1 PATH=$(CURDIR)/$(BIN):$$PATH $(PIP) wheel --no-build-isolation --no-deps -w dist .
+	$(BIN)/python tests/data/environments.py dist/*.whl
+
+sanitize: $(STAMP)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/data/sanitize.py
+
+bench: $(BUILT)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-record: $(BUILT)
+	$(BIN)/python -m pytest benchmarks/test_record.py --benchmark-autosave $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

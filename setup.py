@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,15 +30,15 @@ RECORD = "native_build.txt"
 OLDEST_TORCH = (2, 10)
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
 
-# Under build isolation this process does not see the environment that the package is installed into. A new
-# one of the same interpreter, which ignores PYTHONPATH and the like, does.
 _PROBE = """
-import json, importlib.util
+import importlib.util, json, os, sys
+sys.path[:] = filter(None, sys.path)  # not the folder this runs in
 found = importlib.util.find_spec("torch")
 facts = {"torch": None, "pybind11": None}
 if found is not None:
     from importlib.metadata import version
-    facts["torch"] = found.submodule_search_locations[0]
+    # As it is really called: environments that share one torch share what was compiled with it.
+    facts["torch"] = os.path.realpath(found.submodule_search_locations[0])
     facts["version"] = version("torch")
 if importlib.util.find_spec("pybind11") is not None:
     import pybind11
@@ -51,12 +52,23 @@ class NotBuiltError(Exception):
 
 
 def probe() -> dict[str, str | None]:
-    """Where the target interpreter has torch and pybind11."""
-    done = subprocess.run([sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True)
-    if done.returncode:
-        raise NotBuiltError(f"looking for torch failed at installation: {done.stderr.strip().splitlines()[-1]}")
-    facts: dict[str, str | None] = json.loads(done.stdout)
+    """Where the interpreter that this package is installed for has torch and pybind11."""
+    facts: dict[str, str | None] = {}
+    # As this process sees it, which may be by PYTHONPATH; else without the variables by which pip's build isolation
+    # hides the environment that the package is installed into.
+    for options in ([], ["-E"]):
+        done = subprocess.run([sys.executable, *options, "-c", _PROBE], capture_output=True, text=True)
+        if done.returncode:
+            raise NotBuiltError(f"looking for torch failed at installation: {done.stderr.strip().splitlines()[-1]}")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        if facts["torch"] is not None:
+            break
     return facts
+
+
+def tool(name: str) -> str | None:
+    """Its path. cmake and ninja may be where pip puts them, in a virtual environment that nobody activated."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def survey() -> dict[str, str | None]:
@@ -69,10 +81,11 @@ def survey() -> dict[str, str | None]:
         raise NotBuiltError(f"it is built on Linux only, not on {sys.platform}")
     facts = probe()
     if facts["torch"] is None:
-        # Both options matter: pip keeps an installed version, and the wheels it made, whatever else changed.
+        # pip keeps an installed version, and the wheels it made, whatever else changed; and forced, it would install
+        # torch once more. Other tools isolate a build by an interpreter of its own, which leads to no other.
         raise NotBuiltError(
             f"torch was not found by {sys.executable} at installation; with torch installed, install this package "
-            "again with pip's --force-reinstall and --no-cache-dir"
+            "again with pip's --force-reinstall --no-deps --no-cache-dir (--no-build-isolation, if it was there before)"
         )
     version = str(facts["version"])
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
@@ -82,7 +95,7 @@ def survey() -> dict[str, str | None]:
     compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
         raise NotBuiltError(f"no C++ compiler was found at installation (looked for {', '.join(compilers)})")
-    if not shutil.which("cmake"):
+    if not tool("cmake"):
         raise NotBuiltError("cmake was not found at installation")
     return facts
 
@@ -145,7 +158,8 @@ class Build(build_ext):
         """The files built, by the name of their extension. The door is for development, so for builds in place."""
         development = self.inplace or getattr(self, "editable_mode", False)
         build = ROOT / "build" / "native"
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        cmake, ninja = str(tool("cmake")), tool("ninja")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         settings = [f"-DPMRL_TORCH_ROOT={facts['torch']}", f"-DPMRL_TORCH_VERSION={facts['version']}"]
         if development and facts["pybind11"]:
             settings += ["-DPMRL_NUMERICS=ON", f"-Dpybind11_DIR={facts['pybind11']}"]
@@ -154,8 +168,8 @@ class Build(build_ext):
             settings += ["-DPMRL_NUMERICS=OFF"]
         # The cache may name tools of an isolated environment that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        run("cmake", *generator, "-S", str(ROOT), "-B", str(build), *settings)
-        run("cmake", "--build", str(build))
+        run(cmake, *generator, "-S", str(ROOT), "-B", str(build), *settings)
+        run(cmake, "--build", str(build))
         built = {LIBRARY: build / "libpmrl_kernels.so"}
         if "-DPMRL_NUMERICS=ON" in settings:
             built[DOOR] = next(build.glob("_numerics*.so"))
@@ -166,9 +180,11 @@ class Wheel(bdist_wheel):
     """py3-none-<platform>: the library needs the platform's C library and PyTorch's stable ABI, no Python."""
 
     def run(self) -> None:
-        # Both are packed whole: what an earlier build left there would go with it.
+        # Both are packed whole: what an earlier build left there would go with it. (Folders that someone named
+        # instead may hold more than that.)
         for folder in (self.get_finalized_command("build").build_lib, self.bdist_dir):
-            shutil.rmtree(folder, ignore_errors=True)
+            if (ROOT / "build").resolve() in Path(folder).resolve().parents:
+                shutil.rmtree(folder, ignore_errors=True)
         super().run()
 
     def run_command(self, command: str) -> None:

@@ -37,6 +37,7 @@ from pmrl_kernels.backends import native
 RESULTS = Path(__file__).with_name("results")
 SECONDS = 4.0  # for each shape, shared by its contenders
 QUICK_SECONDS = 2.0
+LOOP_SECONDS = 0.02  # a turn where only overhead is measured: some hundred calls
 SOLVER_MATRICES = 4096
 SECTIONS = ("time", "overhead", "memory", "accuracy", "leading", "solvers")
 
@@ -94,7 +95,7 @@ def time_case(
 
 def overhead_rows(contenders: Sequence[Contender], seconds: float) -> list[Row]:
     """Calls so small that only their overhead counts: in a loop, and single ones among the others'."""
-    loop = time_case(cases.OVERHEAD, contenders, seconds)
+    loop = time_case(cases.OVERHEAD, contenders, seconds, turn_seconds=LOOP_SECONDS)
     single = time_case(cases.OVERHEAD, contenders, seconds, turn_seconds=0.0)
     return [
         row | ({"single_ms": other["median_ms"]} if "median_ms" in other else {})

@@ -140,7 +140,7 @@ def _ratios(axes: Any, times: dict[tuple[str, int, int, int], float], sizes: lis
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.5)  # room for the legend
+    axes.set_ylim(top=axes.get_ylim()[1] * 2.2)  # room for the legend
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     for k in dict.fromkeys(group[0] for group in groups):
@@ -149,4 +149,4 @@ def _ratios(axes: Any, times: dict[tuple[str, int, int, int], float], sizes: lis
             sum(places) / len(places), -0.16, f"k = {k}", ha="center", transform=axes.get_xaxis_transform(), fontsize=10
         )
     axes.set_xlabel("batch size B, by number of modalities k", labelpad=24)
-    axes.legend(frameon=False, loc="upper left", ncols=4, bbox_to_anchor=(0, 1.0))
+    axes.legend(frameon=False, loc="upper left", ncols=2, bbox_to_anchor=(0, 1.0))
