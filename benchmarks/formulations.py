@@ -5,8 +5,7 @@ log Σ_j exp((σ_j − σ₁)/τ), σ the singular values of an instance's norma
 
 The rivals in k-space are meant to be the strongest that plain PyTorch allows: one pass to a Gram matrix,
 a gradient written by hand, one pass to apply it. What was tried for them, forward + backward at
-(B, d, k) = (1024, 512, 4) and 1 thread, in ms of processor time on a busy AVX-512 machine (read the ratios),
-`dominant_sv_loss` by the native backend at 2.1:
+(B, d, k) = (1024, 512, 4) and 1 thread, in ms of processor time on a busy AVX-512 machine (read the ratios):
 
     eager       stack, one bmm for the Gram, k thin bmms for the gradients, all float32       6.7  kept
                 one (k x k)·(k x d) bmm for the gradients: level here, 1.2 times slower

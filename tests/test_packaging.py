@@ -310,6 +310,15 @@ def test_building_nothing_in_place_removes_what_was_there(tmp_path):
     assert (package / RECORD).read_text() == "PMRL_KERNELS_NATIVE=0 at installation\n"
 
 
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    """The package works without it, and tells the loader's own reason."""
+    shutil.copytree(ROOT / "pmrl_kernels", tmp_path / "pmrl_kernels", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "pmrl_kernels" / "libpmrl_kernels.so").write_text("a text of some length, which is no library at all")
+    asked = "from pmrl_kernels import backends; print(*backends.available, backends.unavailable_reasons['native'])"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True)
+    assert re.match(r"reference libpmrl_kernels\.so cannot be loaded: .*(file too short|ELF)", done.stdout), done.stderr
+
+
 @needs_library
 def test_the_record_of_this_installation():
     assert (PACKAGE / RECORD).read_text() == "built\n"

@@ -37,8 +37,8 @@ def _load() -> tuple[dict[str, str], str | None]:
         return {}, f"this installation has no compiled library: {_record()}"
     try:
         torch.ops.load_library(str(_LIBRARY))
-    except OSError as error:
-        return {}, f"{_LIBRARY.name} cannot be loaded: {error}"
+    except OSError as error:  # torch names the file, and the loader's reason is in what it caught
+        return {}, f"{_LIBRARY.name} cannot be loaded: {error.__cause__ or error}"
     facts = dict(line.split(": ", 1) for line in torch.ops.pmrl_kernels.build_info().splitlines())
     return facts, facts["unusable"] or None
 
@@ -85,7 +85,7 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
 def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, wide: bool) -> tuple[int, int]:
     """As csrc/cpu says: state_size numbers an instance, with room for whole blocks."""
     pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
-    return B + _LANES - 1, pairs + k + k * normalize + k * wide
+    return B + _LANES - 1, pairs + k * (1 + int(normalize) + int(wide))  # a symbolic k takes no bool as a factor
 
 
 def _spectral_forward_shapes(
