@@ -20,11 +20,13 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def benchmark_modules() -> Iterator[SimpleNamespace]:
     """The scripts as they see one another, in memory that is not filled with NaN, and torch's settings restored."""
     torch.use_deterministic_algorithms(False)
     threads = torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(FOLDER))
+    # Not by monkeypatch, which would also undo what others appended meanwhile: setuptools keeps its own dependencies
+    # on a path that it adds when it is first imported, and torch.compile imports it.
+    sys.path.insert(0, str(FOLDER))
     import accuracy
     import bench
     import cases
@@ -35,6 +37,7 @@ def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     yield SimpleNamespace(
         accuracy=accuracy, bench=bench, cases=cases, figure=figure, formulations=formulations, measure=measure
     )
+    sys.path.remove(str(FOLDER))
     torch.set_num_threads(threads)
 
 
