@@ -6,6 +6,8 @@
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
 #   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
+#   make resources what the Triton kernels take on five architectures, compiled anew, to tests/data
+#   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
@@ -19,7 +21,7 @@ BUILT  := $(VENV)/built
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
 
-.PHONY: demo test test-all build wheel sanitize bench bench-record lint format clean
+.PHONY: demo test test-all build wheel sanitize resources gpu-check bench bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -54,6 +56,12 @@ wheel: $(BUILT)
 
 sanitize: $(STAMP)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/data/sanitize.py
+
+resources: $(STAMP)
+	$(BIN)/python tests/data/resources.py --write
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/python benchmarks/bench.py $(ARGS)

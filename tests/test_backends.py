@@ -416,7 +416,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("autograd",),
     ("backends",),
     ("backends.native", "backends.triton"),
-    ("backends.reference",),
+    ("backends.reference", "backends.triton.launch"),
+    ("backends.triton.kernels",),
+    ("backends.triton.streams",),
+    ("backends.triton.kspace",),
+    ("backends.triton.eigen",),
     ("backends.constants",),
 )
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}

@@ -814,6 +814,9 @@ def _modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
 
 
 _SETTINGS = "Tensor? mask, Tensor? temperature, float fixed_temperature"
+signatures: dict[str, str] = {}
+"""Of the operators, by name."""
+
 for _signature, _implementation, _shapes in (
     (
         f"spectral_forward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, int wanted) "
@@ -850,6 +853,7 @@ for _signature, _implementation, _shapes in (
     ),
 ):
     _name = _signature.partition("(")[0]
+    signatures[_name] = _signature.removeprefix(_name)
     _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pmrl_reference::{_name}", _shapes, lib=_library)

@@ -1,0 +1,346 @@
+"""The alignment loss on a GPU, forward + backward, beside its rivals: eager wall time, device time, memory, accuracy.
+
+    python benchmarks/gpu.py                 # everything, some five minutes
+    python benchmarks/gpu.py --dry-run       # toy sizes on the CPU, kernels interpreted: does the program run?
+
+*Wall* is what a training loop sees: calls one after the other, the clock stopped when the device is done. *Device* is a
+replayed CUDA graph of the same call, in which the host has no part; a formulation that cannot be captured has none.
+Before a number is printed every formulation must agree with a float64 SVD. *copy* is a device-to-device copy
+of all embeddings, and *least* the time it would take to move the least bytes: inputs twice, gradients once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import accuracy
+import formulations
+import torch
+from bench import number, table
+from cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
+from measure import commit
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
+
+RESULTS = Path(__file__).with_name("results")
+SECONDS = 0.25  # for each number
+SLOW = 1.0  # a call that takes longer is made once
+FULL_SVD_BATCH = 256
+OURS = "triton"
+
+SHAPES = (
+    *((B, 512, 4) for B in (64, 256, 1024, 4096, 16384, 65536)),
+    *((B, 512, k) for k in (3, 6, 8) for B in (256, 4096, 65536)),
+    *((B, d, 4) for d in (128, 1024) for B in (256, 4096, 65536)),
+    *((B, 512, k) for k in (16, 32) for B in (256, 4096)),
+)
+HALF_SHAPES = tuple((B, 512, 4) for B in (256, 4096, 65536))
+DRY_SHAPES = ((3, 20, 3),)
+
+Row = dict[str, Any]
+
+
+def _by_driver(driver: str | None, xs: Sequence[Tensor]) -> Tensor:
+    Z = torch.nn.functional.normalize(torch.stack(list(xs), 2), dim=1)
+    sigma = torch.linalg.svd(Z, full_matrices=False, driver=driver).S
+    return formulations.alignment(sigma, TEMPERATURE)
+
+
+def _loss(**options: Any) -> Callable[[Sequence[Tensor]], Tensor]:
+    return functools.partial(dominant_sv_loss, temperature=TEMPERATURE, **options)
+
+
+def _rival(function: Callable[..., Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    return functools.partial(function, temperature=TEMPERATURE)
+
+
+def _squared_error(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The price of an ordinary loss: one over all embeddings."""
+    half = len(xs) // 2
+    return torch.autograd.grad(sum(mse_loss(x, y) for x, y in zip(xs[:half], xs[half:], strict=False)), xs[: 2 * half])
+
+
+def _copy(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return [x.clone() for x in xs]
+
+
+def _triplet(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    sigma, u, _ = dominant_singular_triplet(*xs, backend=OURS)
+    return torch.autograd.grad((sigma.sum(), u.sum()), xs)
+
+
+def contenders(dry: bool) -> tuple[Contender, ...]:
+    """As in cases.py, with what only a GPU has. Those without a loss are scales to read the others against."""
+    drivers = () if dry else ("gesvd", "gesvdj", "gesvda")
+    compiled = (
+        Contender("torch k-space, compiled", "compiled", _rival(formulations.k_space_compiled), rival="compiled"),
+        Contender("torch k-space, compiled Jacobi", "Jacobi", _rival(formulations.k_space_jacobi), rival="compiled"),
+    )
+    return (
+        Contender("full SVD", "full SVD", _rival(formulations.full_svd), largest=1 << 30),
+        *(Contender(f"reduced SVD, {d}", d, functools.partial(_by_driver, d)) for d in drivers),
+        Contender("svdvals", "svdvals", _rival(formulations.svdvals)),
+        Contender("Gram + eigh", "eigh", _rival(formulations.gram_eigh)),
+        Contender("torch k-space", "k-space", _rival(formulations.k_space), rival="eager"),
+        *(() if dry else compiled),
+        Contender("reference", "reference", _loss(backend="reference"), tolerance=1e-6),
+        Contender(OURS, OURS, _loss(backend=OURS), tolerance=1e-6),
+        Contender(f"{OURS}, leading", "leading", work=_leading),
+        Contender(f"{OURS}, triplet", "triplet", work=_triplet),
+        Contender("F.mse_loss", "mse_loss", work=_squared_error),
+        Contender("copy", "copy", work=_copy),
+    )
+
+
+def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.autograd.grad(dominant_sv_loss(xs, objective="leading", backend=OURS), xs)
+
+
+# ------------------------------------------------------------------------------------------------
+# Time
+# ------------------------------------------------------------------------------------------------
+
+
+class Clock(NamedTuple):
+    device: str
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], Any], times: int) -> float:
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        self.wait()
+        return (time.perf_counter() - start) / times
+
+    def median(self, call: Callable[[], Any]) -> float:
+        """Of five rounds that together take about SECONDS; of one call if that takes long."""
+        call()
+        once = self.seconds(call, 1)
+        if once > SLOW:
+            return once
+        times = max(1, int(SECONDS / 5 / min(once, self.seconds(call, 3))))
+        return statistics.median(self.seconds(call, times) for _ in range(5))
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """A CUDA graph of the call. Raises what capturing raises."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
+    call = functools.partial(contender.step, xs)
+    row: Row = {"wall_us": 1e6 * clock.median(call)}
+    if clock.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        clock.wait()
+        row["peak_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        try:
+            row["device_us"] = 1e6 * clock.median(captured(call))
+        except RuntimeError as error:
+            clock.wait()
+            row["no_graph"] = str(error).strip().splitlines()[0][:120]
+    return row
+
+
+def times(
+    shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, candidates: Sequence[Contender], clock: Clock
+) -> Iterator[Row]:
+    for B, d, k in shapes:
+        xs = embeddings(Case(B, d, k, clock.device), dtype=dtype)
+        for contender in candidates:
+            row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": contender.name}
+            half = dtype != torch.float32 and contender.loss is not None and OURS not in contender.name
+            large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
+            if half or large or (k > 8 and "compiled" in contender.name):
+                continue
+            try:
+                yield row | measured(contender, xs, clock)
+            except RuntimeError as error:
+                yield row | {"not_run": str(error).strip().splitlines()[0][:120]}
+
+
+def gate(candidates: Sequence[Contender], clock: Clock, dry: bool) -> None:
+    """Leaves the process if a formulation does not agree with a float64 SVD, in either layout."""
+    for contender in candidates:
+        for B, d, k in DRY_SHAPES if dry else ((64, 128, 4), (4096, 128, 4), (64, 128, 6), (4096, 128, 8)):
+            if contender.loss is None or (contender.largest and B > FULL_SVD_BATCH):
+                continue
+            error = accuracy.agreement(contender, embeddings(Case(B, d, k, clock.device), GATE_COSINE))
+            if not error <= contender.tolerance:
+                sys.exit(f"{contender.name} is {error:.1e} from a float64 SVD at B={B},d={d},k={k}. Nothing is timed.")
+
+
+# ------------------------------------------------------------------------------------------------
+# Report
+# ------------------------------------------------------------------------------------------------
+
+
+def conditions(device: str) -> dict[str, Any]:
+    import platform
+
+    import triton
+
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        facts |= {"driver": str(getattr(torch.cuda, "driver_version", lambda: "unknown")())}
+    return facts | {"commit": commit()}
+
+
+def bandwidth_of_copy(rows: Sequence[Row]) -> float:
+    """Bytes per second of the largest copy: each element read and written once."""
+    copies = [row for row in rows if row["contender"] == "copy" and "wall_us" in row and row["dtype"] == "float32"]
+    if not copies:
+        return float("nan")
+    row = max(copies, key=lambda row: row["B"] * row["d"] * row["k"])
+    return 8 * row["B"] * row["d"] * row["k"] / (row.get("device_us", row["wall_us"]) * 1e-6)
+
+
+def least_us(row: Row, bandwidth: float) -> float:
+    size = 4 if row["dtype"] == "float32" else 2
+    return 3e6 * size * row["B"] * row["d"] * row["k"] / bandwidth
+
+
+def report(results: dict[str, Any]) -> str:
+    rows = results["time"]
+    bandwidth = bandwidth_of_copy(rows)
+    lines = [", ".join(f"{key} {value}" for key, value in results["conditions"].items())]
+    lines.append(f"bandwidth of a device-to-device copy: {bandwidth / 1e9:.0f} GB/s\n")
+    for kind, name in (
+        ("wall_us", "Wall, µs"),
+        ("device_us", "Device, µs (graph replay)"),
+        ("peak_MiB", "Peak memory, MiB"),
+    ):
+        names = list(dict.fromkeys(row["contender"] for row in rows if kind in row))
+        if not names:
+            continue
+        cells: dict[str, dict[str, float]] = {}
+        for row in rows:
+            shape = f"{row['B']}, {row['d']}, {row['k']}, {row['dtype']}"
+            cells.setdefault(shape, {"least": least_us(row, bandwidth)})
+            if kind in row:
+                cells[shape][row["contender"]] = row[kind]
+        columns = names if kind == "peak_MiB" else [*names, "least"]
+        lines += [
+            name,
+            table(["B, d, k", *columns], [[s, *(number(c.get(n)) for n in columns)] for s, c in cells.items()]),
+            "",
+        ]
+    losing = [
+        f"{row['B']}, {row['d']}, {row['k']}: {row['contender']} {number(row['wall_us'])} µs"
+        for row in rows
+        for ours in rows
+        if ours["contender"] == OURS
+        and all(ours[key] == row[key] for key in ("B", "d", "k", "dtype"))
+        and row.get("wall_us", float("inf")) < ours.get("wall_us", float("inf"))
+        and row["contender"] not in ("F.mse_loss", "copy")
+        and OURS not in row["contender"]
+    ]
+    lines += ["Where it loses (wall): " + ("none" if not losing else "; ".join(losing))]
+    lines += [
+        f"not run at {row['B']}, {row['d']}, {row['k']}: {row['contender']}: {row['not_run']}"
+        for row in rows
+        if "not_run" in row
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Wall and device time by batch size at d = 512, k = 4, float32."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5.5), sharey=True, constrained_layout=True)
+    rows = [r for r in results["time"] if (r["d"], r["k"], r["dtype"]) == (512, 4, "float32")]
+    for ax, kind, title in zip(
+        axes, ("wall_us", "device_us"), ("Eager wall time", "Device time, graph replay"), strict=True
+    ):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            points = [(row["B"], row[kind]) for row in rows if row["contender"] == name and kind in row]
+            if points:
+                style = {"linewidth": 3} if name == OURS else {"linewidth": 1, "alpha": 0.8}
+                ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+        ax.set(
+            xscale="log", yscale="log", xlabel="batch size B", ylabel="µs", title=f"{title}, d = 512, k = 4, float32"
+        )
+        ax.grid(alpha=0.3)
+    if rows:
+        axes[0].legend(fontsize=8)
+    facts = results["conditions"]
+    figure.suptitle(", ".join(f"{key} {facts[key]}" for key in ("device", "torch", "triton", "commit") if key in facts))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels interpreted")
+    parser.add_argument(
+        "--output", type=Path, help=f"folder for the results; default: {RESULTS.name}/, none for a dry run"
+    )
+    options = parser.parse_args()
+    dry = options.dry_run
+    clock = Clock("cpu" if dry else "cuda")
+    candidates = contenders(dry)
+    gate(candidates, clock, dry)
+    rows: list[Row] = []
+    work = [(DRY_SHAPES, torch.float32)] if dry else [(SHAPES, torch.float32), (HALF_SHAPES, torch.bfloat16)]
+    with tqdm(total=sum(len(shapes) for shapes, _ in work) * len(candidates), file=sys.stderr) as progress:
+        for shapes, dtype in work:
+            for row in times(shapes, dtype, candidates, clock):
+                rows.append(row)
+                progress.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
+                progress.update()
+    results = {"conditions": conditions(clock.device), "time": rows}
+    print(report(results))
+    folder = options.output or (None if dry else RESULTS)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        columns = ["B", "d", "k", "dtype", "contender", "wall_us", "device_us", "peak_MiB", "no_graph", "not_run"]
+        with (folder / "gpu.csv").open("w", newline="") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in results["conditions"].items())
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        try:
+            draw(results, folder / "gpu.png")
+        except ModuleNotFoundError as error:
+            print(f"no figure: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The Triton backend: fused kernels for NVIDIA and AMD GPUs, compiled on first use, no compiler needed at installation.
+
+This module imports neither triton nor the kernels; ``launch`` does, the first time that an operator runs. On a
+machine without a GPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Python starts: slow,
+and meant for tests. Contrasts are the reference's, which are matrix products.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+NAME = "triton"
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run in this installation, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "it needs the module 'triton', which is not installed"
+    # Whether there is a GPU is not asked: torch would start the driver, and no process forked later could use it.
+    if not _INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for CPUs alone (to interpret the kernels there, set TRITON_INTERPRET=1)"
+    return None
+
+
+def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
+    """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
+    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+        return None
+    return f"it has kernels for GPUs, not for {device.type}"
+
+
+def _forward(*arguments: Any) -> Any:
+    from . import launch
+
+    return launch.forward(*arguments)
+
+
+def _backward(*arguments: Any) -> Any:
+    from . import launch
+
+    return launch.backward(*arguments)
+
+
+def _forward_shapes(
+    embeddings: Sequence[Tensor],
+    mask: Any,
+    temperature: Any,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    wanted: int,
+) -> Any:
+    from .launch import state_size
+
+    first = embeddings[0]
+    k = first.shape[1] if first.dim() == 3 else len(embeddings)
+    state = first.new_empty((state_size(first.shape[0], k),), dtype=torch.float64)
+    return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
+
+
+operators: Any = None
+"""What ``autograd.py`` calls."""
+
+if unavailable() is None:
+    _library = torch.library.Library("pmrl_triton", "DEF")
+    for _name, _implementation, _shapes in (
+        ("spectral_forward", _forward, _forward_shapes),
+        ("spectral_backward", _backward, reference.spectral_backward_shapes),
+    ):
+        _library.define(_name + reference.signatures[_name], tags=(torch.Tag.pt2_compliant_tag,))
+        for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+            _library.impl(_name, _implementation, _key)
+        torch.library.register_fake(f"pmrl_triton::{_name}", _shapes, lib=_library)
+    operators = types.SimpleNamespace(
+        spectral_forward=torch.ops.pmrl_triton.spectral_forward.default,
+        spectral_backward=torch.ops.pmrl_triton.spectral_backward.default,
+        instance_forward=reference.operators.instance_forward,
+        instance_backward=reference.operators.instance_backward,
+        modality_forward=reference.operators.modality_forward,
+        modality_backward=reference.operators.modality_backward,
+    )

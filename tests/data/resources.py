@@ -1,0 +1,186 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and reports what they take.
+
+    python tests/data/resources.py --write     compile everything, and rewrite triton-resources.txt
+    python tests/data/resources.py --quick     one shape on one target
+
+The launches of real calls are recorded instead of made, so what is compiled here is what runs. Registers, stack (where
+spilled registers live) and shared memory are read off the binary. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+
+from pmrl_kernels.backends import constants
+from pmrl_kernels.backends.triton import launch
+
+TABLE = Path(__file__).with_name("triton-resources.txt")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# What is asked for: the whole spectrum or the leading pair, and the outputs.
+CALLS = {
+    "alignment": (True, constants.ALIGNMENT_MEAN),
+    "leading": (False, constants.ALIGNMENT_MEAN),
+    "values": (True, constants.SIGMA),
+    "triplet": (False, constants.SIGMA | constants.U | constants.V),
+    "pmrl": (True, constants.ALIGNMENT_MEAN | constants.U | constants.Z),
+}
+
+
+class Case(NamedTuple):
+    target: str
+    call: str
+    dtype: str
+    k: int
+    masked: bool = False
+
+
+QUICK = [Case("sm_90", "alignment", "fp32", 4), Case("gfx942", "alignment", "fp32", 4)]
+CASES = [
+    *(Case("sm_90", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (2, 3, 4, 5, 6, 7, 8)),
+    *(Case("sm_90", call, "fp32", k) for call in ("leading", "values") for k in (4, 6, 8)),
+    *(Case("sm_90", call, dtype, 4) for call in ("alignment", "triplet") for dtype in ("bf16", "fp16", "fp64")),
+    *(Case("sm_90", call, "fp32", 4, True) for call in ("alignment", "pmrl")),
+    *(Case("sm_90", "alignment", "fp32", k) for k in (12, 32)),
+    *(
+        Case(target, call, "fp32", k)
+        for target in ("sm_80", "sm_100", "sm_120", "gfx942")
+        for call in ("alignment", "triplet")
+        for k in (4, 8)
+    ),
+    *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
+]
+
+
+class Request(NamedTuple):
+    kernel: Any
+    warps: int
+    arguments: dict[str, Any]
+    parameters: dict[str, Any]
+    divisible: dict[str, int]
+
+
+def requests(case: Case, d: int = 512) -> Iterator[Request]:
+    """The launches of a forward and a backward pass, in both layouts."""
+    spectrum, wanted = CALLS[case.call]
+    recorded: list[tuple[Any, ...]] = []
+    make, launch._launch = launch._launch, lambda *launched: recorded.append(launched)
+    try:
+        for B in (8, launch.LATENCY_BATCH + 8):
+            xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
+            mask = torch.ones(B, case.k, dtype=torch.bool) if case.masked else None
+            options = (mask, None, 0.05, True, spectrum, wanted)
+            outputs, state = launch.forward(xs, *options)
+            launch.backward(xs, *options, state, outputs, [True] * case.k)
+    finally:
+        launch._launch = make
+    seen = set()
+    for kernel, _, warps, arguments, parameters, divisible, _ in recorded:
+        key = (kernel, warps, *parameters.items())
+        if key not in seen:
+            seen.add(key)
+            yield Request(kernel, warps, arguments, parameters, divisible)
+
+
+class Row(NamedTuple):
+    case: Case
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+
+    def __str__(self) -> str:
+        case = self.case
+        what = f"{case.target:7} {case.call + ('*' if case.masked else ''):10} {case.dtype} {case.k:2}"
+        used = f"{self.registers:4} {self.stack:5} {self.shared:6} {self.seconds:5.1f}"
+        return f"{what} {self.kernel:15} {self.warps} {used}"
+
+
+HEADER = (
+    "# triton {version}. * with a mask. Registers, stack and shared memory in bytes, seconds of one core to compile.\n"
+    "# target call     dtype  k kernel      warps regs stack shared seconds\n"
+)
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Raises if a kernel does not compile."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    rows = []
+    for request in requests(case):
+        kernel, warps, *rest = request
+        begin = time.perf_counter()
+        binary = launch.compile_for(TARGETS[case.target], kernel, *rest, warps)
+        seconds = time.perf_counter() - begin
+        if case.target.startswith("gfx"):
+            text = binary.asm["amdgcn"]
+            names = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        else:
+            text = usage(binary.asm["cubin"])
+            names = (r"REG:(\d+)", r"STACK:(\d+)")
+        registers, stack = (int(re.search(name, text)[1]) for name in names)
+        rows.append(Row(case, kernel.fn.__name__, warps, registers, stack, binary.metadata.shared, seconds))
+    return rows
+
+
+def usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def faults(row: Row) -> list[str]:
+    """What no kernel may do: spill for k <= 8, or ask for more shared memory than there is."""
+    found = []
+    if row.stack and row.case.k <= 8:
+        found.append(f"spills: {row}")
+    if row.shared > SHARED_LIMIT[row.case.target]:
+        found.append(f"too much shared memory: {row}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two cases")
+    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
+    options = parser.parse_args()
+    cases = QUICK if options.quick else CASES
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for some in tqdm(pool.map(compile_case, cases), total=len(cases)) for row in some]
+    text = HEADER.format(version=triton.__version__) + "".join(f"{row}\n" for row in rows)
+    if options.write:
+        TABLE.write_text(text)
+    else:
+        sys.stdout.write(text)
+    found = [fault for row in rows for fault in faults(row)]
+    sys.stderr.write("".join(f"{fault}\n" for fault in found))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
