@@ -31,15 +31,15 @@ if "triton-latency" in ON_A_CPU:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``backend`` and ``device`` together take the pairs that go together; ``backend`` alone, what runs on a CPU."""
-    if "backend" not in metafunc.fixturenames or "tiny" in metafunc.fixturenames:
-        if "device" in metafunc.fixturenames:
-            metafunc.parametrize("device", DEVICES)
-        return
-    if "device" in metafunc.fixturenames:
+    marked = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
+    wanted = {"backend", "device"} & set(metafunc.fixturenames) - marked
+    if wanted == {"backend", "device"}:
         pairs = [(v, device) for v in VARIANTS for device in DEVICES if _runs(v, device)]
         metafunc.parametrize(("backend", "device"), pairs, indirect=["backend"])
-    else:
+    elif wanted == {"backend"}:
         metafunc.parametrize("backend", ON_A_CPU, indirect=True)
+    elif wanted == {"device"}:
+        metafunc.parametrize("device", DEVICES)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         params = item.callspec.params if hasattr(item, "callspec") else {}
         k, variant = params.get("k", 2), params.get("backend")
         repeats = variant == "triton-throughput" and k > 8  # the kernels of the other layout
+        if "triton-latency" in ON_A_CPU and "threads" in item.name:
+            repeats = True  # the interpreter serves one thread at a time
         sampled = k <= 8 and zlib.crc32(item.nodeid.encode()) % share == 0
         if variant not in LAYOUTS or (not repeats and (share == 1 or sampled)):
             kept.append(item)

@@ -78,8 +78,8 @@ CASES = [
 class Request(NamedTuple):
     kernel: Any
     warps: int
-    arguments: dict[str, Any]
-    parameters: dict[str, Any]
+    values: tuple[Any, ...]
+    parameters: tuple[Any, ...]
     divisible: dict[str, int]
 
 
@@ -98,11 +98,10 @@ def requests(case: Case, d: int = 512) -> Iterator[Request]:
     finally:
         launch._launch = make
     seen = set()
-    for kernel, _, warps, arguments, parameters, divisible, _ in recorded:
-        key = (kernel, warps, *parameters.items())
-        if key not in seen:
-            seen.add(key)
-            yield Request(kernel, warps, arguments, parameters, divisible)
+    for kernel, _, _, warps, values, parameters, divisible in recorded:
+        if (kernel, warps, parameters) not in seen:
+            seen.add((kernel, warps, parameters))
+            yield Request(kernel, warps, values, parameters, divisible)
 
 
 class Row(NamedTuple):

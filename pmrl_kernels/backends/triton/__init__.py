@@ -7,11 +7,12 @@ and meant for tests. Contrasts are the reference's, which are matrix products.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,16 +42,17 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
     return f"it has kernels for GPUs, not for {device.type}"
 
 
-def _forward(*arguments: Any) -> Any:
-    from . import launch
+@functools.cache
+def _launch() -> types.ModuleType:
+    return importlib.import_module(f"{__name__}.launch")
 
-    return launch.forward(*arguments)
+
+def _forward(*arguments: Any) -> Any:
+    return _launch().forward(*arguments)
 
 
 def _backward(*arguments: Any) -> Any:
-    from . import launch
-
-    return launch.backward(*arguments)
+    return _launch().backward(*arguments)
 
 
 def _forward_shapes(
@@ -62,12 +64,32 @@ def _forward_shapes(
     spectrum: bool,
     wanted: int,
 ) -> Any:
-    from .launch import state_size
-
     first = embeddings[0]
     k = first.shape[1] if first.dim() == 3 else len(embeddings)
-    state = first.new_empty((state_size(first.shape[0], k),), dtype=torch.float64)
+    state = first.new_empty((_launch().state_size(first.shape[0], k),), dtype=torch.float64)
     return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _directly(function: Callable[..., Any], operator: Any) -> Callable[..., Any]:
+    """The function itself where nobody watches: an operator written in Python takes the host ten microseconds more.
+
+    Compilers, fake tensors, tensor subclasses and ``torch.func`` transforms get the operator.
+    """
+
+    def call(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+            or any(type(x) not in _PLAIN for x in embeddings)
+        ):
+            return operator(embeddings, *arguments)
+        return function(embeddings, *arguments)
+
+    return call
 
 
 operators: Any = None
@@ -84,8 +106,8 @@ if unavailable() is None:
             _library.impl(_name, _implementation, _key)
         torch.library.register_fake(f"pmrl_triton::{_name}", _shapes, lib=_library)
     operators = types.SimpleNamespace(
-        spectral_forward=torch.ops.pmrl_triton.spectral_forward.default,
-        spectral_backward=torch.ops.pmrl_triton.spectral_backward.default,
+        spectral_forward=_directly(_forward, torch.ops.pmrl_triton.spectral_forward.default),
+        spectral_backward=_directly(_backward, torch.ops.pmrl_triton.spectral_backward.default),
         instance_forward=reference.operators.instance_forward,
         instance_backward=reference.operators.instance_backward,
         modality_forward=reference.operators.modality_forward,

@@ -424,7 +424,7 @@ def backward_kernel(
         factors = ()
         last = ()
         if SIMPLE:
-            alignable = there
+            alignable = there & (k >= 2)
             if mask is not None:
                 number = tl.zeros([R], tl.int32)
                 for m in tl.static_range(k):

@@ -40,6 +40,7 @@ _SHORT = frozenset(("B", "d", "values_wanted"))  # arguments that are int32; oth
 class Plan(NamedTuple):
     """Launch parameters. See ``plan``."""
 
+    K: int  # lanes of an instance, in tiles
     latency: bool  # forward_kernel, an instance per program; else gram, solve and vectors one after the other
     lanes: bool  # the solve takes an instance per lane; else K lanes for each
     solve_instances: int  # of a program of solve_kernel
@@ -51,10 +52,14 @@ class Plan(NamedTuple):
     latency_block: int  # and by forward_kernel and the backward pass of u₁ and z
     latency_warps: int
     vector: int  # elements in 16 bytes
+    record: int  # numbers of an instance's record
+    draft: int
 
 
 LATENCY_BATCH = 1024
 """Up to this B one program per instance has the lower latency; beyond, the solve is better spread over lanes."""
+
+BATCH = 256  # numbers that the last step of a sum over the batch takes at a time
 
 
 @functools.cache
@@ -65,6 +70,7 @@ def plan(k: int, d: int, small: bool, itemsize: int) -> Plan:
     wide = next_power_of_two(d)
     lanes = k <= 6
     return Plan(
+        K=K,
         latency=small or K >= 16,
         lanes=lanes,
         solve_instances=32 if lanes else 4,
@@ -76,6 +82,8 @@ def plan(k: int, d: int, small: bool, itemsize: int) -> Plan:
         latency_block=32 if K >= 16 else max(min(32 * vector, wide), vector),
         latency_warps=4 if K >= 16 else 1,
         vector=vector,
+        record=record_size(k),
+        draft=draft_size(k),
     )
 
 
@@ -94,17 +102,19 @@ def _type(value: Any, name: str) -> Any:
     return "constexpr"
 
 
-def _source(kernel: Any, arguments: dict[str, Any], parameters: dict[str, Any], divisible: dict[str, int]) -> ASTSource:
-    """What is compiled: ``divisible`` says which arguments are multiples of what."""
+def _source(kernel: Any, values: Sequence[Any], parameters: Sequence[Any], divisible: dict[str, int]) -> ASTSource:
+    """What is compiled: arguments in order, first the values, then what is known when a kernel is compiled.
+
+    ``divisible`` says which of them are multiples of what.
+    """
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for at, name in enumerate(kernel.arg_names):
-        if name in parameters:
+    for at, (name, value) in enumerate(zip(kernel.arg_names, (*values, *parameters), strict=True)):
+        if at >= len(values):
             signature[name] = "constexpr"
-            constexprs[(at,)] = parameters[name]
+            constexprs[(at,)] = value
             continue
-        value = arguments[name]
         signature[name] = _type(value, name)
         for part, one in enumerate(value) if isinstance(value, tuple) else ((None, value),):
             path = (at,) if part is None else (at, part)
@@ -118,13 +128,13 @@ def _source(kernel: Any, arguments: dict[str, Any], parameters: dict[str, Any], 
 def compile_for(
     target: GPUTarget,
     kernel: Any,
-    arguments: dict[str, Any],
-    parameters: dict[str, Any],
+    values: Sequence[Any],
+    parameters: Sequence[Any],
     divisible: dict[str, int],
     warps: int,
 ) -> Any:
     """The compiled kernel; needs no GPU. Multiplications and additions are fused, whatever Triton's default is."""
-    source = _source(kernel, arguments, parameters, divisible)
+    source = _source(kernel, values, parameters, divisible)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
         options["maxnreg"] = min(255, 65536 // (32 * warps))
@@ -136,28 +146,24 @@ _compiled: dict[Any, Any] = {}
 
 def _launch(
     kernel: Any,
+    key: Any,
     programs: int,
     warps: int,
-    arguments: dict[str, Any],
-    parameters: dict[str, Any],
+    values: tuple[Any, ...],
+    parameters: tuple[Any, ...],
     divisible: dict[str, int],
-    device: torch.device,
 ) -> None:
+    """``key`` says all that a compiled kernel depends on, but for the kernel itself and the device."""
     if INTERPRETED:
-        kernel[(programs,)](**arguments, **parameters)
+        kernel[(programs,)](*values, *parameters)
         return
-    index = device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return _launch(kernel, programs, warps, arguments, parameters, divisible, device)
-    types = tuple(_type(value, name) for name, value in arguments.items())
-    key = (kernel.fn.__name__, index, warps, types, *parameters.values(), *divisible.values())
-    compiled = _compiled.get(key)
+    index = torch.cuda.current_device()
+    compiled = _compiled.get((kernel, index, key))
     if compiled is None:
         target = triton.runtime.driver.active.get_current_target()
-        compiled = _compiled[key] = compile_for(target, kernel, arguments, parameters, divisible, warps)
-    values = [parameters[name] if name in parameters else arguments[name] for name in kernel.arg_names]
-    compiled[(programs, 1, 1)](*values, stream=torch._C._cuda_getCurrentRawStream(index))
+        compiled = compile_for(target, kernel, values, parameters, divisible, warps)
+        _compiled[kernel, index, key] = compiled
+    compiled[(programs, 1, 1)](*values, *parameters, stream=torch._C._cuda_getCurrentRawStream(index))
 
 
 class _Rows(NamedTuple):
@@ -178,25 +184,33 @@ def _rows(tensors: Sequence[Tensor], d: int) -> _Rows:
     """k tensors (B, d), or one (B, k, d)."""
     first = tensors[0]
     size = first.element_size()
+    start = first.data_ptr()
     if first.dim() == 3:
-        k, step = first.shape[1], first.stride(1)
-        offsets = tuple(m * step for m in range(k))
-        strides = (first.stride(0),) * k
+        stride, step, _ = first.stride()
+        offsets = tuple(range(0, first.shape[1] * step, step)) if step else (0,) * first.shape[1]
+        strides = (stride,) * first.shape[1]
     else:
-        start = first.data_ptr()
-        offsets = tuple((x.data_ptr() - start) // size for x in tensors)
-        strides = tuple(x.stride(0) for x in tensors)
-    vector = 16 // size
-    aligned = first.data_ptr() % 16 == 0 and all(n % vector == 0 for n in (*offsets, *strides, d))
-    return _Rows(first, offsets, strides, vector if aligned else 1)
+        offsets = tuple([(x.data_ptr() - start) // size for x in tensors])
+        strides = tuple([x.stride(0) for x in tensors])
+    together = start | d * size  # a multiple of 16 if all of them are
+    for n in offsets:
+        together |= n * size
+    for n in strides:
+        together |= n * size
+    return _Rows(first, offsets, strides, 1 if together % 16 else 16 // size)
 
 
-def _canonical(embeddings: Sequence[Tensor]) -> list[Tensor]:
+def _canonical(embeddings: Sequence[Tensor]) -> Sequence[Tensor]:
     """Of one dtype, with contiguous rows. Dtypes are mixed under autocast only, and are made one by a copy."""
     dtype = embeddings[0].dtype
-    for x in embeddings[1:]:
+    for x in embeddings:
+        if x.dtype != dtype or x.stride(-1) != 1:
+            break
+    else:
+        return embeddings
+    for x in embeddings:
         dtype = torch.promote_types(dtype, x.dtype)
-    return [_dense(x if x.dtype == dtype else x.to(dtype)) for x in embeddings]
+    return [_dense(x.to(dtype)) for x in embeddings]
 
 
 def _bits(value: float) -> int:
@@ -224,98 +238,90 @@ def forward(
     wanted: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As ``reference.spectral_forward``; the state is one tensor, for ``backward``."""
+    device = embeddings[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return forward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted)
+    values: tuple[Any, ...]
+    parameters: tuple[Any, ...]
     xs = _canonical(embeddings)
-    stacked = xs[0].dim() == 3
-    B, d = xs[0].shape[0], xs[0].shape[-1]
-    k = xs[0].shape[1] if stacked else len(xs)
-    device, dtype = xs[0].device, xs[0].dtype
+    first = xs[0]
+    B, d, k = first.shape[0], first.shape[-1], first.shape[1] if first.dim() == 3 else len(xs)
+    dtype = first.dtype
     wide = dtype == torch.float64
-    out = torch.float64 if wide else torch.float32
-    empty = functools.partial(torch.empty, dtype=out, device=device)
+    out = dtype if wide else torch.float32
+    p = plan(k, d, B <= LATENCY_BATCH, first.element_size())
     values_wanted = min(d, k) if spectrum else 1
-    K = next_power_of_two(k)
+    size = HEAD + B * p.record + 3 * ((B + 3) // 4) + 1
 
-    state = torch.empty(state_size(B, k), dtype=torch.float64, device=device)
-    summed = bool(wanted & (constants.ALIGNMENT_SUM | constants.ALIGNMENT_MEAN))
-    total = empty(()) if summed else None
-    alignment = empty((B,)) if wanted & constants.ALIGNMENT else None
-    sigma = empty((B, values_wanted)) if wanted & constants.SIGMA else None
-    u = empty((B, d)) if wanted & constants.U else None
-    v = empty((B, k)) if wanted & constants.V else None
-    z = [empty((B, d)) for _ in range(k)] if wanted & constants.Z else []
-    outputs = [x for x in (total, alignment, sigma, u, v) if x is not None] + z
+    state = torch.empty(size, dtype=torch.float64, device=device)
+    total: Tensor | None = None
+    alignment: Tensor | None = None
+    sigma: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+    z: Tensor | None = None
+    to: tuple[int, ...] | None = None
+    outputs = []
+    if wanted & constants.ANY_ALIGNMENT:
+        if wanted & constants.ALIGNMENT:
+            alignment = torch.empty(B, dtype=out, device=device)
+            outputs.append(alignment)
+        else:
+            total = torch.empty((), dtype=out, device=device)
+            outputs.append(total)
+    if wanted & constants.SIGMA:
+        sigma = torch.empty((B, values_wanted), dtype=out, device=device)
+        outputs.append(sigma)
+    if wanted & constants.U:
+        u = torch.empty((B, d), dtype=out, device=device)
+        outputs.append(u)
+    if wanted & constants.V:
+        v = torch.empty((B, k), dtype=out, device=device)
+        outputs.append(v)
+    if wanted & constants.Z:
+        zs = [torch.empty((B, d), dtype=out, device=device) for _ in range(k)]
+        outputs += zs
+        z, to = zs[0], _rows(zs, d).offsets
     if B == 0:
         if total is not None:
             total.zero_()
         return outputs, [state]
 
     rows = _rows(xs, d)
-    to = _rows(z, d) if z else None
-    p = plan(k, d, B <= LATENCY_BATCH, xs[0].element_size())
     divisible = _divisible(rows)
     if mask is not None:
         mask = mask.contiguous()
-    common = {"mask": mask, "state": state, "B": B, "d": d}
-    embedding = {"x": rows.first, "offsets": rows.offsets, "strides": rows.strides}
-    vectors = {"u": u, "z": to.first if to else None, "z_offsets": to.offsets if to else None}
-    solve = {
-        "tau": temperature,
-        "tau_bits": _bits(fixed_temperature),
-        "alignment": alignment,
-        "sigma": sigma,
-        "v": v,
-        "values_wanted": values_wanted,
-    }
-    flags = {"k": k, "NORMALIZE": normalize, "WIDE": wide}
-    solve_flags = {
-        "K": K,
-        "SPECTRUM": spectrum,
-        "ALIGNMENT": bool(wanted & constants.ANY_ALIGNMENT),
-        "VECTORS": bool(wanted & (constants.U | constants.V)),
-    }
     mean = bool(wanted & constants.ALIGNMENT_MEAN)
+    aligns, vectors = bool(wanted & constants.ANY_ALIGNMENT), bool(wanted & (constants.U | constants.V))
+    bits = _bits(fixed_temperature)
+    # All that the compiled kernels depend on.
+    learned = None if temperature is None else temperature.dtype
+    key = (p, k, dtype, rows.divisible, mask is None, learned, normalize, spectrum, wanted)
+    x = (first, rows.offsets, rows.strides, mask)
+    algebra = (spectrum, normalize, wide, aligns)
     if p.latency:
-        arguments = {**embedding, **common, **solve, **vectors}
-        parameters = {**flags, **solve_flags, "BLOCK": p.latency_block, "VECTOR": p.vector}
-        _launch(kernels.forward_kernel, B, p.latency_warps, arguments, parameters, divisible, device)
+        values = (*x, temperature, bits, state, alignment, sigma, v, u, z, to, values_wanted, B, d)
+        parameters = (k, p.K, p.latency_block, p.vector, *algebra, vectors)
+        _launch(kernels.forward_kernel, key, B, p.latency_warps, values, parameters, divisible)
         if total is not None:
-            arguments = {"mask": mask, "state": state, "total": total, "B": B}
-            parameters = {"k": k, "MEAN": mean, "BATCH": 256}
-            _launch(kernels.reduce_kernel, 1, 4, arguments, parameters, {}, device)
-    else:
-        tail = HEAD + B * record_size(k)
-        counter = state[-1:].view(torch.int32)
-        partial = state[tail:]
-        stream = {**flags, "R": p.stream_rows, "BLOCK": p.block, "VECTOR": p.vector}
-        programs = -(-B // p.stream_rows)
-        arguments = {**embedding, **common, "counter": counter if summed else None}
-        _launch(kernels.gram_kernel, programs, p.stream_warps, arguments, stream, divisible, device)
-        arguments = {
-            **common,
-            **solve,
-            "partial": partial if summed else None,
-            "counter": counter if summed else None,
-            "total": total,
-        }
-        parameters = {
-            **flags,
-            **solve_flags,
-            "N": p.solve_instances,
-            "PART": p.solve_part,
-            "LANES": p.lanes,
-            "MEAN": mean,
-            "BATCH": 256,
-        }
-        _launch(kernels.solve_kernel, -(-B // p.solve_instances), p.solve_warps, arguments, parameters, {}, device)
-        if u is not None or z:
-            stream = {name: stream[name] for name in (*flags, "R", "BLOCK")}
-            arguments = {**embedding, **common, **vectors}
-            _launch(kernels.vectors_kernel, programs, p.stream_warps, arguments, stream, divisible, device)
+            _launch(kernels.reduce_kernel, key, 1, 4, (mask, state, total, B), (k, mean, BATCH), {})
+        return outputs, [state]
+    programs = -(-B // p.stream_rows)
+    counter = partial = None
+    if total is not None:
+        counter, partial = state[-1:].view(torch.int32), state[HEAD + B * p.record :]
+    stream = (k, p.stream_rows, p.block)
+    values = (*x, state, counter, B, d)
+    parameters = (*stream, p.vector, normalize, wide)
+    _launch(kernels.gram_kernel, key, programs, p.stream_warps, values, parameters, divisible)
+    values = (mask, temperature, bits, state, partial, counter, total, alignment, sigma, v, values_wanted, B, d)
+    parameters = (k, p.solve_instances, p.solve_part, p.K, p.lanes, *algebra, mean, vectors, BATCH)
+    _launch(kernels.solve_kernel, key, -(-B // p.solve_instances), p.solve_warps, values, parameters, {})
+    if u is not None or z is not None:
+        values = (*x, state, u, z, to, B, d)
+        _launch(kernels.vectors_kernel, key, programs, p.stream_warps, values, (*stream, normalize, wide), divisible)
     return outputs, [state]
-
-
-def _incoming(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else _dense(grad)
 
 
 def backward(
@@ -331,85 +337,89 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """As ``reference.spectral_backward``."""
+    device = embeddings[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            settings = (mask, temperature, fixed_temperature, normalize, spectrum, wanted)
+            return backward(embeddings, *settings, state, grads, needed)
     xs = _canonical(embeddings)
-    stacked = xs[0].dim() == 3
-    B, d = xs[0].shape[0], xs[0].shape[-1]
-    k = xs[0].shape[1] if stacked else len(xs)
-    device, dtype = xs[0].device, xs[0].dtype
+    first = xs[0]
+    B, d, k = first.shape[0], first.shape[-1], first.shape[1] if first.dim() == 3 else len(xs)
+    dtype = first.dtype
     wide = dtype == torch.float64
+    p = plan(k, d, B <= LATENCY_BATCH, first.element_size())
     rest = list(grads)
-    single = (constants.ANY_ALIGNMENT, constants.SIGMA, constants.U, constants.V)
-    grad_alignment, grad_sigma, grad_u, grad_v = (rest.pop(0) if wanted & flag else None for flag in single)
-    grad_u, grad_z = _incoming(grad_u), [_incoming(g) for g in rest]
-    summed = not wanted & constants.ALIGNMENT
-    mean = bool(wanted & constants.ALIGNMENT_MEAN)
+    grad_alignment = rest.pop(0) if wanted & constants.ANY_ALIGNMENT else None
+    grad_sigma = rest.pop(0) if wanted & constants.SIGMA else None
+    grad_u = _incoming(rest.pop(0)) if wanted & constants.U else None
+    grad_v = rest.pop(0) if wanted & constants.V else None
+    grad_z = [_incoming(g) for g in rest]
+    direct = [g for g in grad_z if g is not None]
+    summed, mean = not wanted & constants.ALIGNMENT, bool(wanted & constants.ALIGNMENT_MEAN)
 
     # the interpreter rounds to bfloat16 by cutting off
     written = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
-    found = [x.new_empty(x.shape if want else (0,), dtype=written) for x, want in zip(xs, needed, strict=True)]
-    some = B > 0 and any(needed)
+    found = [
+        torch.empty(x.shape if want else 0, dtype=written, device=device) for x, want in zip(xs, needed, strict=True)
+    ]
+    to = [x for x, want in zip(found, needed, strict=True) if want and B]
     slope = None
     if temperature is not None:
         slope = torch.zeros((), dtype=torch.float64, device=device)
-        if B > 0 and grad_alignment is not None and spectrum and not (summed and some):
-            slopes = state[0][HEAD : HEAD + B * record_size(k)].view(B, record_size(k))[:, field(k, "slope")]
+        if B > 0 and grad_alignment is not None and spectrum and not (summed and to):
+            slopes = state[0][HEAD : HEAD + B * p.record].view(B, p.record)[:, field(k, "slope")]
             slope = (grad_alignment.double() * (slopes / state[0][0] if mean else slopes)).sum()
-    if some:
-        rows = _rows(xs, d)
-        direct = [g for g in grad_z if g is not None]
-        to = [x for x, want in zip(found, needed, strict=True) if want]
-        target = _rows(to, d)
-        offsets, given = iter(target.offsets), iter(_rows(direct, d).offsets if direct else ())
-        z_offsets = tuple(next(given) if g is not None else None for g in grad_z) or (None,) * k
+    if to:
+        rows, target = _rows(xs, d), _rows(to, d)
+        z_offsets: tuple[int | None, ...] = (None,) * k
+        out_offsets: tuple[int | None, ...] = target.offsets
+        z = z_strides = None
+        if direct:
+            offsets = iter(_rows(direct, d).offsets)
+            z, z_offsets = direct[0], tuple([None if g is None else next(offsets) for g in grad_z])
+            z_strides = tuple([0 if g is None else g.stride(0) for g in grad_z])
+        if len(to) < len(xs):
+            offsets = iter(target.offsets)
+            out_offsets = tuple([next(offsets) if want else None for want in needed])
         simple = grad_sigma is None and grad_u is None and grad_v is None and not direct
-        p = plan(k, d, B <= LATENCY_BATCH, xs[0].element_size())
-        K = next_power_of_two(k)
-        resident = not simple and d <= p.latency_block and K < 16
-        R = 1 if K >= 16 or not simple else p.stream_rows
-        arguments = {
-            "x": rows.first,
-            "offsets": rows.offsets,
-            "strides": rows.strides,
-            "mask": mask.contiguous() if mask is not None else None,
-            "state": state[0],
-            "draft": None if simple else torch.empty(B * draft_size(k), dtype=torch.float64, device=device),
-            "slope": slope if summed and spectrum and grad_alignment is not None else None,
-            "grad_alignment": grad_alignment,
-            "alignment_stride": 0 if grad_alignment is None or summed else grad_alignment.stride(0),
-            "grad_sigma": grad_sigma,
-            "sigma_strides": None if grad_sigma is None else grad_sigma.stride(),
-            "values_wanted": min(d, k) if spectrum else 1,
-            "grad_v": grad_v,
-            "v_strides": None if grad_v is None else grad_v.stride(),
-            "grad_u": grad_u,
-            "u_stride": 0 if grad_u is None else grad_u.stride(0),
-            "grad_z": direct[0] if direct else None,
-            "z_offsets": z_offsets,
-            "z_strides": tuple(0 if g is None else g.stride(0) for g in grad_z) or None,
-            "out": target.first,
-            "out_offsets": target.offsets if stacked else tuple(next(offsets) if want else None for want in needed),
-            "out_stride": k * d if stacked else d,
-            "B": B,
-            "d": d,
-        }
-        parameters = {
-            "k": k,
-            "K": K,
-            "R": R,
-            "BLOCK": p.block if simple and K < 16 else p.latency_block,
-            "VECTOR": p.vector,
-            "RESIDENT": resident,
-            "SPECTRUM": spectrum,
-            "NORMALIZE": normalize,
-            "WIDE": wide,
-            "MEAN": mean,
-            "DIRECT": bool(direct),
-            "SIMPLE": simple,
-        }
+        resident = not simple and d <= p.latency_block and p.K < 16
+        R = p.stream_rows if simple and p.K < 16 else 1
+        block, warps = (p.block, p.stream_warps) if R > 1 else (p.latency_block, p.latency_warps)
+        draft = None if simple else torch.empty(B * p.draft, dtype=torch.float64, device=device)
+        learned = slope if summed and spectrum and grad_alignment is not None else None
+        values = (
+            *(first, rows.offsets, rows.strides, None if mask is None else mask.contiguous(), state[0], draft, learned),
+            *(grad_alignment, 0 if summed or grad_alignment is None else grad_alignment.stride(0)),
+            *(grad_sigma, None if grad_sigma is None else grad_sigma.stride(), min(d, k) if spectrum else 1),
+            *(grad_v, None if grad_v is None else grad_v.stride()),
+            *(grad_u, 0 if grad_u is None else grad_u.stride(0), z, z_offsets, z_strides),
+            *(target.first, out_offsets, k * d if first.dim() == 3 else d, B, d),
+        )
+        flags = (spectrum, normalize, wide, mean, bool(direct), simple)
+        parameters = (k, p.K, R, block, p.vector, resident, *flags)
         divisible = _divisible(rows)
         if divisible and target.divisible > 1:
             divisible |= {"out": 16, "out_offsets": target.divisible, "out_stride": target.divisible}
-        warps = p.latency_warps if K >= 16 or not simple else p.stream_warps
-        _launch(kernels.backward_kernel, -(-B // R), warps, arguments, parameters, divisible, device)
-    found = [g if g.dtype == x.dtype else g.to(x.dtype) for g, x in zip(found, embeddings, strict=True)]
+        given = tuple([g is not None for g in grads])
+        key = (
+            p,
+            k,
+            dtype,
+            rows.divisible,
+            target.divisible,
+            mask is None,
+            learned is None,
+            given,
+            *needed,
+            wanted,
+            flags,
+        )
+        _launch(kernels.backward_kernel, key, -(-B // R), warps, values, parameters, divisible)
+    for at, (g, x) in enumerate(zip(found, embeddings, strict=True)):
+        if g.dtype != x.dtype:
+            found[at] = g.to(x.dtype)
     return found if slope is None else [*found, slope]
+
+
+def _incoming(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else _dense(grad)

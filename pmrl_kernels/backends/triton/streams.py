@@ -27,9 +27,9 @@ LARGEST_SQUARE = tl.constexpr(2.0**300)
 
 @triton.jit
 def widened(x):
-    """In float64. Half precision goes through float32, which the interpreter gets right."""
-    if x.dtype != tl.float64:
-        x = x.to(tl.float32)
+    """In float64. bfloat16 is the upper half of a float32; the interpreter's own conversion loses its subnormals."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float64)
 
 
