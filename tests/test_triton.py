@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYOUTS
 
 pytest.importorskip("triton", reason="Triton has no packages for this system")
 
@@ -66,11 +65,17 @@ def test_a_sample_of_the_contract():
 
 @pytest.mark.slow
 def test_the_contract():
+    """A part of it that takes some ten minutes.
+
+    All of it: TRITON_INTERPRET=1 python -m pytest tests/test_contract.py -k triton
+    """
+    parts = {"triton-latency": "4", "triton-throughput": "2"}
     with ThreadPoolExecutor() as pool:
-        passed = list(
-            pool.map(run_interpreted, *zip(*(("tests/test_contract.py", "-k", v) for v in LAYOUTS), strict=True))
-        )
-    assert min(passed) >= 1000
+        started = [
+            pool.submit(run_interpreted, "tests/test_contract.py", "-k", variant, "--one-in", share)
+            for variant, share in parts.items()
+        ]
+        assert min(one.result() for one in started) >= 200
 
 
 # ------------------------------------------------------------------------------------------------

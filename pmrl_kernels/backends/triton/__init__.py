@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,26 +70,36 @@ def _forward_shapes(
     return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _directly(function: Callable[..., Any], operator: Any) -> Callable[..., Any]:
-    """The function itself where nobody watches: an operator written in Python takes the host ten microseconds more.
+def _observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in _PLAIN or (x is not None and _is_wrapped(x)) for x in tensors)
+    )
 
-    Compilers, fake tensors, tensor subclasses and ``torch.func`` transforms get the operator.
-    """
 
-    def call(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
-            or any(type(x) not in _PLAIN for x in embeddings)
-        ):
-            return operator(embeddings, *arguments)
-        return function(embeddings, *arguments)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-    return call
+
+# An operator written in Python takes the host some ten microseconds more than the function itself.
+
+
+def _forward_or_operator(embeddings: Sequence[Tensor], mask: Any, temperature: Any, *settings: Any) -> Any:
+    observed = _observed((*embeddings, mask, temperature))
+    function = torch.ops.pmrl_triton.spectral_forward.default if observed else _forward
+    return function(embeddings, mask, temperature, *settings)
+
+
+def _backward_or_operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
+    mask, temperature, *_, grads, _ = arguments
+    observed = _observed((*embeddings, mask, temperature, *grads))
+    function = torch.ops.pmrl_triton.spectral_backward.default if observed else _backward
+    return function(embeddings, *arguments)
 
 
 operators: Any = None
@@ -106,8 +116,8 @@ if unavailable() is None:
             _library.impl(_name, _implementation, _key)
         torch.library.register_fake(f"pmrl_triton::{_name}", _shapes, lib=_library)
     operators = types.SimpleNamespace(
-        spectral_forward=_directly(_forward, torch.ops.pmrl_triton.spectral_forward.default),
-        spectral_backward=_directly(_backward, torch.ops.pmrl_triton.spectral_backward.default),
+        spectral_forward=_forward_or_operator,
+        spectral_backward=_backward_or_operator,
         instance_forward=reference.operators.instance_forward,
         instance_backward=reference.operators.instance_backward,
         modality_forward=reference.operators.modality_forward,

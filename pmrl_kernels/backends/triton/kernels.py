@@ -286,11 +286,12 @@ def vectors_kernel(
 @triton.jit
 def forward_kernel(
     x, offsets, strides, mask, tau, tau_bits, state, alignment, sigma, v, u, z, z_offsets, values_wanted, B, d,
-    k: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SPECTRUM: tl.constexpr,
-    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr, VECTORS: tl.constexpr,
+    k: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """gram_kernel, solve_kernel and vectors_kernel of one instance, whose embeddings are in cache the second time."""
-    instance = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    """gram_kernel, solve_kernel and vectors_kernel of R instances, whose embeddings are in cache the second time."""
+    instance = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = instance < B
     records = state + HEAD + instance * record_size(k)
     if K >= 16:
@@ -300,13 +301,13 @@ def forward_kernel(
         at = gathered(offsets, k, K) + one * gathered(strides, k, K)
         gram_tile_phase(x, at, present, record, d, k, K, BLOCK, NORMALIZE, WIDE)
     else:
-        gram_phase(x, offsets, strides, mask, records, instance, there, d, k, 1, BLOCK, VECTOR, NORMALIZE, WIDE)
+        gram_phase(x, offsets, strides, mask, records, instance, there, d, k, R, BLOCK, VECTOR, NORMALIZE, WIDE)
     tl.debug_barrier()
-    solve_tiles(records, there, k, 1, K, SPECTRUM, NORMALIZE, WIDE)
+    solve_tiles(records, there, k, R, K, SPECTRUM, NORMALIZE, WIDE)
     tl.debug_barrier()
     loss, _, _ = finish_forward(
         records[:, None, None], there[:, None, None], instance[:, None, None], mask, read_temperature(tau, tau_bits),
-        sigma, v, values_wanted, d, 1, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, VECTORS,
+        sigma, v, values_wanted, d, R, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, VECTORS,
     )  # fmt: skip
     if alignment is not None:
         at = alignment + instance[:, None, None]
@@ -317,7 +318,7 @@ def forward_kernel(
             vectors_tile_phase(x, at, present, record, one, d, u, z, z_offsets, k, K, BLOCK, NORMALIZE, WIDE)
         else:
             vectors_phase(
-                x, offsets, strides, mask, records, instance, there, d, u, z, z_offsets, k, 1, BLOCK, NORMALIZE, WIDE
+                x, offsets, strides, mask, records, instance, there, d, u, z, z_offsets, k, R, BLOCK, NORMALIZE, WIDE
             )  # fmt: skip
 
 

@@ -88,12 +88,6 @@ def log1p(x):
 
 
 @triton.jit
-def along_rows(x, N: tl.constexpr, K: tl.constexpr):
-    """[N, 1, K] as [N, K, 1]."""
-    return tl.reshape(x, [N, K, 1])
-
-
-@triton.jit
 def along_columns(x, N: tl.constexpr, K: tl.constexpr):
     """[N, K, 1] as [N, 1, K]."""
     return tl.reshape(x, [N, 1, K])

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     """Launch parameters. See ``plan``."""
 
     K: int  # lanes of an instance, in tiles
-    latency: bool  # forward_kernel, an instance per program; else gram, solve and vectors one after the other
+    latency: bool  # forward_kernel; else gram, solve and vectors one after the other
     lanes: bool  # the solve takes an instance per lane; else K lanes for each
     solve_instances: int  # of a program of solve_kernel
     solve_part: int  # of these, how many go through the k-space algebra at a time
@@ -49,7 +49,8 @@ class Plan(NamedTuple):
     stream_rows: int  # instances of a program of the other kernels
     stream_warps: int
     block: int  # columns taken at a time by these
-    latency_block: int  # and by forward_kernel and the backward pass of u₁ and z
+    latency_rows: int  # instances of a program of forward_kernel, and of the backward pass of u₁ and z
+    latency_block: int  # columns taken at a time by these
     latency_warps: int
     vector: int  # elements in 16 bytes
     record: int  # numbers of an instance's record
@@ -79,6 +80,7 @@ def plan(k: int, d: int, small: bool, itemsize: int) -> Plan:
         stream_rows=16,
         stream_warps=4,
         block=max(min(8 * vector, wide), vector),
+        latency_rows=4 if INTERPRETED and K < 16 else 1,  # which costs the interpreter no more than 1
         latency_block=32 if K >= 16 else max(min(32 * vector, wide), vector),
         latency_warps=4 if K >= 16 else 1,
         vector=vector,
@@ -223,9 +225,12 @@ def _divisible(rows: _Rows) -> dict[str, int]:
     return {"x": 16, "offsets": rows.divisible, "strides": rows.divisible, "d": rows.divisible}
 
 
+_RECORDS = {k: record_size(k) for k in range(1, constants.MAX_MODALITIES + 1)}  # a lookup costs the host less
+
+
 def state_size(B: Any, k: int) -> Any:
     """Numbers of the state: the head, the records, three sums for each program of solve_kernel, and a counter."""
-    return HEAD + B * record_size(k) + 3 * ((B + 3) // 4) + 1
+    return HEAD + B * _RECORDS[k] + 3 * ((B + 3) // 4) + 1
 
 
 def forward(
@@ -252,9 +257,8 @@ def forward(
     out = dtype if wide else torch.float32
     p = plan(k, d, B <= LATENCY_BATCH, first.element_size())
     values_wanted = min(d, k) if spectrum else 1
-    size = HEAD + B * p.record + 3 * ((B + 3) // 4) + 1
 
-    state = torch.empty(size, dtype=torch.float64, device=device)
+    state = torch.empty(state_size(B, k), dtype=torch.float64, device=device)
     total: Tensor | None = None
     alignment: Tensor | None = None
     sigma: Tensor | None = None
@@ -302,8 +306,9 @@ def forward(
     algebra = (spectrum, normalize, wide, aligns)
     if p.latency:
         values = (*x, temperature, bits, state, alignment, sigma, v, u, z, to, values_wanted, B, d)
-        parameters = (k, p.K, p.latency_block, p.vector, *algebra, vectors)
-        _launch(kernels.forward_kernel, key, B, p.latency_warps, values, parameters, divisible)
+        parameters = (k, p.K, p.latency_rows, p.latency_block, p.vector, *algebra, vectors)
+        programs = -(-B // p.latency_rows)
+        _launch(kernels.forward_kernel, key, programs, p.latency_warps, values, parameters, divisible)
         if total is not None:
             _launch(kernels.reduce_kernel, key, 1, 4, (mask, state, total, B), (k, mean, BATCH), {})
         return outputs, [state]
@@ -383,8 +388,9 @@ def backward(
             out_offsets = tuple([next(offsets) if want else None for want in needed])
         simple = grad_sigma is None and grad_u is None and grad_v is None and not direct
         resident = not simple and d <= p.latency_block and p.K < 16
-        R = p.stream_rows if simple and p.K < 16 else 1
-        block, warps = (p.block, p.stream_warps) if R > 1 else (p.latency_block, p.latency_warps)
+        R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
+        if simple and p.K < 16:
+            R, block, warps = p.stream_rows, p.block, p.stream_warps
         draft = None if simple else torch.empty(B * p.draft, dtype=torch.float64, device=device)
         learned = slope if summed and spectrum and grad_alignment is not None else None
         values = (
