@@ -22,6 +22,7 @@ def _runs(variant: str, device: str) -> bool:
 # Every backend that works here: a new one joins the suite by working. Triton's kernels come in two layouts.
 VARIANTS = [v for name in backends.available for v in (LAYOUTS if name == "triton" else (name,))]
 ON_A_CPU = [v for v in VARIANTS if _runs(v, "cpu")]
+CPU_BACKENDS = tuple(dict.fromkeys(v.partition("-")[0] for v in ON_A_CPU))
 
 if "triton-latency" in ON_A_CPU:
     import interpreter

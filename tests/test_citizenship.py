@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -32,8 +33,7 @@ from pmrl_kernels import (
 )
 from pmrl_kernels.backends import constants
 
-BACKENDS = tuple(pmrl_kernels.backends.available)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 def modalities(k: int = 3, B: int = 4, d: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:

@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import pytest
 import tolerances as tol
 import torch
+from conftest import CPU_BACKENDS
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from pmrl_kernels import (
-    backends,
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
@@ -24,7 +24,7 @@ from pmrl_kernels import (
 lenient = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
-BACKENDS = pytest.mark.parametrize("backend", tuple(backends.available))
+BACKENDS = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
 
 @st.composite
