@@ -100,6 +100,10 @@ def _ours(backend: str) -> Loss:
     return functools.partial(dominant_sv_loss, temperature=TEMPERATURE, backend=backend)
 
 
+CPU = torch.device("cpu")
+ON_A_CPU = tuple(n for n, b in backends.available.items() if b.rejects(CPU, torch.float32, 4, 512) is None)
+"""Our backends that take tensors there."""
+
 NATIVE, REDUCED, FLOOR = "native", "reduced SVD", "floor"
 RIVALS = ("eager", "compiled")
 
