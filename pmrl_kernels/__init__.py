@@ -5,6 +5,7 @@ Aligns k modalities by pushing up the largest singular value of each instance's 
 singular value decompositions.
 """
 
+from .compilation import warm_up
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
 from .modules import DominantSVLoss, PMRLLoss
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
@@ -22,4 +23,5 @@ __all__ = [
     "instance_contrastive_loss",
     "pmrl_loss",
     "singular_values",
+    "warm_up",
 ]

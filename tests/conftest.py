@@ -11,7 +11,11 @@ import torch
 from pmrl_kernels import backends
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-LAYOUTS = ("triton-latency", "triton-throughput")
+LAUNCHES = {  # the largest batch of the latency layout, and how dot products are summed
+    "triton-latency": (1 << 30, "float64"),
+    "triton-throughput": (0, "float64"),
+    "triton-pairs": (4, "float32"),
+}
 
 
 def _runs(variant: str, device: str) -> bool:
@@ -19,8 +23,8 @@ def _runs(variant: str, device: str) -> bool:
     return backend.rejects(torch.device(device), torch.float32, 3, 64) is None
 
 
-# Every backend that works here: a new one joins the suite by working. Triton's kernels come in two layouts.
-VARIANTS = [v for name in backends.available for v in (LAYOUTS if name == "triton" else (name,))]
+# Every backend that works here: a new one joins the suite by working. Triton's kernels come in several forms.
+VARIANTS = [v for name in backends.available for v in (LAUNCHES if name == "triton" else (name,))]
 ON_A_CPU = [v for v in VARIANTS if _runs(v, "cpu")]
 CPU_BACKENDS = tuple(dict.fromkeys(v.partition("-")[0] for v in ON_A_CPU))
 
@@ -54,11 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         k, variant = params.get("k", 2), params.get("backend")
-        repeats = variant == "triton-throughput" and k > 8  # the kernels of the other layout
+        repeats = variant in ("triton-throughput", "triton-pairs") and k > 8  # the kernels of the latency layout
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
         sampled = (k <= 8 or share < 10) and zlib.crc32(item.nodeid.encode()) % share == 0
-        if variant not in LAYOUTS or (sampled and not repeats):
+        if variant not in LAUNCHES or (sampled and not repeats):
             kept.append(item)
     items[:] = kept
 
@@ -79,9 +83,10 @@ def seeded() -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name, _, layout = request.param.partition("-")
-    if layout:
+    if request.param in LAUNCHES:
         from pmrl_kernels.backends.triton import launch
 
-        monkeypatch.setattr(launch, "LATENCY_BATCH", 0 if layout == "throughput" else 1 << 30)
-    return name
+        largest, sums = LAUNCHES[request.param]
+        monkeypatch.setattr(launch, "LATENCY_BATCH", largest)
+        monkeypatch.setattr(launch, "SUMS", sums)
+    return request.param.partition("-")[0]

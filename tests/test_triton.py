@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def run_interpreted(*arguments: str) -> int:
 
 
 def test_a_sample_of_the_contract():
-    assert run_interpreted("tests/test_contract.py", "-k", "triton", "--one-in", "24") >= 60
+    assert run_interpreted("tests/test_contract.py", "-k", "triton", "--one-in", "40") >= 60
 
 
 @pytest.mark.slow
@@ -69,9 +70,9 @@ def test_the_contract():
 
     All of it: TRITON_INTERPRET=1 python -m pytest tests/test_contract.py -k triton
     """
-    parts = {"triton-latency": "8", "triton-throughput": "8"}
-    with ThreadPoolExecutor() as pool:
-        started = [
+    parts = {"triton-latency": "8", "triton-throughput": "8", "triton-pairs": "8"}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [  # as many at once as there are processors
             pool.submit(run_interpreted, "tests/test_contract.py", "-k", variant, "--one-in", share)
             for variant, share in parts.items()
         ]
@@ -107,6 +108,23 @@ def test_resources_are_those_of_the_table():
     text, written = compiled(), resources.TABLE.read_text()
     assert text.splitlines()[0] == written.splitlines()[0], "another version of Triton: rewrite the table"
     assert rows_of(text) == rows_of(written)
+
+
+def test_sums_in_pairs_use_no_float64():
+    """Streams would go at its rate: nothing d numbers long may need it, only a few numbers for each instance."""
+    per_element = r"\b(?:mul|fma|div|sqrt)[\w.]*\.f64"
+    counted = {}
+    for call in ("alignment", "pmrl"):
+        for kernel, warps, *rest in resources.requests(resources.Case("sm_120", call, "fp32", 3)):
+            name = kernel.fn.__name__
+            if name not in ("gram_kernel", "vectors_kernel", "backward_kernel"):
+                continue
+            binary = launch.compile_for(resources.TARGETS["sm_120"], kernel, *rest, warps)
+            text = binary.asm["ptx"]
+            loops = re.findall(r"^(\$L__BB\d+_\d+):(.*?)\bbra[.\w]*\s+\1;", text, re.MULTILINE | re.DOTALL)
+            assert any("fma.rn.f32" in body for _, body in loops)
+            counted[name] = sum(len(re.findall(per_element, body)) for _, body in loops)
+    assert counted == dict.fromkeys(("gram_kernel", "vectors_kernel", "backward_kernel"), 0)
 
 
 @pytest.mark.parametrize("stack", [0, 8])
@@ -168,6 +186,58 @@ def test_launches(launched, wanted, B, forward):
     assert launched == forward + (["backward_kernel"] if B else [])
 
 
+def test_cards_with_slow_float64_sum_in_pairs(monkeypatch):
+    """By the card, unless PMRL_KERNELS_SUMS says otherwise; embeddings in float64 and k > 8 never do."""
+    slow = {name for name, target in resources.TARGETS.items() if launch.slow_float64(target)}
+    assert slow == {"sm_75", "sm_120", "gfx1100"}
+    assert launch.plan(8, 64, True, 4, True).pairs
+    assert not launch.plan(8, 64, True, 4, False).pairs
+    assert not launch.plan(8, 64, True, 8, True).pairs
+    assert not launch.plan(9, 64, True, 4, True).pairs
+    assert launch._in_pairs(0, "float32")
+    assert not launch._in_pairs(0, "float64")
+    with pytest.raises(ValueError, match="PMRL_KERNELS_SUMS: got 'bf16'"):
+        launch._in_pairs(0, "bf16")
+    for name, target in resources.TARGETS.items():
+        driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda target=target: target))
+        monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+        launch._in_pairs.cache_clear()
+        assert launch._in_pairs(0, None) == (name in slow)
+    launch._in_pairs.cache_clear()
+
+
+def test_warm_up_compiles_all_that_is_needed_later():
+    code = """
+import json, torch
+from pmrl_kernels import dominant_singular_triplet, pmrl_loss, warm_up
+from pmrl_kernels.backends.triton import launch
+
+seen = set()
+launch._launch = lambda kernel, key, *_: seen.add((kernel.fn.__name__, key))
+
+def calls(B):
+    xs = [torch.randn(B, 32, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(B, 3, dtype=torch.bool)
+    pmrl_loss(dict(zip("abc", xs)), mask={name: mask[:, 0] for name in "abc"}).backward()
+    dominant_singular_triplet(xs[0].detach(), *xs[1:]).sigma.sum().backward()
+
+xs = [torch.randn(5, 32) for _ in range(3)]
+mask = torch.ones(5, dtype=torch.bool)
+warm_up(pmrl_loss, dict(zip("abc", xs)), mask=dict.fromkeys("abc", mask))
+xs[1].requires_grad_(), xs[2].requires_grad_()
+warm_up(lambda *xs: dominant_singular_triplet(*xs).sigma, *xs)
+assert all(x.grad is None for x in xs)
+before = set(seen)
+for B in (1, 3, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 3000):
+    calls(B)
+print(len(before), len(seen))
+"""
+    done = run("-c", code, TRITON_INTERPRET="1", PMRL_KERNELS_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled_before, needed = map(int, done.stdout.split())
+    assert compiled_before == needed >= 8
+
+
 def test_shapes_without_running(launched):
     """Outputs are those of the reference, the state is as large as the fake one that torch.compile sees."""
     for stacked in (False, True):
@@ -194,10 +264,13 @@ def test_a_record_has_room_for_its_fields():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_reasons():
+def test_reasons(monkeypatch):
     assert triton.unavailable() is None or "TRITON_INTERPRET" in triton.unavailable()
     assert "not for cpu" in triton.rejects(torch.device("cpu"), torch.float32, 3, 64)
-    assert triton.rejects(torch.device("cuda"), torch.float32, 3, 64) is None
+    assert triton.rejects(torch.device("cuda"), torch.float32, 12, 64) is None
+    monkeypatch.setattr(triton, "_NO_FLOAT64_DOT", True)
+    assert triton.rejects(torch.device("cuda"), torch.float32, 8, 64) is None
+    assert "Triton 3.9" in triton.rejects(torch.device("cuda"), torch.float32, 9, 64)
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])

@@ -31,13 +31,16 @@ from pmrl_kernels.backends.triton import launch
 
 TABLE = Path(__file__).with_name("triton-resources.txt")
 TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+"""KiB."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # What is asked for: the whole spectrum or the leading pair, and the outputs.
@@ -58,7 +61,7 @@ class Case(NamedTuple):
     masked: bool = False
 
 
-QUICK = [Case("sm_90", "alignment", "fp32", 4), Case("gfx942", "alignment", "fp32", 4)]
+QUICK = [Case(target, "alignment", "fp32", 4) for target in ("sm_90", "sm_120", "gfx942")]
 CASES = [
     *(Case("sm_90", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (2, 3, 4, 5, 6, 7, 8)),
     *(Case("sm_90", call, "fp32", k) for call in ("leading", "values") for k in (4, 6, 8)),
@@ -71,6 +74,9 @@ CASES = [
         for call in ("alignment", "triplet")
         for k in (4, 8)
     ),
+    *(Case("sm_120", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (3, 6)),
+    *(Case("sm_120", call, dtype, 4) for call in ("alignment", "pmrl") for dtype in ("bf16", "fp16", "fp64")),
+    *(Case(target, "pmrl", "fp32", 4) for target in ("sm_75", "gfx1100")),
     *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
 ]
 
@@ -84,10 +90,11 @@ class Request(NamedTuple):
 
 
 def requests(case: Case, d: int = 512) -> Iterator[Request]:
-    """The launches of a forward and a backward pass, in both layouts."""
+    """The launches of a forward and a backward pass, in both layouts, and with sums as the target has them."""
     spectrum, wanted = CALLS[case.call]
     recorded: list[tuple[Any, ...]] = []
     make, launch._launch = launch._launch, lambda *launched: recorded.append(launched)
+    sums, launch.SUMS = launch.SUMS, "float32" if launch.slow_float64(TARGETS[case.target]) else "float64"
     try:
         for B in (8, launch.LATENCY_BATCH + 8):
             xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
@@ -96,7 +103,7 @@ def requests(case: Case, d: int = 512) -> Iterator[Request]:
             outputs, state = launch.forward(xs, *options)
             launch.backward(xs, *options, state, outputs, [True] * case.k)
     finally:
-        launch._launch = make
+        launch._launch, launch.SUMS = make, sums
     seen = set()
     for kernel, _, _, warps, values, parameters, divisible in recorded:
         if (kernel, warps, parameters) not in seen:
@@ -158,14 +165,14 @@ def faults(row: Row) -> list[str]:
     found = []
     if row.stack and row.case.k <= 8:
         found.append(f"spills: {row}")
-    if row.shared > SHARED_LIMIT[row.case.target]:
+    if row.shared > SHARED_LIMIT[row.case.target] << 10:
         found.append(f"too much shared memory: {row}")
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two cases")
+    parser.add_argument("--quick", action="store_true", help="three cases")
     parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
     options = parser.parse_args()
     cases = QUICK if options.quick else CASES

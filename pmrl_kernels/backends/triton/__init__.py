@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import types
@@ -25,6 +26,19 @@ NAME = "triton"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _version() -> tuple[int, ...]:
+    """Triton's (major, minor), found without importing it."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            return tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (0, 0)
+
+
+_NO_FLOAT64_DOT = torch.version.hip is not None and _version() < (3, 9)
+
+
 def unavailable() -> str | None:
     """Why this backend cannot run in this installation, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -37,7 +51,11 @@ def unavailable() -> str | None:
 
 def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
     """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
-    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+    if device.type == "cuda":
+        if k > 8 and _NO_FLOAT64_DOT:
+            return "for k > 8 on AMD's GPUs it needs Triton 3.9, which has float64 matrix products there"
+        return None
+    if device.type == "cpu" and _INTERPRETED:
         return None
     return f"it has kernels for GPUs, not for {device.type}"
 
@@ -75,11 +93,13 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform."""
+    for x in tensors:
+        if type(x) not in _PLAIN or (x is not None and _is_wrapped(x)):
+            return True
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in _PLAIN or (x is not None and _is_wrapped(x)) for x in tensors)
     )
 
 

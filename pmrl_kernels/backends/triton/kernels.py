@@ -18,6 +18,7 @@ import triton.language as tl
 from .eigen import jacobi_lanes, polish_lanes, polish_tiles, power_lanes, power_tiles, put, reciprocal, triangle
 from .kspace import (
     decompose_tiles,
+    draft_alignment,
     draft_coefficients,
     draft_field,
     draft_size,
@@ -35,8 +36,13 @@ from .streams import (
     gathered,
     gram_phase,
     gram_tile_phase,
-    load_exponents,
+    load_coefficient,
+    load_each,
     load_rows,
+    load_scales,
+    no_sum,
+    over_lanes,
+    power,
     present_modality,
     vectors_phase,
     vectors_tile_phase,
@@ -164,9 +170,18 @@ def read_temperature(tau, bits):
 
 
 @triton.jit
+def own(state, records, k: tl.constexpr, PAIRS: tl.constexpr):
+    """Where ``load_each`` and ``store_each`` find the records: with PAIRS a program has one instance, a scalar."""
+    if PAIRS:
+        return state + HEAD + tl.program_id(0).to(tl.int64) * record_size(k)
+    else:
+        return records
+
+
+@triton.jit
 def gram_kernel(
     x, offsets, strides, mask, state, counter, B, d, k: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """G = XᵀX of R instances. Reads x; writes gram (and exponents) of their records, and sets the counter to 0."""
     instance = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -175,15 +190,16 @@ def gram_kernel(
     if counter is not None:
         if tl.program_id(0) == 0:
             tl.store(counter, 0)
-    gram_phase(x, offsets, strides, mask, records, instance, there, d, k, R, BLOCK, VECTOR, NORMALIZE, WIDE)
+    records = own(state, records, k, PAIRS)
+    gram_phase(x, offsets, strides, mask, records, instance, there, d, k, R, BLOCK, VECTOR, NORMALIZE, WIDE, PAIRS)
 
 
 @triton.jit
 def solve_kernel(
     mask, tau, tau_bits, state, partial, counter, total, alignment, sigma, v, values_wanted, B, d, k: tl.constexpr,
     N: tl.constexpr, PART: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, SPECTRUM: tl.constexpr,
-    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr, MEAN: tl.constexpr, VECTORS: tl.constexpr,
-    BATCH: tl.constexpr,
+    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr, ALIGNMENT: tl.constexpr, MEAN: tl.constexpr,
+    VECTORS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Eigenpairs, singular values, v₁ and the alignment term of N instances.
 
@@ -206,7 +222,7 @@ def solve_kernel(
         one = (tl.program_id(0).to(tl.int64) * N + start + tl.arange(0, PART))[:, None, None]
         loss, slope, alignable = finish_forward(
             state + HEAD + one * record_size(k), one < B, one, mask, read_temperature(tau, tau_bits), sigma, v,
-            values_wanted, d, PART, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, VECTORS,
+            values_wanted, d, PART, k, K, SPECTRUM, NORMALIZE, WIDE, PAIRS, ALIGNMENT, VECTORS,
         )  # fmt: skip
         if alignment is not None:
             tl.store(alignment + one, loss.to(alignment.dtype.element_ty), mask=one < B)
@@ -272,14 +288,15 @@ def reduce_kernel(mask, state, total, B, k: tl.constexpr, MEAN: tl.constexpr, BA
 @triton.jit
 def vectors_kernel(
     x, offsets, strides, mask, state, u, z, z_offsets, B, d, k: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
+    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """u = X c and z_m = x_m / n_m of R instances. Reads x and records; writes u (B, d) and the z (B, d), if given."""
     instance = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = instance < B
     records = state + HEAD + instance * record_size(k)
     vectors_phase(
-        x, offsets, strides, mask, records, instance, there, d, u, z, z_offsets, k, R, BLOCK, NORMALIZE, WIDE
+        x, offsets, strides, mask, own(state, records, k, PAIRS), instance, there, d, u, z, z_offsets, k, R, BLOCK,
+        NORMALIZE, WIDE, PAIRS,
     )  # fmt: skip
 
 
@@ -287,8 +304,8 @@ def vectors_kernel(
 def forward_kernel(
     x, offsets, strides, mask, tau, tau_bits, state, alignment, sigma, v, u, z, z_offsets, values_wanted, B, d,
     k: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, ALIGNMENT: tl.constexpr,
-    VECTORS: tl.constexpr,
+    SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    ALIGNMENT: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """gram_kernel, solve_kernel and vectors_kernel of R instances, whose embeddings are in cache the second time."""
     instance = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -301,13 +318,16 @@ def forward_kernel(
         at = gathered(offsets, k, K) + one * gathered(strides, k, K)
         gram_tile_phase(x, at, present, record, d, k, K, BLOCK, NORMALIZE, WIDE)
     else:
-        gram_phase(x, offsets, strides, mask, records, instance, there, d, k, R, BLOCK, VECTOR, NORMALIZE, WIDE)
+        gram_phase(
+            x, offsets, strides, mask, own(state, records, k, PAIRS), instance, there, d, k, R, BLOCK, VECTOR,
+            NORMALIZE, WIDE, PAIRS,
+        )  # fmt: skip
     tl.debug_barrier()
     solve_tiles(records, there, k, R, K, SPECTRUM, NORMALIZE, WIDE)
     tl.debug_barrier()
     loss, _, _ = finish_forward(
         records[:, None, None], there[:, None, None], instance[:, None, None], mask, read_temperature(tau, tau_bits),
-        sigma, v, values_wanted, d, R, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, VECTORS,
+        sigma, v, values_wanted, d, R, k, K, SPECTRUM, NORMALIZE, WIDE, PAIRS, ALIGNMENT, VECTORS,
     )  # fmt: skip
     if alignment is not None:
         at = alignment + instance[:, None, None]
@@ -318,7 +338,8 @@ def forward_kernel(
             vectors_tile_phase(x, at, present, record, one, d, u, z, z_offsets, k, K, BLOCK, NORMALIZE, WIDE)
         else:
             vectors_phase(
-                x, offsets, strides, mask, records, instance, there, d, u, z, z_offsets, k, R, BLOCK, NORMALIZE, WIDE
+                x, offsets, strides, mask, own(state, records, k, PAIRS), instance, there, d, u, z, z_offsets, k,
+                R, BLOCK, NORMALIZE, WIDE, PAIRS,
             )  # fmt: skip
 
 
@@ -343,10 +364,10 @@ def backward_kernel(
     values_wanted, grad_v, v_strides, grad_u, u_stride, grad_z, z_offsets, z_strides, out, out_offsets, out_stride, B,
     d,
     k: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    RESIDENT: tl.constexpr, SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, MEAN: tl.constexpr,
-    DIRECT: tl.constexpr, SIMPLE: tl.constexpr,
+    RESIDENT: tl.constexpr, SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
+    MEAN: tl.constexpr, DIRECT: tl.constexpr, SIMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of R instances, all of them in one pass: dX = h cᵀ + X C (+ H).
+    """Gradients of R instances, all of them in one launch: dX = h cᵀ + X C (+ H).
 
     Reads the records, x, and the incoming gradients that are given; writes the gradients that are wanted. A gradient
     of the alignment term alone finds its C in the record; whatever else comes in is made into coefficients first,
@@ -375,9 +396,10 @@ def backward_kernel(
         inside = index < k
         present = presence(mask, one, index, index >= 0, k)
         at = gathered(offsets, k, K) + one * gathered(strides, k, K)
-        exponents = tl.zeros([K], tl.float64)
+        scale = ()
         if WIDE:
             exponents = tl.load(record + field(k, "exponents") + index, mask=inside, other=0.0)
+            scale = power(-exponents)
         larger = tl.maximum(index[:, None], index[None, :])
         entry = larger * (larger + 1) // 2 + tl.minimum(index[:, None], index[None, :])
         c = tl.zeros([K], tl.float64)
@@ -394,13 +416,14 @@ def backward_kernel(
             direct = c
             if (grad_u is not None) or (DIRECT and NORMALIZE):
                 w, direct = dots_tile(
-                    x, at, present, exponents, grad_u, u_stride, grad_z, z_offsets, z_strides, one, d, k, K, BLOCK,
+                    x, at, present, scale, grad_u, u_stride, grad_z, z_offsets, z_strides, one, d, k, K, BLOCK,
                     DIRECT, WIDE,
                 )  # fmt: skip
             draft_coefficients(
                 records[:, None, None], drafts[:, None, None], there[:, None, None], instance[:, None, None], mask,
                 w[None, :, None], direct[None, :, None], grad[:, None, None], grad_sigma, sigma_strides,
-                values_wanted, grad_v, v_strides, R, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, grad_u is not None,
+                values_wanted, grad_v, v_strides, R, k, K, SPECTRUM, NORMALIZE, WIDE, PAIRS, ALIGNMENT,
+                grad_u is not None, DIRECT,
             )  # fmt: skip
             tl.debug_barrier()
             draft_one = draft + one * draft_size(k)
@@ -411,20 +434,21 @@ def backward_kernel(
             if DIRECT and NORMALIZE:
                 factors = tl.load(record + field(k, "inverse_norms") + index, mask=inside, other=0.0)
         apply_tile(
-            x, at, present, exponents, C, c, factors, last, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
+            x, at, present, scale, C, c, factors, last, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
             out_offsets, out_stride, one, d, k, K, BLOCK, DIRECT, NORMALIZE, WIDE,
         )  # fmt: skip
     else:
-        exponents = load_exponents(records, there, k, WIDE)
+        scales = load_scales(own(state, records, k, PAIRS), there, k, R, WIDE, PAIRS)
         cols = tl.arange(0, BLOCK)
         if RESIDENT:
             rows = load_rows(x, offsets, strides, mask, instance, there, cols, d, k, R, BLOCK)
 
-        C = ()
-        c = ()
-        factors = ()
-        last = ()
-        if SIMPLE:
+        if SIMPLE and PAIRS:
+            draft_alignment(
+                records[:, None, None], drafts[:, None, None], there[:, None, None], instance[:, None, None], mask,
+                grad[:, None, None], R, k, K, NORMALIZE, PAIRS,
+            )  # fmt: skip
+        elif SIMPLE:
             alignable = there & (k >= 2)
             if mask is not None:
                 number = tl.zeros([R], tl.int32)
@@ -432,58 +456,72 @@ def backward_kernel(
                     number += present_modality(mask, instance, there, m, k).to(tl.int32)
                 alignable = number >= 2
             grad = tl.where(alignable, grad, 0.0)
-            for at in tl.static_range(k * (k + 1) // 2):
-                C = C + (grad * tl.load(records + field(k, "through_alignment") + at, mask=there, other=0.0),)
-            for m in tl.static_range(k):
-                if WIDE:
-                    last = last + (-exponents[m] if NORMALIZE else tl.zeros([R], tl.float64),)
         else:
             sums = ()
             if (grad_u is not None) or (DIRECT and NORMALIZE):
                 for _ in tl.static_range(2 * k if DIRECT else k):
-                    sums = sums + (tl.zeros([R, BLOCK // VECTOR], tl.float64),)
+                    sums = sums + (no_sum(R, BLOCK // VECTOR, PAIRS),)
                 if RESIDENT:
                     sums = add_dots(
-                        sums, rows, exponents, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, instance, there,
-                        cols, d, k, R, BLOCK, VECTOR, DIRECT, WIDE,
+                        sums, rows, scales, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, instance, there,
+                        cols, d, k, R, BLOCK, VECTOR, DIRECT, WIDE, PAIRS,
                     )  # fmt: skip
                 else:
                     for start in range(0, d, BLOCK):
                         chunk = load_rows(x, offsets, strides, mask, instance, there, start + cols, d, k, R, BLOCK)
                         sums = add_dots(
-                            sums, chunk, exponents, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, instance,
-                            there, start + cols, d, k, R, BLOCK, VECTOR, DIRECT, WIDE,
+                            sums, chunk, scales, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, instance,
+                            there, start + cols, d, k, R, BLOCK, VECTOR, DIRECT, WIDE, PAIRS,
                         )  # fmt: skip
             dots = ()
             for at in tl.static_range(2 * k):
                 if at < len(sums):
-                    dots = dots + (tl.sum(sums[at], 1),)
+                    dots = dots + (over_lanes(sums[at]),)
                 else:
                     dots = dots + (tl.zeros([R], tl.float64),)
             draft_coefficients(
                 records[:, None, None], drafts[:, None, None], there[:, None, None], instance[:, None, None], mask,
                 packed(dots, 0, k, K, R), packed(dots, k, k, K, R), grad[:, None, None], grad_sigma, sigma_strides,
-                values_wanted, grad_v, v_strides, R, k, K, SPECTRUM, NORMALIZE, WIDE, ALIGNMENT, grad_u is not None,
+                values_wanted, grad_v, v_strides, R, k, K, SPECTRUM, NORMALIZE, WIDE, PAIRS, ALIGNMENT,
+                grad_u is not None, DIRECT,
             )  # fmt: skip
-            tl.debug_barrier()
+        C = ()
+        c = ()
+        factors = ()
+        powers = ()
+        if SIMPLE and not PAIRS:
             for at in tl.static_range(k * (k + 1) // 2):
-                C = C + (tl.load(drafts + draft_field(k, "C") + at, mask=there, other=0.0),)
+                C = C + ((grad * tl.load(records + field(k, "through_alignment") + at, mask=there, other=0.0),),)
             for m in tl.static_range(k):
-                c = c + (tl.load(drafts + draft_field(k, "c") + m, mask=there, other=0.0),)
                 if WIDE:
-                    last = last + (tl.load(drafts + draft_field(k, "exponents") + m, mask=there, other=0.0),)
+                    e = tl.zeros([R], tl.float64)
+                    if NORMALIZE:
+                        e = -tl.load(records + field(k, "exponents") + m, mask=there, other=0.0)
+                    powers = powers + (power(e),)
+        else:
+            tl.debug_barrier()
+            if PAIRS:
+                drafts = draft + tl.program_id(0).to(tl.int64) * draft_size(k)
+            for at in tl.static_range(k * (k + 1) // 2):
+                C = C + (load_coefficient(drafts, draft_field(k, "C") + at, there, R, PAIRS),)
+            for m in tl.static_range(k):
+                if grad_u is not None:
+                    c = c + (load_coefficient(drafts, draft_field(k, "c") + m, there, R, PAIRS),)
                 if DIRECT and NORMALIZE:
-                    factors = factors + (tl.load(records + field(k, "inverse_norms") + m, mask=there, other=0.0),)
+                    factors = factors + (load_coefficient(drafts, draft_field(k, "factors") + m, there, R, PAIRS),)
+                if WIDE or PAIRS:
+                    e = load_each(drafts, draft_field(k, "exponents") + m, there, R, PAIRS)
+                    powers = powers + (power(e.to(tl.float32 if PAIRS else tl.float64)),)
 
         if RESIDENT:
             apply_chunk(
-                rows, C, c, factors, exponents, last, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
-                out_offsets, out_stride, instance, there, cols, d, k, R, NORMALIZE, WIDE,
+                rows, C, c, factors, scales, powers, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
+                out_offsets, out_stride, instance, there, cols, d, k, R, NORMALIZE, WIDE, PAIRS,
             )  # fmt: skip
         else:
             for start in range(0, d, BLOCK):
                 chunk = load_rows(x, offsets, strides, mask, instance, there, start + cols, d, k, R, BLOCK)
                 apply_chunk(
-                    chunk, C, c, factors, exponents, last, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
-                    out_offsets, out_stride, instance, there, start + cols, d, k, R, NORMALIZE, WIDE,
+                    chunk, C, c, factors, scales, powers, mask, grad_u, u_stride, grad_z, z_offsets, z_strides, out,
+                    out_offsets, out_stride, instance, there, start + cols, d, k, R, NORMALIZE, WIDE, PAIRS,
                 )  # fmt: skip

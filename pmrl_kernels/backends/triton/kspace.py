@@ -68,16 +68,19 @@ def eigenvalue_floor(k, wide):
 
 
 @triton.jit
-def power_of_two(exponent):
-    """2^e, for e of a float64's normal numbers."""
-    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+def power_of_two(exponent, x):
+    """2^e in the dtype of x (float64, float32), of whose normal numbers e is."""
+    if x.dtype == tl.float32:
+        return ((exponent.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def scaled(x, exponent):
     """x·2^e, in two steps: 2^1074, which lifts the least subnormal, is no float64."""
     half = tl.floor(exponent * 0.5)
-    return x * power_of_two(half) * power_of_two(exponent - half)
+    return x * power_of_two(half, x) * power_of_two(exponent - half, x)
 
 
 @triton.jit
@@ -239,6 +242,7 @@ def finish_forward(
     SPECTRUM: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
@@ -255,7 +259,7 @@ def finish_forward(
     inverse_i = load_vector(record, "inverse_norms", i, there, k)
     inverse_j = load_vector(record, "inverse_norms", j, there, k)
     exponent = tl.zeros([N, 1, 1], tl.float64)
-    if WIDE and not NORMALIZE:
+    if (WIDE or PAIRS) and not NORMALIZE:
         exponent = tl.load(record + field(k, "exponents"), mask=there, other=0.0)
 
     if SPECTRUM:
@@ -310,7 +314,7 @@ def finish_forward(
     if sigma is not None:
         if SPECTRUM:
             shown = sigma_j
-            if WIDE and not NORMALIZE:
+            if (WIDE or PAIRS) and not NORMALIZE:
                 shown = scaled(shown, exponent)
             # a NaN has no rank, and all of its instance are NaN
             place = tl.where(values == values, rank, j)
@@ -318,7 +322,7 @@ def finish_forward(
             tl.store(sigma + instance * values_wanted + place, shown.to(sigma.dtype.element_ty), mask=inside)
         else:
             shown = sigma_1
-            if WIDE and not NORMALIZE:
+            if (WIDE or PAIRS) and not NORMALIZE:
                 shown = scaled(shown, exponent)
             tl.store(sigma + instance, shown.to(sigma.dtype.element_ty), mask=there)
 
@@ -328,7 +332,7 @@ def finish_forward(
         if SPECTRUM:
             first = rank == 0
             gaps = sigma_1 - sigma_j
-            if WIDE and not NORMALIZE:
+            if (WIDE or PAIRS) and not NORMALIZE:
                 gaps = scaled(gaps, exponent)
             gaps = gaps / tau
             p = tl.where(counts & (rank > 0), tl.exp(-gaps), 0.0)
@@ -348,7 +352,7 @@ def finish_forward(
             diagonal = tl.sum(tl.where(i == j, gram, 0.0), 2, keep_dims=True)
             trace = tl.sum(diagonal, 1, keep_dims=True)
             loss = tl.maximum(trace - top, 0.0) * reciprocal(tl.sqrt(trace) + sigma_1)
-            if WIDE and not NORMALIZE:
+            if (WIDE or PAIRS) and not NORMALIZE:
                 loss = scaled(loss, exponent)
             even = tl.where(alignable, reciprocal(tl.sqrt(trace)), 0.0)
             along = tl.where(alignable, -reciprocal(sigma_1), 0.0)
@@ -403,15 +407,83 @@ def through_spectrum(record, scratch, weights, first_weight, V, values, top, v_i
 
 @triton.constexpr_function
 def draft_field(k, name):
-    """Where a backward pass keeps the coefficients of an instance: the upper triangle of C, c, the exponents of two
-    that the gradients of its columns are still to be multiplied by, and k numbers for a while."""
+    """Where a backward pass keeps the coefficients of an instance: the upper triangle of C, c, what the columns' own
+    incoming gradients are multiplied by, the exponents of two that the gradients of its columns are still to be
+    multiplied by, and k numbers for a while."""
     half = k * (k + 1) // 2
-    return {"C": 0, "c": half, "exponents": half + k, "weights": half + 2 * k}[name]
+    return {"C": 0, "c": half, "factors": half + k, "exponents": half + 2 * k, "weights": half + 3 * k}[name]
 
 
 @triton.constexpr_function
 def draft_size(k):
-    return k * (k + 1) // 2 + 3 * k
+    return k * (k + 1) // 2 + 4 * k
+
+
+@triton.jit
+def highest_exponent(x):
+    """Of a block [N, a, b] over a and b, as float64's bits have it: 0 for 0, 0x7FF where something is not finite."""
+    bits = (x.to(tl.int64, bitcast=True) >> 52) & 0x7FF
+    return tl.max(tl.max(bits, 2, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def as_pairs(pointers):
+    """Pointers to numbers in float64 as pointers to the pairs of float32 in their places."""
+    return pointers.to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def store_coefficient(draft, at, x, inside, PAIRS: tl.constexpr):
+    if PAIRS:
+        high = x.to(tl.float32)
+        tl.store(as_pairs(draft + at), high, mask=inside)
+        tl.store(as_pairs(draft + at) + 1, (x - high.to(tl.float64)).to(tl.float32), mask=inside)
+    else:
+        tl.store(draft + at, x, mask=inside)
+
+
+@triton.jit
+def store_draft(
+    draft, C, c, factors, exponent, there, i, j, k: tl.constexpr, PAIRS: tl.constexpr, THROUGH_U: tl.constexpr,
+    DIRECT: tl.constexpr,
+):  # fmt: skip
+    """In pairs, all of an instance's coefficients are multiplied by the power of two that makes the largest about 1,
+    and the gradients get it back at the end: gradients may be of any size that is a float32, coefficients of more."""
+    if PAIRS:
+        highest = highest_exponent(C)
+        if THROUGH_U:
+            highest = tl.maximum(highest, highest_exponent(c))
+        if DIRECT:
+            highest = tl.maximum(highest, highest_exponent(factors))
+        e = tl.where((highest > 0) & (highest < 0x7FF), highest - 1022, 0).to(tl.float64)
+        C = scaled(C, -e)
+        c = scaled(c, -e)
+        factors = scaled(factors, -e)
+        exponent = tl.minimum(tl.maximum(exponent + e, -250.0), 250.0)  # beyond that there are only 0 and infinity
+    inside = there & (i < k)
+    store_coefficient(draft, draft_field(k, "C") + j * (j + 1) // 2 + i, C, there & (i <= j) & (j < k), PAIRS)
+    if THROUGH_U:
+        store_coefficient(draft, draft_field(k, "c") + i, c, inside, PAIRS)
+    if DIRECT:
+        store_coefficient(draft, draft_field(k, "factors") + i, factors, inside, PAIRS)
+    tl.store(draft + draft_field(k, "exponents") + i, exponent, mask=inside)
+
+
+@triton.jit
+def draft_alignment(
+    record, draft, there, instance, mask, grad, N: tl.constexpr, k: tl.constexpr, K: tl.constexpr,
+    NORMALIZE: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """As ``draft_coefficients``, of a gradient of the alignment term alone."""
+    i = tl.arange(0, K)[None, :, None]
+    j = tl.arange(0, K)[None, None, :]
+    alignable = tl.sum(presence(mask, instance, j, there, k).to(tl.int32), 2, keep_dims=True) >= 2
+    C = tl.where(alignable, grad, 0.0) * load_symmetric(record, "through_alignment", i, j, there, k)
+    none = tl.zeros([N, K, 1], tl.float64)
+    exponent = none
+    if NORMALIZE:
+        exponent = -load_vector(record, "exponents", i, there, k)
+    store_draft(draft, C, none, none, exponent, there, i, j, k, PAIRS, False, False)
 
 
 @triton.jit
@@ -435,8 +507,10 @@ def draft_coefficients(
     SPECTRUM: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     THROUGH_U: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     """All incoming gradients of N instances to the coefficients of dX = h cᵀ + X C.
 
@@ -479,7 +553,7 @@ def draft_coefficients(
 
     c = v_i * inverse_sigma
     exponent = tl.zeros([N, K, 1], tl.float64)
-    if WIDE and NORMALIZE:
+    if (WIDE or PAIRS) and NORMALIZE:
         exponent = -load_vector(record, "exponents", i, there, k)
     aligned = tl.zeros([N, K, K], tl.float64)
     if ALIGNMENT:
@@ -510,7 +584,7 @@ def draft_coefficients(
         along = tl.sum(v_i * w, 1, keep_dims=True) * inverse_sigma * inverse_sigma * inverse_sigma
         through = y * v_j + v_i * along_columns(y, N, K) - along * v_i * v_j
         radial += v_i * (Gy + top * (y - along * v_i))
-        if WIDE and not NORMALIZE:
+        if (WIDE or PAIRS) and not NORMALIZE:
             # ``through`` and c are 2^-e times these, A is not. Up or down, the factor goes where nothing overflows
             # before the sum is formed: on those two, or on A now and on the gradient at the end.
             e = tl.load(record + field(k, "exponents"), mask=there, other=0.0)
@@ -527,7 +601,5 @@ def draft_coefficients(
     if NORMALIZE:
         c = c * inverse_i
     C = tl.where(present_i & present_j, C, 0.0)
-    tl.store(draft + draft_field(k, "C") + j * (j + 1) // 2 + i, C, mask=there & (i <= j) & (j < k))
-    inside = there & (i < k)
-    tl.store(draft + draft_field(k, "c") + i, tl.where(present_i, c, 0.0), mask=inside)
-    tl.store(draft + draft_field(k, "exponents") + i, exponent, mask=inside)
+    c = tl.where(present_i, c, 0.0)
+    store_draft(draft, C, c, inverse_i, exponent, there, i, j, k, PAIRS, THROUGH_U, DIRECT and NORMALIZE)

@@ -8,6 +8,7 @@ microseconds instead of the tens that binding and specialising arguments takes e
 from __future__ import annotations
 
 import functools
+import os
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     vector: int  # elements in 16 bytes
     record: int  # numbers of an instance's record
     draft: int
+    pairs: bool  # sums in pairs of float32
 
 
 LATENCY_BATCH = 1024
@@ -64,10 +66,12 @@ BATCH = 256  # numbers that the last step of a sum over the batch takes at a tim
 
 
 @functools.cache
-def plan(k: int, d: int, small: bool, itemsize: int) -> Plan:
+def plan(k: int, d: int, small: bool, itemsize: int, slow_float64: bool) -> Plan:
     """The static table of launch parameters, by what a batch is."""
     K = next_power_of_two(k)
-    vector = 16 // itemsize
+    pairs = slow_float64 and itemsize <= 4 and K < 16
+    # A pair's product is ten instructions, and what Triton takes to compile grows with their number.
+    vector = 1 if pairs else 16 // itemsize
     wide = next_power_of_two(d)
     lanes = k <= 6
     return Plan(
@@ -77,16 +81,38 @@ def plan(k: int, d: int, small: bool, itemsize: int) -> Plan:
         solve_instances=32 if lanes else 4,
         solve_part={2: 32, 4: 8, 8: 2}.get(K, 1),
         solve_warps=1,
-        stream_rows=16,
-        stream_warps=4,
-        block=max(min(8 * vector, wide), vector),
-        latency_rows=4 if INTERPRETED and K < 16 else 1,  # which costs the interpreter no more than 1
-        latency_block=32 if K >= 16 else max(min(32 * vector, wide), vector),
+        stream_rows=1 if pairs else 16,
+        stream_warps=1 if pairs else 4,
+        block=32 if pairs else max(min(8 * vector, wide), vector),
+        latency_rows=4 if INTERPRETED and K < 16 and not pairs else 1,  # which costs the interpreter no more than 1
+        latency_block=32 if K >= 16 or pairs else max(min(32 * vector, wide), vector),
         latency_warps=4 if K >= 16 else 1,
         vector=vector,
         record=record_size(k),
         draft=draft_size(k),
+        pairs=pairs,
     )
+
+
+_FAST_FLOAT64 = frozenset((60, 70, 80, 90, 100, "gfx906", "gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"))
+
+
+def slow_float64(target: GPUTarget) -> bool:
+    """Whether float64 arithmetic would hold the memory up there; data-centre cards have it at half the rate."""
+    return target.arch not in _FAST_FLOAT64
+
+
+SUMS = os.environ.get("PMRL_KERNELS_SUMS") or None
+"""How dot products of embeddings of up to 32 bits are summed: "float64", "float32" (in pairs), or by the card."""
+
+
+@functools.cache
+def _in_pairs(index: int | None, sums: str | None) -> bool:
+    if sums not in (None, "float64", "float32"):
+        raise ValueError(f"environment variable PMRL_KERNELS_SUMS: got {sums!r}, wanted 'float64' or 'float32'")
+    if sums is not None:
+        return sums == "float32"
+    return index is not None and slow_float64(triton.runtime.driver.active.get_current_target())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,19 +212,21 @@ def _rows(tensors: Sequence[Tensor], d: int) -> _Rows:
     """k tensors (B, d), or one (B, k, d)."""
     first = tensors[0]
     size = first.element_size()
-    start = first.data_ptr()
+    together = d * size  # a multiple of 16 if all steps and addresses are
     if first.dim() == 3:
         stride, step, _ = first.stride()
         offsets = tuple(range(0, first.shape[1] * step, step)) if step else (0,) * first.shape[1]
         strides = (stride,) * first.shape[1]
+        together |= first.data_ptr() | step * size | stride * size
     else:
-        offsets = tuple([(x.data_ptr() - start) // size for x in tensors])
+        addresses = [x.data_ptr() for x in tensors]
+        start = addresses[0]
+        offsets = tuple([(address - start) // size for address in addresses])
         strides = tuple([x.stride(0) for x in tensors])
-    together = start | d * size  # a multiple of 16 if all of them are
-    for n in offsets:
-        together |= n * size
-    for n in strides:
-        together |= n * size
+        for address in addresses:
+            together |= address
+        for stride in strides:
+            together |= stride * size
     return _Rows(first, offsets, strides, 1 if together % 16 else 16 // size)
 
 
@@ -255,10 +283,10 @@ def forward(
     dtype = first.dtype
     wide = dtype == torch.float64
     out = dtype if wide else torch.float32
-    p = plan(k, d, B <= LATENCY_BATCH, first.element_size())
+    p = plan(k, d, B <= LATENCY_BATCH, first.element_size(), _in_pairs(device.index, SUMS))
     values_wanted = min(d, k) if spectrum else 1
 
-    state = torch.empty(state_size(B, k), dtype=torch.float64, device=device)
+    state = first.new_empty(state_size(B, k), dtype=torch.float64)
     total: Tensor | None = None
     alignment: Tensor | None = None
     sigma: Tensor | None = None
@@ -272,7 +300,7 @@ def forward(
             alignment = torch.empty(B, dtype=out, device=device)
             outputs.append(alignment)
         else:
-            total = torch.empty((), dtype=out, device=device)
+            total = first.new_empty((), dtype=out)
             outputs.append(total)
     if wanted & constants.SIGMA:
         sigma = torch.empty((B, values_wanted), dtype=out, device=device)
@@ -286,7 +314,7 @@ def forward(
     if wanted & constants.Z:
         zs = [torch.empty((B, d), dtype=out, device=device) for _ in range(k)]
         outputs += zs
-        z, to = zs[0], _rows(zs, d).offsets
+        z = zs[0]
     if B == 0:
         if total is not None:
             total.zero_()
@@ -294,6 +322,13 @@ def forward(
 
     rows = _rows(xs, d)
     divisible = _divisible(rows)
+    if u is not None and divisible and u.data_ptr() % 16 == 0:
+        divisible["u"] = 16
+    if z is not None:
+        targets = _rows(zs, d)
+        to = targets.offsets
+        if divisible and targets.divisible > 1:
+            divisible |= {"z": 16, "z_offsets": targets.divisible}
     if mask is not None:
         mask = mask.contiguous()
     mean = bool(wanted & constants.ALIGNMENT_MEAN)
@@ -301,9 +336,9 @@ def forward(
     bits = _bits(fixed_temperature)
     # All that the compiled kernels depend on.
     learned = None if temperature is None else temperature.dtype
-    key = (p, k, dtype, rows.divisible, mask is None, learned, normalize, spectrum, wanted)
+    key = (p, k, dtype, len(divisible), mask is None, learned, normalize, spectrum, wanted)
     x = (first, rows.offsets, rows.strides, mask)
-    algebra = (spectrum, normalize, wide, aligns)
+    algebra = (spectrum, normalize, wide, p.pairs, aligns)
     if p.latency:
         values = (*x, temperature, bits, state, alignment, sigma, v, u, z, to, values_wanted, B, d)
         parameters = (k, p.K, p.latency_rows, p.latency_block, p.vector, *algebra, vectors)
@@ -318,14 +353,15 @@ def forward(
         counter, partial = state[-1:].view(torch.int32), state[HEAD + B * p.record :]
     stream = (k, p.stream_rows, p.block)
     values = (*x, state, counter, B, d)
-    parameters = (*stream, p.vector, normalize, wide)
+    parameters = (*stream, p.vector, normalize, wide, p.pairs)
     _launch(kernels.gram_kernel, key, programs, p.stream_warps, values, parameters, divisible)
     values = (mask, temperature, bits, state, partial, counter, total, alignment, sigma, v, values_wanted, B, d)
     parameters = (k, p.solve_instances, p.solve_part, p.K, p.lanes, *algebra, mean, vectors, BATCH)
     _launch(kernels.solve_kernel, key, -(-B // p.solve_instances), p.solve_warps, values, parameters, {})
     if u is not None or z is not None:
         values = (*x, state, u, z, to, B, d)
-        _launch(kernels.vectors_kernel, key, programs, p.stream_warps, values, (*stream, normalize, wide), divisible)
+        parameters = (*stream, normalize, wide, p.pairs)
+        _launch(kernels.vectors_kernel, key, programs, p.stream_warps, values, parameters, divisible)
     return outputs, [state]
 
 
@@ -352,7 +388,7 @@ def backward(
     B, d, k = first.shape[0], first.shape[-1], first.shape[1] if first.dim() == 3 else len(xs)
     dtype = first.dtype
     wide = dtype == torch.float64
-    p = plan(k, d, B <= LATENCY_BATCH, first.element_size())
+    p = plan(k, d, B <= LATENCY_BATCH, first.element_size(), _in_pairs(device.index, SUMS))
     rest = list(grads)
     grad_alignment = rest.pop(0) if wanted & constants.ANY_ALIGNMENT else None
     grad_sigma = rest.pop(0) if wanted & constants.SIGMA else None
@@ -364,10 +400,16 @@ def backward(
 
     # the interpreter rounds to bfloat16 by cutting off
     written = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
-    found = [
-        torch.empty(x.shape if want else 0, dtype=written, device=device) for x, want in zip(xs, needed, strict=True)
-    ]
-    to = [x for x, want in zip(found, needed, strict=True) if want and B]
+    found = []
+    to = []
+    for x, want in zip(xs, needed, strict=True):
+        if want and written == dtype and x.is_contiguous():
+            g = torch.empty_like(x)  # which takes the host half the time
+        else:
+            g = torch.empty(x.shape if want else 0, dtype=written, device=device)
+        found.append(g)
+        if want and B:
+            to.append(g)
     slope = None
     if temperature is not None:
         slope = torch.zeros((), dtype=torch.float64, device=device)
@@ -379,8 +421,20 @@ def backward(
         z_offsets: tuple[int | None, ...] = (None,) * k
         out_offsets: tuple[int | None, ...] = target.offsets
         z = z_strides = None
+        aligned = 0  # which of the gradients are
+        divisible = _divisible(rows)
+        if divisible and target.divisible > 1:
+            aligned |= 1
+            divisible |= {"out": 16, "out_offsets": target.divisible, "out_stride": target.divisible}
+        if divisible and grad_u is not None and _rows([grad_u], d).divisible > 1:
+            aligned |= 2
+            divisible |= {"grad_u": 16, "u_stride": 16 // grad_u.element_size()}
         if direct:
-            offsets = iter(_rows(direct, d).offsets)
+            incoming = _rows(direct, d)
+            if divisible and incoming.divisible > 1:
+                aligned |= 4
+                divisible |= dict.fromkeys(("z_offsets", "z_strides"), incoming.divisible) | {"grad_z": 16}
+            offsets = iter(incoming.offsets)
             z, z_offsets = direct[0], tuple([None if g is None else next(offsets) for g in grad_z])
             z_strides = tuple([0 if g is None else g.stride(0) for g in grad_z])
         if len(to) < len(xs):
@@ -391,7 +445,7 @@ def backward(
         R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
         if simple and p.K < 16:
             R, block, warps = p.stream_rows, p.block, p.stream_warps
-        draft = None if simple else torch.empty(B * p.draft, dtype=torch.float64, device=device)
+        draft = None if simple and not p.pairs else torch.empty(B * p.draft, dtype=torch.float64, device=device)
         learned = slope if summed and spectrum and grad_alignment is not None else None
         values = (
             *(first, rows.offsets, rows.strides, None if mask is None else mask.contiguous(), state[0], draft, learned),
@@ -401,18 +455,15 @@ def backward(
             *(grad_u, 0 if grad_u is None else grad_u.stride(0), z, z_offsets, z_strides),
             *(target.first, out_offsets, k * d if first.dim() == 3 else d, B, d),
         )
-        flags = (spectrum, normalize, wide, mean, bool(direct), simple)
+        flags = (spectrum, normalize, wide, p.pairs, mean, bool(direct), simple)
         parameters = (k, p.K, R, block, p.vector, resident, *flags)
-        divisible = _divisible(rows)
-        if divisible and target.divisible > 1:
-            divisible |= {"out": 16, "out_offsets": target.divisible, "out_stride": target.divisible}
         given = tuple([g is not None for g in grads])
         key = (
             p,
             k,
             dtype,
             rows.divisible,
-            target.divisible,
+            aligned,
             mask is None,
             learned is None,
             given,

@@ -1,0 +1,62 @@
+"""Compiling kernels before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_BATCHES = (2, 1032)
+"""One for each way that kernels are launched (``LATENCY_BATCH`` of the Triton backend lies between)."""
+
+
+def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
+    """Compiles whatever ``function(*embeddings)`` and its gradient run, for batches of any size.
+
+    GPU kernels are compiled when a call first needs them, which takes seconds (docs/layering.md has a table). This
+    gets it over with where waiting does no harm: before a timed step, or before all processes of a job reach their
+    first collective. It calls ``function`` on random embeddings of a small and a large batch, and differentiates
+    what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so another process takes less time.
+    Where nothing has to be compiled, as on a CPU, it does no more than those calls.
+
+    Kernels depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
+    multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.
+
+    Args:
+        function: a loss, a module, or anything that takes the embeddings (and ``mask``, if one is given) and returns
+            a tensor or a tree of tensors.
+        embeddings: examples in any form that the function accepts, (B, d) tensors or trees of them, or (B, k, d);
+            only their shapes beyond B, dtypes, devices and whether they require gradients matter. If none of
+            them requires a gradient, all are taken to.
+        mask: an example of one, if the function is to be called with ``mask=``.
+
+    Raises:
+        Whatever ``function`` raises. No gradient is accumulated anywhere.
+
+    Example:
+        >>> import torch
+        >>> from pmrl_kernels import dominant_sv_loss, warm_up
+        >>> text, video, audio = (torch.randn(4, 16) for _ in range(3))
+        >>> warm_up(dominant_sv_loss, text, video, audio)
+        >>> warm_up(lambda xs: dominant_sv_loss(xs, objective="leading"), [text, video, audio])
+    """
+    leaves, tree = pytree.tree_flatten(embeddings)
+    all_of_them = not any(x.requires_grad for x in leaves)
+    for batch in _BATCHES:
+        copies = []
+        for x in leaves:
+            generator = torch.Generator(x.device).manual_seed(0)
+            copy = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, generator=generator)
+            copies.append(copy.requires_grad_(x.requires_grad or all_of_them))
+        options = {}
+        if mask is not None:
+            options["mask"] = pytree.tree_map(lambda m, rows=batch: m.new_ones((rows, *m.shape[1:])), mask)
+        with torch.enable_grad():
+            found = function(*pytree.tree_unflatten(copies, tree), **options)
+            outputs = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.requires_grad]
+            if outputs:
+                wanted = [x for x in copies if x.requires_grad]
+                torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs], allow_unused=True)
