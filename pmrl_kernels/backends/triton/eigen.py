@@ -270,8 +270,8 @@ def _unit(x, k: tl.constexpr):
 
 @triton.jit
 def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
-    """The oriented v₁ of A = P (k blocks [N]), all but the last step, and where Jacobi has to decide: where the top is
-    tied, or within rounding of it.
+    """The oriented v₁ of A = P (k blocks [N]) but for a last step on A itself (``finish_forward`` takes it, so A is
+    not kept meanwhile), and where Jacobi has to decide: where the top is tied, or within rounding of it.
 
     P = (A / tr A)^(2^s) tends to v₁v₁ᵀ in a bounded number of squarings. A has to be finite with a positive trace.
     """
@@ -323,17 +323,6 @@ def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
             x = put(x, i, tl.where(here, P[triangle(k - 1 - back, i)], x[i]))
     x = _unit(_times(P, _unit(x, k), k), k)
     return x, 1.0 - frobenius > RANK_ONE
-
-
-@triton.jit
-def polish_lanes(A, x, k: tl.constexpr):
-    """The last step of power iteration, on A itself (so that A is not kept till then): λ₁ [N] and v₁."""
-    x = _unit(_times(A, x, k), k)
-    y = _times(A, x, k)
-    value = x[0] * y[0]
-    for i in tl.static_range(1, k):
-        value += x[i] * y[i]
-    return value, x
 
 
 # ------------------------------------------------------------------------------------------------
@@ -464,7 +453,7 @@ def _tile_unit(x):
 
 @triton.jit
 def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """As ``power_lanes`` up to the last step: v₁ [N, K] of A = P, and where Jacobi has to decide."""
+    """As ``power_lanes``: v₁ [N, K] of A = P, and where Jacobi has to decide."""
     inverse = (1.0 / tl.sum(P[0], 1))[:, None]
     for y in tl.static_range(K):
         P = put(P, y, P[y] * inverse)
@@ -495,10 +484,3 @@ def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
         x = tl.where(nowhere[:, None] & ((lane ^ y) == peak), P[y], x)
     x = _tile_unit(_tile_times(P, _tile_unit(x), lane, K))
     return x, 1.0 - tl.sum(squares, 1) > RANK_ONE
-
-
-@triton.jit
-def polish_tiles(A, x, lane, K: tl.constexpr):
-    """The last step of power iteration, on A itself: λ₁ [N] and v₁ [N, K]. (So that A is not kept meanwhile.)"""
-    x = _tile_unit(_tile_times(A, x, lane, K))
-    return tl.sum(x * _tile_times(A, x, lane, K), 1), x

@@ -15,7 +15,7 @@ Nothing here adds floating-point numbers atomically: the same input gives the sa
 import triton
 import triton.language as tl
 
-from .eigen import jacobi_lanes, polish_lanes, polish_tiles, power_lanes, power_tiles, put, reciprocal, triangle
+from .eigen import jacobi_lanes, power_lanes, power_tiles, put, reciprocal, triangle
 from .kspace import (
     decompose_tiles,
     draft_alignment,
@@ -55,17 +55,11 @@ from .streams import (
 
 
 @triton.jit
-def _load_lanes(records, there, k: tl.constexpr):
+def solve_lanes(records, there, k: tl.constexpr, SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Eigenpairs of the Gram matrices of N instances, one in each lane, from their records to their records."""
     A = ()
     for at in tl.static_range(k * (k + 1) // 2):
         A = A + (tl.load(records + field(k, "gram") + at, mask=there, other=0.0),)
-    return A
-
-
-@triton.jit
-def solve_lanes(records, there, k: tl.constexpr, SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Eigenpairs of the Gram matrices of N instances, one in each lane, from their records to their records."""
-    A = _load_lanes(records, there, k)
     if NORMALIZE:  # g_ij / (n_i n_j), one after the other: the product of two norms may underflow
         inverse = ()
         for m in tl.static_range(k):
@@ -89,11 +83,8 @@ def solve_lanes(records, there, k: tl.constexpr, SPECTRUM: tl.constexpr, NORMALI
     if not SPECTRUM:
         for at in tl.static_range(k * (k + 1) // 2):  # what has no answer stands as e₁e₁ᵀ, rank 1 at once
             A = put(A, at, tl.where(fine, A[at], 1.0 if at == 0 else 0.0))
-        x, undecided = power_lanes(A, k, WIDE)
-        tl.debug_barrier()
-        value, v = polish_lanes(_load_lanes(records, there, k), x, k)
+        v, undecided = power_lanes(A, k, WIDE)
         tl.store(records + field(k, "undecided"), (undecided & fine).to(tl.float64), mask=there)
-        tl.store(records + field(k, "eigenvalues"), tl.where(fine, value, 0.0) + broken, mask=there)
         for m in tl.static_range(k):
             tl.store(records + field(k, "leading") + m, tl.where(fine, v[m], 0.0) + broken, mask=there)
     else:
@@ -141,10 +132,7 @@ def solve_tiles(
     else:
         for y in tl.static_range(K):  # what has no answer stands as e₁e₁ᵀ, rank 1 at once
             A = put(A, y, tl.where(fine[:, None], A[y], tl.where((lane == 0) & (y == 0), 1.0, 0.0)))
-        x, undecided = power_tiles(A, lane, k, K, WIDE)
-        tl.debug_barrier()
-        value, v = polish_tiles(load_tiles(records, lane, there, k, K), x, lane, K)
-        tl.store(records + field(k, "eigenvalues"), tl.where(fine, value, 0.0) + broken, mask=there)
+        v, undecided = power_tiles(A, lane, k, K, WIDE)
         tl.store(records + field(k, "undecided"), (undecided & fine).to(tl.float64), mask=there)
         v = tl.where(fine[:, None], v, 0.0) + broken[:, None]
         tl.store(records[:, None] + field(k, "leading") + lane, v, mask=inside)

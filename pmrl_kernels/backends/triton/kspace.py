@@ -276,8 +276,11 @@ def finish_forward(
         v_i = oriented(V, values, top, i, j, N, k, K, WIDE) + broken
         sigma_j = tl.sqrt(values)
     else:
-        top = tl.load(record + field(k, "eigenvalues"), mask=there, other=0.0)
-        v_i = load_vector(record, "leading", i, there, k)
+        # the last step of power iteration, on G itself
+        gram = load_symmetric(record, "gram", i, j, there, k)
+        v_i = tl.sum(gram * along_columns(load_vector(record, "leading", i, there, k), N, K), 2, keep_dims=True)
+        v_i = v_i * reciprocal(tl.sqrt(tl.sum(v_i * v_i, 1, keep_dims=True)))
+        top = tl.sum(v_i * tl.sum(gram * along_columns(v_i, N, K), 2, keep_dims=True), 1, keep_dims=True)
         undecided = tl.load(record + field(k, "undecided"), mask=there, other=0.0) > 0
         ambiguous = tl.max(tl.reshape(undecided.to(tl.int32), [N]), 0) > 0
         weights = tl.zeros([N, 1, K], tl.float64)
@@ -296,7 +299,7 @@ def finish_forward(
             tied = highest - values <= eigenvalue_gap(k, WIDE) * highest
             weights = tl.where(tied, 0.0, 1.0 / tl.where(tied, 1.0, highest - values))
             tl.debug_barrier()
-            tl.store(record + field(k, "eigenvalues"), top, mask=there)
+        tl.store(record + field(k, "eigenvalues"), top, mask=there)
         if VECTORS:
             T = resolvent(record, v_i, along_columns(v_i, N, K), top, i, j, there, k)
             if ambiguous:
@@ -348,7 +351,6 @@ def finish_forward(
                 record, record + field(k, "weights"), weights, first_weight, V, values, top, v_i, v_j, i, j, there, k
             )
         else:
-            gram = load_symmetric(record, "gram", i, j, there, k)
             diagonal = tl.sum(tl.where(i == j, gram, 0.0), 2, keep_dims=True)
             trace = tl.sum(diagonal, 1, keep_dims=True)
             loss = tl.maximum(trace - top, 0.0) * reciprocal(tl.sqrt(trace) + sigma_1)
