@@ -6,7 +6,7 @@
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
 #   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
-#   make resources what the Triton kernels take on five architectures, compiled anew, to tests/data
+#   make resources what the Triton kernels take on seven architectures, compiled anew, to tests/data
 #   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'

@@ -104,9 +104,21 @@ def contenders(dry: bool) -> tuple[Contender, ...]:
         Contender(OURS, OURS, _loss(backend=OURS), tolerance=1e-6),
         Contender(f"{OURS}, leading", "leading", work=_leading),
         Contender(f"{OURS}, triplet", "triplet", work=_triplet),
+        Contender(f"{OURS}, sums in pairs of float32", "pairs", work=_in_pairs),
         Contender("F.mse_loss", "mse_loss", work=_squared_error),
         Contender("copy", "copy", work=_copy),
     )
+
+
+def _in_pairs(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As cards with slow float64 sum."""
+    from pmrl_kernels.backends.triton import launch
+
+    sums, launch.SUMS = launch.SUMS, "float32"
+    try:
+        return torch.autograd.grad(_loss(backend=OURS)(xs), xs)
+    finally:
+        launch.SUMS = sums
 
 
 def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -25,11 +25,11 @@ def steps(dry: bool, output: Path) -> dict[str, tuple[list[str], float]]:
     """Commands by name, and the most seconds of each."""
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=10"]
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
-    where, share = ("cpu", "100") if dry else ("cuda", "4")
+    where, share = ("cpu", "100") if dry else ("cuda", "5")
     contract = [*pytest, *parallel, "tests/test_contract.py", "-k", f"triton and {where}", "--one-in", share]
     return {
         "facts": (["-m", "pmrl_kernels.info"], 60),
-        **({} if dry else {"gpu": ([*pytest, "tests/test_gpu.py"], 150)}),
+        "gpu": ([*pytest, "tests/test_gpu.py"], 150),
         "benchmark": (["benchmarks/gpu.py", "--output", str(output), *(["--dry-run"] if dry else [])], 240),
         "contract": (contract, 180),
     }

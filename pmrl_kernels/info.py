@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,9 @@ def report() -> str:
     lines.append(("native library", native.describe()))
     default = backends.default_name
     lines.append(("default", f"{default} (PMRL_KERNELS_BACKEND)" if default else "the fastest that works"))
+    sums = os.environ.get("PMRL_KERNELS_SUMS")
+    if sums:
+        lines.append(("sums on GPUs", f"{sums} (PMRL_KERNELS_SUMS)"))
     width = max(len(label) for label, _ in lines) + 2
     return "\n".join(f"{label:<{width}}{value}" for label, value in lines)
 

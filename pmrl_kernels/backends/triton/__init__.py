@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -65,11 +66,24 @@ def _launch() -> types.ModuleType:
     return importlib.import_module(f"{__name__}.launch")
 
 
+@functools.cache
+def _untraced(name: str) -> Any:
+    return torch.compiler.disable(getattr(_launch(), name))
+
+
+# Around a graph break Dynamo would compile what lies between tensors and launches too, piece by piece. Where nobody
+# has loaded it, there is no need to, and that takes a second.
+
+
 def _forward(*arguments: Any) -> Any:
+    if "torch._dynamo" in sys.modules:
+        return _untraced("forward")(*arguments)
     return _launch().forward(*arguments)
 
 
 def _backward(*arguments: Any) -> Any:
+    if "torch._dynamo" in sys.modules:
+        return _untraced("backward")(*arguments)
     return _launch().backward(*arguments)
 
 
@@ -93,14 +107,12 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform."""
+    if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the rest
+        return True
     for x in tensors:
         if type(x) not in _PLAIN or (x is not None and _is_wrapped(x)):
             return True
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
