@@ -6,6 +6,7 @@ singular value decompositions.
 """
 
 from .compilation import warm_up
+from .diagnostics import alignment_score, effective_rank, uniformity
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
 from .modules import DominantSVLoss, PMRLLoss
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
@@ -17,11 +18,14 @@ __all__ = [
     "DominantTriplet",
     "PMRLComponents",
     "PMRLLoss",
+    "alignment_score",
     "dominant_singular_triplet",
     "dominant_singular_value",
     "dominant_sv_loss",
+    "effective_rank",
     "instance_contrastive_loss",
     "pmrl_loss",
     "singular_values",
+    "uniformity",
     "warm_up",
 ]

@@ -410,7 +410,7 @@ def test_importing_changes_no_global_state():
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("",),
-    ("modules", "compilation"),
+    ("modules", "compilation", "diagnostics"),
     ("losses", "spectral"),
     ("inputs",),
     ("autograd",),

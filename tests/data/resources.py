@@ -177,7 +177,7 @@ def main() -> int:
     options = parser.parse_args()
     cases = QUICK if options.quick else CASES
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for some in tqdm(pool.map(compile_case, cases), total=len(cases)) for row in some]
+        rows = [row for some in tqdm(pool.map(compile_case, cases), total=len(cases), disable=None) for row in some]
     text = HEADER.format(version=triton.__version__) + "".join(f"{row}\n" for row in rows)
     if options.write:
         TABLE.write_text(text)
