@@ -81,6 +81,78 @@ def test_readme_usage_runs():
         assert names["text"].grad is not None
 
 
+def test_migrating_page_runs():
+    """Its two blocks, one after the other; they are the same loss but for the signs that LAPACK leaves open."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrating.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    exec(blocks[0], names)
+    theirs = names["loss"].item()
+    exec(blocks[1], names)
+    assert names["loss"].item() == pytest.approx(theirs, rel=0.5)
+    names["loss"].backward()
+    assert names["text"].grad.isfinite().all()
+
+
+@pytest.fixture
+def drop_in(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "drop_in")
+    return load("examples/drop_in/model.py")
+
+
+def gradients_of(loss: torch.Tensor, embeddings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, list(embeddings.values()), retain_graph=True)
+
+
+@pytest.mark.parametrize("part", ["alignment", "instance", "total"])
+def test_drop_in_agrees_with_the_authors_formulation(drop_in, part):
+    """Value and gradient, where theirs is well defined and the signs are settled; the alignment term needs no signs."""
+    torch.manual_seed(0)
+    features = {name: torch.randn(12, width, dtype=torch.float64) for name, width in drop_in.WIDTHS.items()}
+    embeddings = drop_in.Heads().double()(features)
+    ours = getattr(drop_in.kernels_loss(embeddings), part)
+    theirs = getattr(drop_in.authors_loss(embeddings, oriented=part != "alignment"), part)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    for one, other in zip(gradients_of(ours, embeddings), gradients_of(theirs, embeddings), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["equal", "orthogonal", "missing"])
+def test_drop_in_is_finite_where_the_authors_formulation_is_not(drop_in, case):
+    torch.manual_seed(0)
+    B, k = 6, len(drop_in.WIDTHS)
+    # rounding may part what is equal; here it has nothing to round
+    xs = {
+        "equal": [torch.eye(drop_in.DIM)[0].expand(B, -1) for _ in range(k)],
+        "orthogonal": [torch.eye(drop_in.DIM)[m].expand(B, -1).clone() for m in range(k)],
+        "missing": [torch.randn(B, drop_in.DIM) for _ in range(k - 2)] + [torch.zeros(B, drop_in.DIM)] * 2,
+    }[case]
+    embeddings = dict(zip(drop_in.WIDTHS, (x.clone().requires_grad_() for x in xs), strict=True))
+    mask = {name: x.any(1) for name, x in embeddings.items()}
+    theirs = gradients_of(drop_in.authors_loss(embeddings).total, embeddings)
+    assert not all(g.isfinite().all() for g in theirs)
+    ours = drop_in.kernels_loss(embeddings, mask)
+    assert ours.total.isfinite()
+    for g, present in zip(gradients_of(ours.total, embeddings), mask.values(), strict=True):
+        assert g.isfinite().all()
+        assert not g[~present].any()
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_drop_in_training(drop_in, tmp_path, capsys):
+    """In float64 the oriented curve is ours; float32 parts sooner or later, by rounding."""
+    train = load("examples/drop_in/train.py")
+    results = train.main(["--steps", "12", "--double", "--output", str(tmp_path)])
+    for part in ("alignment", "instance", "total"):
+        torch.testing.assert_close(
+            results["authors, oriented"][part], results["pmrl_kernels"][part], rtol=1e-6, atol=1e-9
+        )
+    assert torch.get_default_dtype() == torch.float32
+    printed = capsys.readouterr().out
+    assert "authors, oriented: the same curve" in printed
+    assert (tmp_path / "drop_in.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordinary_memory")
 def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
