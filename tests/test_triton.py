@@ -118,6 +118,20 @@ def test_resources_are_those_of_the_table():
     assert rows_of(text) == rows_of(written)
 
 
+def test_binaries_take_what_launches_pass():
+    """Arguments go to the compiled function as they are: what has a value, in order, tuples flattened."""
+    for kernel, warps, values, *rest in resources.requests(resources.Case("sm_90", "pmrl", "fp32", 3, masked=True)):
+        passed = []
+        for name, value in zip(kernel.arg_names, values, strict=False):
+            for one in value if isinstance(value, tuple) else (value,):
+                short = name in launch._SHORT and not isinstance(one, torch.Tensor)
+                passed += [] if one is None else [32 if short else 64]
+        binary = launch.compile_for(resources.TARGETS["sm_90"], kernel, values, *rest, warps)
+        entry = binary.asm["ptx"].partition(".entry")[2].partition(")")[0]
+        taken = [int(width) for width in re.findall(r"\.param \.[a-z](\d\d)", entry)]
+        assert taken == [*passed, 64, 64], "two more are Triton's own"
+
+
 def test_sums_in_pairs_use_no_float64():
     """Streams would go at its rate: nothing d numbers long may need it, only a few numbers for each instance."""
     per_element = r"\b(?:mul|fma|div|sqrt)[\w.]*\.f64"
