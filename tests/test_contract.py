@@ -873,6 +873,36 @@ def test_upstream_gradients_of_absent_entries_of_v_are_ignored(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+class _NoGradient(torch.autograd.Function):
+    """The identity, whose backward pass has nothing to say."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+@pytest.mark.parametrize("function", ["singular_values", "triplet", "none", "mean", "leading", "pmrl_loss"])
+def test_no_upstream_gradient_at_all_gives_zeros(backend, device, function):
+    """Autograd says "no gradient" by None, to a backward pass that has been called nevertheless."""
+    call = {
+        "singular_values": lambda xs: singular_values(xs, backend=backend),
+        "triplet": lambda xs: dominant_singular_triplet(xs, backend=backend).u,
+        "none": lambda xs: dominant_sv_loss(xs, temperature=tau, reduction="none", backend=backend),
+        "mean": lambda xs: dominant_sv_loss(xs, temperature=tau, backend=backend),
+        "leading": lambda xs: dominant_sv_loss(xs, objective="leading", backend=backend),
+        "pmrl_loss": lambda xs: pmrl_loss(xs, temperature=tau, contrast="modality", backend=backend),
+    }[function]
+    tau = torch.full((), 0.3, device=device, requires_grad=True)
+    xs = leaves([torch.randn(3, 5) for _ in range(3)], device, torch.float32)
+    result = _NoGradient.apply(call(xs)).sum()
+    for gradient in torch.autograd.grad(result, [*xs, tau], allow_unused=True):
+        assert gradient is None or not gradient.any()
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_temperature_tensors_show_where_nothing_is_compared(backend, device, bad):
     """One modality, one instance, one dimension: no exponential is formed, and the result must be NaN all the same."""

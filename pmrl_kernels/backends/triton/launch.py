@@ -410,6 +410,10 @@ def backward(
         found.append(g)
         if want and B:
             to.append(g)
+    if all(g is None for g in grads):  # what is not asked for is not in the records either
+        for g in to:
+            g.zero_()
+        to = []
     slope = None
     if temperature is not None:
         slope = torch.zeros((), dtype=torch.float64, device=device)
