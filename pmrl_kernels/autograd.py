@@ -168,98 +168,217 @@ def _outputs(settings: SpectralSettings, embeddings: Sequence[Tensor]) -> int:
     return sum(bool(wanted & flag) for flag in single) + (k if wanted & constants.Z else 0)
 
 
-class _Instance(Function):
-    """(backend, fixed_temperature, rows, mask, temperature, u) -> (loss, losses)."""
+class ObjectiveSettings(NamedTuple):
+    """Of an alignment term and a contrast. ``contrast`` is "leading", "modality", or "raw": of the one embedding
+    itself, as it is, with no spectral function."""
+
+    spectral: SpectralSettings
+    contrast: str
+    fixed_temperature: float
+    weight: float
+    group: Any = None
+
+
+class _Objective(Function):
+    """(settings, mask, temperature, instance_temperature, *embeddings) -> (total, alignment, instance).
+
+    One pass over the embeddings each way: the backward pass takes the gradients of the three together, and the
+    contrast's with respect to u and z go into the same coefficients in k-space as the alignment's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _instance_forward(*inputs)
-        _instance_context(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any,
+        settings: ObjectiveSettings,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+        instance_temperature: Tensor | None,
+        *embeddings: Tensor,
+    ) -> tuple[Tensor, ...]:
+        found, saved = _objective_forward(settings, mask, temperature, instance_temperature, embeddings)
+        _save_objective(ctx, settings, mask, temperature, instance_temperature, embeddings, saved)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 6
-        backend, fixed, rows = ctx.settings
-        mask, temperature, u, losses = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        call = available[backend].operators.instance_backward
-        h, slope = _call(call, u, mask, temperature, fixed, rows, losses, grad)
-        tau = slope.to(temperature.dtype) if needed[4] else None
-        return (None, None, None, None, *_final((tau, h if needed[5] else None), temperature, u, grad))
-
-
-def _instance_forward(
-    backend: str, fixed: float, rows: str, mask: Tensor | None, temperature: Tensor | None, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = available[backend].operators.instance_forward(u, mask, temperature, fixed, rows)
-    return result
-
-
-def _instance_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.settings = inputs[:3]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[3:], output[1])
-
-
-class _InstanceTransformed(_ReverseOnly, _Instance):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _instance_forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _instance_context(ctx, inputs, output)
-
-
-class _Modality(Function):
-    """(backend, fixed_temperature, mask, temperature, u, *z) -> (loss, losses of both directions)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _modality_forward(*inputs)
-        _modality_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
-        if grad is None:
+        total, alignment, instance = grads[:3]
+        if total is None and alignment is None and instance is None:
             return (None,) * len(needed)
-        backend, fixed = ctx.settings
-        mask, temperature, u, *z, forth, back = ctx.saved_tensors
-        call = available[backend].operators.modality_backward
-        H, h, slope = _call(call, z, u, mask, temperature, fixed, forth, back, grad)
-        tau = slope.to(temperature.dtype) if needed[3] else None
-        out = [x if want else None for x, want in zip((h, *H), needed[4:], strict=True)]
-        return (None, None, None, *_final((tau, *out), temperature, u, *z, grad))
+        settings = ctx.settings
+        mask, temperature, instance_temperature, *rest = ctx.saved_tensors
+        embeddings, saved = tuple(rest[: ctx.inputs]), rest[ctx.inputs :]
+        with torch.no_grad():
+            if total is not None:
+                alignment = total if alignment is None else alignment + total
+                weighted = total * settings.weight
+                instance = weighted if instance is None else instance + weighted
+            tau, tau2, found = _objective_backward(
+                settings, mask, temperature, instance_temperature, embeddings, saved, alignment, instance, needed[4:]
+            )
+            tau = tau.to(temperature.dtype) if needed[2] and tau is not None else None
+            tau2 = tau2.to(instance_temperature.dtype) if needed[3] and tau2 is not None else None
+        out = [x if want else None for x, want in zip(found, needed[4:], strict=True)]
+        sources = (temperature, instance_temperature, *embeddings, *grads[:3])
+        return (None, None, *_final((tau, tau2, *out), *sources))
 
 
-def _modality_forward(
-    backend: str, fixed: float, mask: Tensor | None, temperature: Tensor | None, u: Tensor, *z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = available[backend].operators.modality_forward
-    result: tuple[Tensor, Tensor, Tensor] = call(z, u, mask, temperature, fixed)
-    return result
+class _Saved(NamedTuple):
+    """What an objective's backward pass needs besides its inputs."""
+
+    losses: Tensor  # of the contrast, of all processes
+    contrast: Tensor  # the contrast's state
+    number: Tensor  # instances with something to align, of all processes; empty without a group
+    columns: Tensor  # rows of all processes side by side; empty without a group
+    u: Tensor
+    z: Sequence[Tensor]
+    spectral: Sequence[Tensor]
+
+    @classmethod
+    def unflattened(cls, flat: Sequence[Tensor], settings: ObjectiveSettings, embeddings: Sequence[Tensor]) -> _Saved:
+        last = 5 + (_outputs(settings.spectral, embeddings) - 2 if settings.contrast == "modality" else 0)
+        return cls(flat[0], flat[1], flat[2], flat[3], flat[4], flat[5:last], flat[last:])
+
+    def flattened(self) -> list[Tensor]:
+        return [*self[:5], *self.z, *self.spectral]
 
 
-def _modality_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.settings = inputs[:2]
+def _save_objective(
+    ctx: Any,
+    settings: ObjectiveSettings,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    instance_temperature: Tensor | None,
+    embeddings: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> None:
+    ctx.settings, ctx.inputs = settings, len(embeddings)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[2:], *output[1:])
+    ctx.save_for_backward(mask, temperature, instance_temperature, *embeddings, *saved)
 
 
-class _ModalityTransformed(_ReverseOnly, _Modality):
+def _contrast_arguments(
+    settings: ObjectiveSettings, mask: Tensor | None, u: Tensor, z: Sequence[Tensor], columns: Tensor
+) -> tuple[Any, ...]:
+    """What the contrast operators take before the temperatures."""
+    group = settings.group
+    start = 0 if group is None else group.start
+    if settings.contrast == "leading":
+        return u, None if group is None else columns[:, : u.shape[1]], start
+    raw = settings.contrast == "raw"
+    if group is None:
+        return z, u, mask, [], None, 0, raw
+    d, k = u.shape[1], len(z)
+    parts = [columns[:, m * d : (m + 1) * d] for m in range(k + 1)]
+    return z, u, mask, parts, columns[:, (k + 1) * d : (k + 1) * d + k] != 0, start, raw
+
+
+def _objective_forward(
+    settings: ObjectiveSettings,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    instance_temperature: Tensor | None,
+    embeddings: tuple[Tensor, ...],
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """((total, alignment, instance), what to save)."""
+    group, by_modality = settings.group, settings.contrast != "leading"
+    backend, *options = settings.spectral
+    operators = available[backend].operators
+    spectral_state: Sequence[Tensor] = ()
+    if settings.contrast == "raw":
+        # Raw similarities of norms of 1e20 exceed float32. (And a Function must not return its input.)
+        u = embeddings[0].to(torch.float64, copy=True)
+        u = u if mask is None else u.masked_fill_(~mask, 0.0)
+        z: Sequence[Tensor] = (u,)
+        alignment = u.new_zeros(())
+    else:
+        outputs, spectral_state = operators.spectral_forward(embeddings, mask, temperature, *options)
+        alignment, u, *z = outputs
+    number, columns = u.new_empty((0,)), u.new_empty((0,))
+    if group is not None:
+        # Every process joins each collective, whatever its arguments or its rows, and none is left for the
+        # backward pass: nobody can make another one wait for ever by skipping it.
+        k = len(z) or (embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings))
+        present = u.new_ones((len(u), k)) if mask is None else mask.to(u.dtype)
+        alignable = (present.sum(1, keepdim=True) >= 2).to(u.dtype)
+        parts = [u, *z, present, alignable] if by_modality else [u, alignable]
+        columns = group.gather(torch.cat(parts, 1))
+        number = columns[:, -1].sum(dtype=torch.float64).clamp_min(1)
+        alignment = (alignment.double() * group.size / number).to(alignment.dtype)
+    arguments = _contrast_arguments(settings, mask, u, z, columns)
+    fixed = settings.fixed_temperature
+    call = operators.modality_forward if by_modality else operators.instance_forward
+    instance, losses, contrast_state = call(*arguments, instance_temperature, fixed)
+    if group is not None:
+        instance = instance * group.size
+        if by_modality:
+            losses = group.gather(losses.flatten(0, 1).T).T.unflatten(0, losses.shape[:2])
+        else:
+            losses = group.gather(losses[:, None])[:, 0]
+    if settings.contrast == "raw":
+        instance = instance.to(torch.float64 if embeddings[0].dtype == torch.float64 else torch.float32)
+        alignment = alignment.to(instance.dtype)
+    total = torch.add(alignment, instance, alpha=settings.weight)
+    kept = z if settings.contrast == "modality" else ()
+    saved = _Saved(losses, contrast_state, number, columns, u, kept, spectral_state)
+    return (total, alignment, instance), saved.flattened()
+
+
+def _objective_backward(
+    settings: ObjectiveSettings,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    instance_temperature: Tensor | None,
+    embeddings: tuple[Tensor, ...],
+    flat: Sequence[Tensor],
+    alignment: Tensor | None,
+    instance: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor]]:
+    """∂/∂τ, ∂/∂τ₂ and the gradients of the embeddings, from the incoming gradients of the two terms."""
+    saved = _Saved.unflattened(flat, settings, embeddings)
+    backend, *options = settings.spectral
+    operators = available[backend].operators
+    W = 1 if settings.group is None else settings.group.size
+    z = (saved.u,) if settings.contrast == "raw" else saved.z
+    h: Tensor | None = None
+    H: Sequence[Tensor | None] = [None] * len(z)
+    slope2 = None
+    if instance is not None:
+        arguments = _contrast_arguments(settings, mask, saved.u, z, saved.columns)
+        instance = instance if W == 1 else instance.double() * W
+        rest = instance_temperature, settings.fixed_temperature, saved.losses, saved.contrast, instance
+        if settings.contrast == "leading":
+            h, slope2 = operators.instance_backward(*arguments, *rest)
+        else:
+            H, h, slope2 = operators.modality_backward(*arguments, *rest)
+    if settings.contrast == "raw":
+        if h is None or H[0] is None:  # nothing came in for the one term there is
+            return None, None, [torch.zeros_like(embeddings[0])]
+        found = h + H[0] if mask is None else (h + H[0]).masked_fill(~mask, 0.0)
+        return None, slope2, [found.to(embeddings[0].dtype)]
+    if alignment is not None and settings.group is not None:
+        alignment = (alignment.double() * W / saved.number).to(alignment.dtype)
+    grads = [alignment, h, *H]
+    call = operators.spectral_backward
+    found = call(embeddings, mask, temperature, *options, list(saved.spectral), grads, needed)
+    if temperature is None:
+        return None, slope2, found
+    return found[-1], slope2, found[:-1]
+
+
+class _ObjectiveTransformed(_ReverseOnly, _Objective):
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _modality_forward(*inputs)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        settings, mask, temperature, instance_temperature, *embeddings = inputs
+        found, saved = _objective_forward(settings, mask, temperature, instance_temperature, tuple(embeddings))
+        return (*found, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _modality_context(ctx, inputs, output)
+        settings, mask, temperature, instance_temperature, *embeddings = inputs
+        ctx.mark_non_differentiable(*output[3:])
+        _save_objective(ctx, settings, mask, temperature, instance_temperature, embeddings, output[3:])
 
 
 def _transforming() -> bool:
@@ -288,24 +407,14 @@ def spectral(
     return result
 
 
-def instance(
-    backend: str, fixed: float, rows: str, mask: Tensor | None, temperature: Tensor | None, u: Tensor
-) -> Tensor:
-    """The instance contrast of the rows of u (B, d): their mean loss, 0-d."""
-    function = _InstanceTransformed if _transforming() else _Instance
-    loss: Tensor = function.apply(backend, fixed, rows, mask, temperature, u)[0]
-    return loss
-
-
-def modality(
-    backend: str,
-    fixed: float,
+def objective(
+    settings: ObjectiveSettings,
     mask: Tensor | None,
     temperature: Tensor | None,
-    u: Tensor,
-    z: tuple[Tensor, ...],
-) -> Tensor:
-    """The modality contrast of the k tensors z (B, d) with u (B, d): the mean loss, 0-d."""
-    function = _ModalityTransformed if _transforming() else _Modality
-    loss: Tensor = function.apply(backend, fixed, mask, temperature, u, *z)[0]
-    return loss
+    instance_temperature: Tensor | None,
+    embeddings: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """alignment + weight · instance, alignment, instance: 0-d each."""
+    function = _ObjectiveTransformed if _transforming() else _Objective
+    total, alignment, instance, *_ = function.apply(settings, mask, temperature, instance_temperature, *embeddings)
+    return total, alignment, instance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from . import autograd, inputs
@@ -148,10 +147,14 @@ def instance_contrastive_loss(
     """
     u, mask = inputs.rows(u, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", u.device)
-    rows = "normalize" if inputs.flag(normalize, "normalize") else "raw"
+    contrast = "leading" if inputs.flag(normalize, "normalize") else "raw"
     inputs.process_group(group)
     name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
-    return autograd.instance(name, fixed, rows, mask, tau, u)
+    # A normalised row is the leading vector of an instance of one modality.
+    spectral = autograd.SpectralSettings(name, 1.0, True, False, constants.ALIGNMENT_MEAN | constants.U)
+    settings = autograd.ObjectiveSettings(spectral, contrast, fixed, 1.0, None)
+    column = None if mask is None else mask[:, None]
+    return autograd.objective(settings, column, None, tau, (u,))[2]
 
 
 @overload
@@ -251,17 +254,13 @@ def pmrl_loss(
     weight = inputs.weight(instance_weight, "instance_weight")
     normalize = inputs.flag(normalize, "normalize")
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
-    by_modality = inputs.one_of(contrast, "contrast", ("leading", "modality")) == "modality"
+    contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
     return_components = inputs.flag(return_components, "return_components")
     inputs.process_group(group)
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
 
-    wanted = constants.ALIGNMENT_MEAN | constants.U | (constants.Z if by_modality else 0)
-    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)
-    alignment, u, *z = autograd.spectral(settings, batch.mask, tau, batch.tensors)
-    if by_modality:
-        instance = autograd.modality(name, fixed2, batch.mask, tau2, u, tuple(z))
-    else:
-        instance = autograd.instance(name, fixed2, "unit", None, tau2, u)
-    total = torch.add(alignment, instance, alpha=weight)
+    wanted = constants.ALIGNMENT_MEAN | constants.U | (constants.Z if contrast == "modality" else 0)
+    spectral = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)
+    settings = autograd.ObjectiveSettings(spectral, contrast, fixed2, weight, None)
+    total, alignment, instance = autograd.objective(settings, batch.mask, tau, tau2, batch.tensors)
     return PMRLComponents(total, alignment, instance) if return_components else total

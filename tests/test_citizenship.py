@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import contrasts
 import pytest
 import torch
 from conftest import CPU_BACKENDS
@@ -817,43 +818,10 @@ def spectral_backward_samples() -> Iterator[tuple[Any, ...]]:
             yield *sample, state, [*(None for _ in grads[1:]), grads[-1]], needed
 
 
-def instance_samples() -> Iterator[tuple[Any, ...]]:
-    for dtype, rows in itertools.product(DTYPES, ("unit", "normalize", "raw")):
-        (u,) = data(1, 4, 6, dtype)
-        yield u, None, None, 0.5, rows
-        yield u, torch.tensor([True, False, True, True]), torch.tensor(0.5), 1.0, rows
-    yield data(1, 0, 6, torch.float32)[0], None, None, 0.5, "normalize"
-    yield data(1, 1, 6, torch.float32)[0], None, None, 0.5, "normalize"
-
-
-def instance_backward_samples() -> Iterator[tuple[Any, ...]]:
-    for sample in instance_samples():
-        loss, losses = OPS.instance_forward(*sample)
-        yield *sample, losses, torch.ones_like(loss)
-
-
-def modality_samples() -> Iterator[tuple[Any, ...]]:
-    for dtype in DTYPES:
-        *z, u = data(4, 4, 6, dtype)
-        yield z, u, None, None, 0.5
-        yield z, u, some_mask(4, 3), torch.tensor(0.5), 1.0
-    *z, u = data(3, 0, 6, torch.float32)
-    yield z, u, None, None, 0.5
-
-
-def modality_backward_samples() -> Iterator[tuple[Any, ...]]:
-    for sample in modality_samples():
-        loss, forth, back = OPS.modality_forward(*sample)
-        yield *sample, forth, back, torch.ones_like(loss)
-
-
 SAMPLES = {
     "spectral_forward": spectral_samples,
     "spectral_backward": spectral_backward_samples,
-    "instance_forward": instance_samples,
-    "instance_backward": instance_backward_samples,
-    "modality_forward": modality_samples,
-    "modality_backward": modality_backward_samples,
+    **contrasts.samples(OPS),
 }
 
 

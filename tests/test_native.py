@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import contrasts
 import numpy as np
 import pytest
 import tolerances as tol
@@ -731,7 +732,11 @@ def backward_samples() -> Iterator[tuple[Any, ...]]:
             yield *sample, state, [None if i == 4 else x for i, x in enumerate(grads)], [False] * n
 
 
-SAMPLES = {"spectral_forward": forward_samples, "spectral_backward": backward_samples}
+SAMPLES = {
+    "spectral_forward": forward_samples,
+    "spectral_backward": backward_samples,
+    **contrasts.samples(OPS),
+}
 CHECKED = [(op, sample) for op, make in SAMPLES.items() for sample in make()]
 
 

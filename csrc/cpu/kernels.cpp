@@ -8,6 +8,7 @@
 // Sums run in float64, where a product of two float32 is exact.
 #include "kernels.h"
 #include "simd.h"
+#include "tiles.h"
 
 #if defined(__GNUC__)
 #define PMRL_NOINLINE __attribute__((noinline))
@@ -812,6 +813,12 @@ void backward(const Backward& g, int64_t begin, int64_t end) {
   }
 }
 
+void row_dots(const Rows& x, const Rows& y, int64_t d, int64_t begin, int64_t end, double* out) {
+  const bool wide = x.dtype == Dtype::kFloat64;
+  for (int64_t i = begin; i < end; ++i)
+    out[i] = dot(GradientRow{x.data + i * x.stride, wide}, {y.data + i * y.stride, wide}, d);
+}
+
 // The solvers alone, on matrices in row-major order.
 template <int K>
 void solve_matrices(const double* A, int64_t n, int k, bool all, bool wide, double* values, double* vectors) {
@@ -887,7 +894,8 @@ void map_log1p(const double* x, int64_t n, double* y) {
 
 extern const Kernels PMRL_JOIN(kernels_, PMRL_ISA);
 const Kernels PMRL_JOIN(kernels_, PMRL_ISA) = {
-    PMRL_STRING(PMRL_ISA), kLanes, forward, backward, all_eigenpairs, all_leading_pairs, map_exp, map_log1p,
+    PMRL_STRING(PMRL_ISA), kLanes,         forward,           backward, maxima,    sums, weights,
+    row_dots,              all_eigenpairs, all_leading_pairs, map_exp,  map_log1p,
 };
 
 }  // namespace pmrl

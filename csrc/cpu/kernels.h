@@ -67,11 +67,53 @@ struct Backward {
   double* slopes;              // (ceil(B / lanes),): dL/d tau of each block; null: not asked for
 };
 
+// A tile of similarities s, rows of one side and columns of the other, float32 or (wide) float64. Its rows are `stride`
+// numbers apart, a multiple of kTilePadding; the surplus columns hold -inf, and so do the positives, whose losses have
+// another place for them. Groups of columns are at most kTileColumns wide.
+constexpr int kTilePadding = 32;
+constexpr int kTileColumns = 256;
+
+struct ForwardTile {
+  const void* similarity;
+  int64_t rows, stride;
+  bool wide, shared;
+  double factor;          // log2(e) / tau, rounded to the tile's numbers
+  double offset;          // shared: an integer; neither maxima nor shifts are read
+  const void* row_shift;  // (rows,): what is subtracted from s
+  double* row_parts;      // (groups, rows): what each group finds
+  void* column_maxima;    // (stride,)
+  void* column_shift;     // (stride,)
+  double* column_sums;    // (stride,)
+};
+
+// The probability of choosing an entry s is weight 2^((s - positive) factor - offset), offset an integer; what chooses
+// nobody has 0, 0 and an offset of +inf.
+// Shared: weight 2^(s factor - the tile's offset).
+struct TileSide {
+  const void *positive, *weight, *offset;  // (rows,) or (stride,)
+};
+
+struct BackwardTile {
+  const void* similarity;
+  void* weights;
+  int64_t rows, stride;
+  bool wide, shared;
+  double factor, offset, scale;
+  TileSide row, column;
+  double* slopes;  // (groups,); null: not asked for
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // instances solved together
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
+  // Of one group of a tile's columns, [begin, end); `columns`: their statistics are wanted too.
+  void (*maxima)(const ForwardTile&, int64_t group, int64_t begin, int64_t end, bool columns);
+  void (*sums)(const ForwardTile&, int64_t group, int64_t begin, int64_t end, bool columns);
+  void (*weights)(const BackwardTile&, int64_t group, int64_t begin, int64_t end, bool columns);
+  // x_i . y_i for rows [begin, end) of float32 or float64.
+  void (*row_dots)(const Rows& x, const Rows& y, int64_t d, int64_t begin, int64_t end, double* out);
   // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.
   void (*eigenpairs)(const double* A, int64_t n, int k, double* values, double* vectors);
   void (*leading_pair)(const double* A, int64_t n, int k, bool wide, double* values, double* vectors);

@@ -2,70 +2,12 @@
 // (pmrl_kernels/inputs.py); what is checked here guards memory against callers that come another way.
 #include "ops.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
-#include "kernels.h"
+#include "tensors.h"
 
 namespace pmrl {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "pmrl_kernels: embeddings must be float32, float64, bfloat16 or float16");
-  }
-}
-
-int32_t code_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-// A contiguous tensor on the CPU, not yet written. (torch::stable::empty boxes its arguments and takes four times as
-// long; aoti_torch_empty_strided is quicker still, but PyTorch's filling of such memory, which finds elements that
-// nobody wrote, passes it by.)
-Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int32_t code = code_of(dtype), layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &code,
-                                            &layout, &device, 0, nullptr, &handle) == AOTI_TORCH_SUCCESS,
-                  "pmrl_kernels: out of memory");
-  return Tensor(handle);
-}
-
-// A number in a 0-d tensor, NaN if it is not finite and positive. Nothing waits for it: this is a CPU.
-double read_temperature(const std::optional<Tensor>& tensor, double fixed) {
-  if (!tensor) return fixed;
-  STD_TORCH_CHECK(tensor->dim() == 0, "pmrl_kernels: temperature must be 0-d");
-  double tau = std::numeric_limits<double>::quiet_NaN();
-  const void* data = tensor->const_data_ptr();
-  switch (tensor->scalar_type()) {
-    case ScalarType::Double: tau = *static_cast<const double*>(data); break;
-    case ScalarType::Float: tau = *static_cast<const float*>(data); break;
-    default:
-      tau = *static_cast<const double*>(torch::stable::to(*tensor, ScalarType::Double).const_data_ptr());
-  }
-  return std::isfinite(tau) && tau > 0 ? tau : std::numeric_limits<double>::quiet_NaN();
-}
-
-// Rows need their last dimension contiguous; anything else is copied, that one tensor alone.
-Tensor with_rows(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
 
 // Tensors that a Batch points into.
 struct Held {
@@ -123,13 +65,6 @@ int64_t grain(const Batch& batch, const Kernels& run) {
 }
 
 int64_t blocks(const Batch& batch, const Kernels& run) { return (batch.B + run.lanes - 1) / run.lanes; }
-
-const Kernels& kernels() {
-  const char* reason = nullptr;
-  const Kernels* found = chosen(&reason);
-  STD_TORCH_CHECK(found, reason);
-  return *found;
-}
 
 // An incoming gradient, of its output's sizes: 0-d, (B,) or (B, n). Any strides, the outputs' dtype.
 Values values_of(const std::optional<Tensor>& grad, std::initializer_list<int64_t> sizes, bool wide) {

@@ -19,6 +19,7 @@ namespace {
 using pmrl::abs;  // those of double stay visible beside those of packs
 using pmrl::any;
 using pmrl::binade;
+using pmrl::max;
 using pmrl::narrow;
 using pmrl::pow2;
 using pmrl::select;
@@ -193,7 +194,6 @@ struct PackSingle {
 PMRL_PACK_BINARY(PackSingle, PackSingle, +)
 PMRL_PACK_BINARY(PackSingle, PackSingle, *)
 PMRL_PACK_BINARY(PackSingle, PackSingle, /)
-#undef PMRL_PACK_BINARY
 
 PMRL_INLINE PackSingle narrow(Pack x) {
   PackSingle r;
@@ -216,6 +216,136 @@ PMRL_INLINE PackSingle sqrt(PackSingle x) {
 #endif
   }
   return x;
+}
+
+PMRL_INLINE double sum(F64 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(x);
+#else
+  double total = x[0];
+  for (int i = 1; i < kNative; ++i) total += x[i];
+  return total;
+#endif
+}
+
+// ---- a pack of floats, whole registers of them: similarities and what is made of them ------------
+
+struct FloatsMask {
+  typedef int32_t Part __attribute__((vector_size(kNative * sizeof(double))));
+  Part part[kParts];
+};
+
+struct Floats {
+  typedef float Part __attribute__((vector_size(kNative * sizeof(double))));
+  typedef float Unaligned __attribute__((vector_size(kNative * sizeof(double)), aligned(1), may_alias));
+  Part part[kParts];
+
+  Floats() = default;
+  PMRL_MEMBER explicit Floats(double x) {
+    for (int i = 0; i < kParts; ++i) part[i] = static_cast<float>(x) - Part{};
+  }
+  PMRL_MEMBER static Floats load(const float* from) {
+    Floats x;
+    for (int i = 0; i < kParts; ++i) x.part[i] = *reinterpret_cast<const Unaligned*>(from + i * 2 * kNative);
+    return x;
+  }
+  PMRL_MEMBER void store(float* to) const {
+    for (int i = 0; i < kParts; ++i) *reinterpret_cast<Unaligned*>(to + i * 2 * kNative) = part[i];
+  }
+};
+PMRL_PACK_BINARY(Floats, Floats, +)
+PMRL_PACK_BINARY(Floats, Floats, -)
+PMRL_PACK_BINARY(Floats, Floats, *)
+PMRL_PACK_BINARY(FloatsMask, Floats, <)
+PMRL_PACK_BINARY(FloatsMask, Floats, ==)
+#undef PMRL_PACK_BINARY
+
+PMRL_INLINE Floats select(FloatsMask condition, Floats yes, Floats no) {
+  Floats r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = condition.part[i] ? yes.part[i] : no.part[i];
+  return r;
+}
+PMRL_INLINE Floats max(Floats a, Floats b) {  // a if either is NaN
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    a.part[i] = (Floats::Part)_mm512_max_ps((__m512)b.part[i], (__m512)a.part[i]);
+#elif defined(__AVX__)
+    a.part[i] = (Floats::Part)_mm256_max_ps((__m256)b.part[i], (__m256)a.part[i]);
+#elif defined(__SSE2__)
+    a.part[i] = (Floats::Part)_mm_max_ps((__m128)b.part[i], (__m128)a.part[i]);
+#else
+    a.part[i] = a.part[i] < b.part[i] ? b.part[i] : a.part[i];
+#endif
+  }
+  return a;
+}
+PMRL_INLINE double sum(Floats x) {
+  const Floats::Part both = x.part[0] + x.part[1];
+  F32 half[2];
+  memcpy(half, &both, sizeof both);
+  return sum(widen(half[0]) + widen(half[1]));
+}
+PMRL_INLINE double sum(Pack x) { return sum(x.part[0] + x.part[1]); }
+static_assert(kParts == 2, "sums add two registers");
+
+// What exp2_of_product has to know of a format. Adding `magic` leaves an integer in the low bits of a number; `bias`
+// more, shifted, makes it a power of two. Powers below `least` would be subnormal.
+template <class V>
+struct Exponential;
+template <>
+struct Exponential<Floats> {
+  using Element = float;
+  using Integers = FloatsMask::Part;
+  static constexpr float magic = 12582912.0f, bias = 127.0f, least = -126.0f;
+  static constexpr int shift = 23, terms = 8;
+};
+template <>
+struct Exponential<Pack> {
+  using Element = double;
+  using Integers = I64;
+  static constexpr double magic = 6755399441055744.0, bias = 1023.0, least = -1022.0;
+  static constexpr int shift = 52, terms = 14;
+};
+
+// Taylor's coefficients of 2^r.
+template <class Format>
+struct PowersOfLog2 {
+  typename Format::Element at[Format::terms];
+  constexpr PowersOfLog2() : at() {
+    double x = 1.0;
+    for (int i = 0; i < Format::terms; ++i, x *= 0.69314718055994530942 / i) at[i] = static_cast<typename Format::Element>(x);
+  }
+};
+
+// 2^(x factor - offset) for an integral offset, where that is not far above 1; 0 where it would be subnormal, NaN for a
+// NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product, and the error about
+// a unit in the last place however large the product is.
+template <class V>
+PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
+  using Format = Exponential<V>;
+  constexpr PowersOfLog2<Format> coefficients;
+  V y;
+  PMRL_UNROLL(2)
+  for (int i = 0; i < kParts; ++i) {
+    const auto n = (x.part[i] * factor.part[i] + Format::magic) - Format::magic;
+    const auto r = x.part[i] * factor.part[i] - n;
+    auto p = r * coefficients.at[Format::terms - 1] + coefficients.at[Format::terms - 2];
+    PMRL_UNROLL(16)
+    for (int k = Format::terms - 3; k >= 0; --k) p = p * r + coefficients.at[k];
+    const auto e = n - offset.part[i];
+#if defined(__AVX512F__)
+    if constexpr (sizeof p[0] == 4)
+      y.part[i] = (decltype(p))_mm512_maskz_scalef_ps(
+          _mm512_cmp_ps_mask((__m512)e, _mm512_set1_ps(Format::least), _CMP_NLT_UQ), (__m512)p, (__m512)e);
+    else
+      y.part[i] = (decltype(p))_mm512_maskz_scalef_pd(
+          _mm512_cmp_pd_mask((__m512d)e, _mm512_set1_pd(Format::least), _CMP_NLT_UQ), (__m512d)p, (__m512d)e);
+#else
+    const auto power = (decltype(p))((typename Format::Integers)(e + (Format::magic + Format::bias)) << Format::shift);
+    y.part[i] = e < Format::least ? decltype(p){} : p * power;
+#endif
+  }
+  return y;
 }
 
 // ---- dtypes -------------------------------------------------------------------------------------
@@ -300,16 +430,6 @@ PMRL_INLINE void store_native(Element* to, F64 x, int64_t n) {
   Element buffer[kNative];
   store_native(buffer, x);
   for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
-}
-
-PMRL_INLINE double sum(F64 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_pd(x);
-#else
-  double total = x[0];
-  for (int i = 1; i < kNative; ++i) total += x[i];
-  return total;
-#endif
 }
 
 PMRL_INLINE F64 broadcast(double x) { return x - F64{}; }

@@ -1,7 +1,7 @@
 """The native backend: compiled kernels for the CPU, on PyTorch's stable ABI.
 
 The library registers its operators itself (csrc/library.cpp); here they get the shape functions that
-``torch.compile`` and fake tensors need. Contrasts are the reference's, which are matrix products.
+``torch.compile`` and fake tensors need.
 """
 
 from __future__ import annotations
@@ -104,17 +104,42 @@ def _spectral_forward_shapes(
     return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
 
 
+# The contrasts keep similarities for their backward passes while there are few of them.
+
+
+def _kept(count: int, n: int, columns: int, size: int) -> int:
+    """As csrc/cpu/contrast.cpp says: nothing, or ``size`` numbers for each of ``count`` matrices (n, columns)."""
+    return count * size if count * n * columns <= 1 << 22 else 0
+
+
+def _instance_forward_shapes(u: Tensor, columns: Tensor | None, *_: Any) -> Any:
+    n = u.shape[0]
+    if columns is None:
+        state = _kept(1, n, n, n * (n + 192) // 2)
+    else:
+        state = _kept(1, n, columns.shape[0], n * (columns.shape[0] + 32))
+    return u.new_empty(()), u.new_empty((n,)), u.new_empty((state,))
+
+
+def _modality_forward_shapes(
+    z: Sequence[Tensor], u: Tensor, mask: Tensor | None, columns: Sequence[Tensor], *_: Any
+) -> Any:
+    n, k = u.shape[0], len(z)
+    others = columns[0].shape[0] if columns else n
+    state = k * others + k + _kept(2 * k if columns else k, n, others, n * (others + 32))
+    return u.new_empty(()), u.new_empty((2, k, n)), u.new_empty((state,))
+
+
 operators: Any = None
 """What ``autograd.py`` calls."""
 
 if _unavailable is None:
     torch.library.register_fake("pmrl_kernels::spectral_forward", _spectral_forward_shapes)
     torch.library.register_fake("pmrl_kernels::spectral_backward", reference.spectral_backward_shapes)
+    torch.library.register_fake("pmrl_kernels::instance_forward", _instance_forward_shapes)
+    torch.library.register_fake("pmrl_kernels::instance_backward", reference.instance_backward_shapes)
+    torch.library.register_fake("pmrl_kernels::modality_forward", _modality_forward_shapes)
+    torch.library.register_fake("pmrl_kernels::modality_backward", reference.modality_backward_shapes)
     operators = types.SimpleNamespace(
-        spectral_forward=torch.ops.pmrl_kernels.spectral_forward.default,
-        spectral_backward=torch.ops.pmrl_kernels.spectral_backward.default,
-        instance_forward=reference.operators.instance_forward,
-        instance_backward=reference.operators.instance_backward,
-        modality_forward=reference.operators.modality_forward,
-        modality_backward=reference.operators.modality_backward,
+        **{name: getattr(torch.ops.pmrl_kernels, name).default for name in reference.signatures}
     )

@@ -17,7 +17,7 @@ matrix at large B nor a float64 copy of all embeddings ever exists.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -514,10 +514,12 @@ def spectral_backward(
 # Contrasts: cross-entropy over similarities, tile by tile
 # ------------------------------------------------------------------------------------------------
 #
-# Every row i has its positive on the diagonal. With δ_ij = (s_ij − s_ii)/τ the loss is
-#     ℓ_i = log(1 + Σ_{j≠i} exp δ_ij) = softplus(logsumexp_{j≠i} δ_ij),
+# Every row i of a (n, d) has its positive at column start + i of b (N, d). With δ_ij = (s_ij − s_i⁺)/τ its loss is
+#     ℓ_i = log(1 + Σ_{j≠start+i} exp δ_ij) = softplus(logsumexp δ_ij),
 # which neither overflows nor cancels when ℓ_i is small, and P_ij = exp(δ_ij − ℓ_i) are the softmax
 # probabilities, so ℓ is all the backward pass needs besides its inputs.
+#
+# Batches over several processes: a and b are then one process's rows and everyone's.
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -531,213 +533,280 @@ def _row_tiles(n_rows: int, n_columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
-def _everyone(rows: Tensor) -> bool:
-    """Whether no row is left out, so that nothing need be masked. Elsewhere than on a CPU asking costs a wait."""
-    return rows.device.type == "cpu" and bool(rows.all())
+def _unless_all(rows: Tensor) -> Tensor | None:
+    """None where nothing need be masked. Elsewhere than on a CPU asking costs a wait."""
+    return None if rows.device.type == "cpu" and bool(rows.all()) else rows
 
 
-def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor | None, tile: slice) -> Tensor:
-    """δ of one tile of rows: −inf where not allowed and on the diagonal, which ℓ treats apart."""
+def _both(rows: Tensor | None, columns: Tensor | None) -> Tensor | None:
+    """Which entries of a tile count; None is everyone."""
+    if rows is None:
+        return columns
+    return rows[:, None] if columns is None else rows[:, None] & columns
+
+
+class _Side(NamedTuple):
+    """Rows or columns of a similarity matrix."""
+
+    vectors: Tensor  # (n, d)
+    positive: Tensor  # (n,): similarity with its own partner on the other side
+    counted: Tensor | None  # bool (n,): which have a loss
+    seen: Tensor | None  # bool (n,): which the other side may choose
+
+    def at(self, rows: slice) -> _Side:
+        counted, seen = (None if x is None else x[rows] for x in (self.counted, self.seen))
+        return _Side(self.vectors[rows], self.positive[rows], counted, seen)
+
+
+def _log_sums(a: _Side, b: _Side, start: int, tau: Tensor | float, both: bool) -> tuple[Tensor, Tensor | None]:
+    """logsumexp_{j≠start+i} δ_ij for every row of a; where ``both``, for every column too (a and b then pair up)."""
+    rows = torch.empty_like(a.positive)
+    columns = torch.full_like(b.positive, -torch.inf, dtype=torch.float64) if both else None
+    for tile in _row_tiles(len(rows), len(b.positive)):
+        part = a.at(tile)
+        similarity = part.vectors @ b.vectors.T
+        rows[tile] = _deltas(similarity, part.positive[:, None], tau, b.seen, start + tile.start).logsumexp(1)
+        if columns is not None:
+            allowed = None if part.seen is None else part.seen[:, None]
+            delta = _deltas(similarity, b.positive, tau, allowed, start + tile.start)
+            columns = torch.logaddexp(columns, delta.logsumexp(0).double())
+    return rows, columns
+
+
+def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor | None, start: int) -> Tensor:
+    """δ of one tile: −inf where not allowed and for the positives, which ℓ treats apart."""
     delta = torch.sub(similarity, positive).div_(tau)
     if allowed is not None:
         delta.masked_fill_(~allowed, -torch.inf)
-    delta.diagonal(tile.start).fill_(-torch.inf)
+    delta.diagonal(start).fill_(-torch.inf)
     return delta
 
 
+def _pulled(
+    a: _Side, b: _Side, losses: tuple[Tensor, Tensor], start: int, tau: Tensor | float, both: bool, slope: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """τ ∂/∂a, and τ ∂/∂b where ``both``, of the sum of the counted losses of both sides; and Σ P·δ.
+
+    That is G b and Gᵀ a with G_ij = P_ij + R_ij, where R are the columns' probabilities of choosing a row, and
+    minus the sum of all others' at the positives. Σ P·δ is of the rows' losses, and of the columns' where ``both``.
+    """
+    from_rows = torch.empty_like(a.vectors)
+    from_columns = torch.zeros_like(b.vectors) if both else None
+    total = torch.zeros((), dtype=torch.float64, device=a.vectors.device)
+    for tile in _row_tiles(len(a.vectors), len(b.vectors)):
+        part, own = a.at(tile), losses[0][tile]
+        similarity, first = part.vectors @ b.vectors.T, start + tile.start
+        allowed = _both(part.counted, b.seen)
+        G = _probabilities(similarity, part.positive[:, None], own[:, None], tau, allowed, first)
+        if slope:
+            total += _slope(G, own[:, None])
+        R = _probabilities(similarity, b.positive, losses[1], tau, _both(part.seen, b.counted), first)
+        if slope and both:
+            total += _slope(R, losses[1])
+        G += R
+        partners = slice(first, first + len(own))
+        G.diagonal(first).copy_(torch.expm1(-own) + torch.expm1(-losses[1][partners]))
+        from_rows[tile] = G @ b.vectors
+        if from_columns is not None:
+            from_columns += G.T @ part.vectors
+    return from_rows, from_columns, total
+
+
 def _probabilities(
-    similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor | None, tile: slice
+    similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor | None, start: int
 ) -> Tensor:
-    """P of one tile of rows: 0 where not allowed and on the diagonal."""
+    """P of one tile: 0 where not allowed and for the positives."""
     P = torch.sub(similarity, positive).div_(tau).sub_(losses).exp_()
     if allowed is not None:
         P.masked_fill_(~allowed, 0.0)
-    P.diagonal(tile.start).fill_(0.0)
+    P.diagonal(start).fill_(0.0)
     return P
 
 
-def _slope(P: Tensor, losses: Tensor, temperature: Tensor | None) -> Tensor:
-    """Σ P·δ with δ = log P + ℓ, the negative of ∂Σℓ/∂τ · τ. Only a tensor can ask for it."""
-    if temperature is None:
-        return P.new_zeros((), dtype=torch.float64)
+def _slope(P: Tensor, losses: Tensor) -> Tensor:
+    """Σ P·δ with δ = log P + ℓ, the negative of ∂Σℓ/∂τ · τ."""
     slope: Tensor = torch.special.xlogy(P, P) + P * losses
     return slope.sum(dtype=torch.float64)
 
 
-def _unit_rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u/‖u‖ and the two factors of 1/‖u‖ it was made with: 1/max|u|, then 1/‖u/max|u|‖.
-
-    One after the other, since the squares of norms of 1e±20 leave float32's range.
-    """
-    peak = u.abs().amax(1, keepdim=True)
-    v = torch.where(peak == 0, 0.0, u / peak)
-    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    return torch.where(norm == 0, 0.0, v / norm), peak, norm
-
-
-def _prepare_instances(u: Tensor, mask: Tensor | None, rows: str) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Rows as they enter the similarities, which of them count, and their self-similarities."""
-    # Raw similarities of norms of 1e20 exceed float32; of unit rows they need no more than it.
-    u = u.to(torch.float64 if rows == "raw" else _output_dtype([u]))
-    if mask is not None:
-        u = u.masked_fill(~mask[:, None], 0.0)
-    valid = torch.ones(u.shape[:1], dtype=torch.bool, device=u.device) if mask is None else mask
-    if rows != "raw":  # a zero row has no direction to contrast
-        valid = valid & (u != 0).any(1)
-    factors: list[Tensor] = []
-    if rows == "normalize":
-        u, *factors = _unit_rows(u)
-    positive = (u * u).sum(1) if rows == "raw" else torch.ones_like(u[:, 0])
-    positive = positive.masked_fill(~u.isfinite().all(1), torch.nan)  # an Inf must not turn into weight 0
-    return u, valid, positive, factors
+def _unit_side(u: Tensor) -> tuple[_Side, Tensor]:
+    """Unit rows, their similarity with themselves 1 by definition; zero rows have no direction and are left out."""
+    valid = (u != 0).any(1)
+    mask = _unless_all(valid)
+    return _Side(u, torch.ones_like(u[:, 0]), mask, mask), valid.sum().clamp_min(1)
 
 
 def instance_forward(
-    u: Tensor, mask: Tensor | None, temperature: Tensor | None, fixed_temperature: float, rows: str
-) -> tuple[Tensor, Tensor]:
-    """cross_entropy(U Uᵀ/τ, arange(B)) over valid rows: the mean (0-d), and every row's loss (B,).
+    u: Tensor, columns: Tensor | None, start: int, temperature: Tensor | None, fixed_temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cross_entropy(U Uᵀ/τ, arange(B)) over the rows of U that are not zero; the others are unit vectors.
 
-    ``rows`` says what u (B, d) holds: "unit" rows (self-similarity 1 by definition), rows to
-    "normalize" here, or "raw" ones taken as they are. Rows masked out, and zero rows unless raw,
-    are left out on both sides.
+    Args:
+        u: (B, d).
+        columns, start: None and 0; or the rows of all processes (N, d), with u at rows start and following.
+
+    Returns:
+        The sum of the losses of u over the number of rows of U that count (0-d); the losses (B,), 0 where
+        a row does not count; a state for the backward pass.
     """
     with torch.autocast(u.device.type, enabled=False):
-        out = _output_dtype([u])
-        u, valid, positive, _ = _prepare_instances(u, mask, rows)
+        everyone, number = _unit_side(u if columns is None else columns)
+        own = everyone.at(slice(start, start + len(u)))
         tau = _temperature(temperature, fixed_temperature)
-        losses = torch.empty_like(positive)
-        allowed = None if _everyone(valid) else valid
-        for tile in _row_tiles(len(u), len(u)):
-            delta = _deltas(u[tile] @ u.T, positive[tile, None], tau, allowed, tile)
-            losses[tile] = _softplus(delta.logsumexp(1))
-        losses = losses.masked_fill(~valid, 0.0)
-        mean = losses.sum(dtype=torch.float64) / valid.sum().clamp_min(1) * (tau / tau)
-        return mean.to(out), losses
+        losses = _softplus(_log_sums(own, everyone, start, tau, False)[0])
+        if own.counted is not None:
+            losses = losses.masked_fill(~own.counted, 0.0)
+        mean = losses.sum(dtype=torch.float64) / number * (tau / tau)
+        return mean.to(u.dtype), losses, u.new_empty((0,))
 
 
 def instance_backward(
     u: Tensor,
-    mask: Tensor | None,
+    columns: Tensor | None,
+    start: int,
     temperature: Tensor | None,
     fixed_temperature: float,
-    rows: str,
     losses: Tensor,
+    state: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """∂/∂u (B, d) = Q U/(τ B) with Q_ij = P_ij + P_ji, Q_ii = −2 Σ_{j≠i} P_ij, and ∂/∂τ (0-d float64)."""
+    """∂/∂u (B, d) of what all processes' losses (N,) sum up to, over their number; and this one's ∂/∂τ (0-d float64).
+
+    Q U/(τ N) with Q_ij = P_ij + P_ji, Q_ii = −2 Σ_{j≠i} P_ij.
+    """
     with torch.autocast(u.device.type, enabled=False):
-        source = u
-        u, valid, positive, factors = _prepare_instances(u, mask, rows)
+        everyone, number = _unit_side(u if columns is None else columns)
+        rows = slice(start, start + len(u))
         tau = _temperature(temperature, fixed_temperature)
-        scale = grad.double() / valid.sum().clamp_min(1) / tau
-        pulled = torch.empty_like(u)
-        grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
-        everyone = _everyone(valid)
-        for tile in _row_tiles(len(u), len(u)):
-            similarity, allowed = u[tile] @ u.T, None if everyone else valid[tile, None] & valid
-            P = _probabilities(similarity, positive[tile, None], losses[tile, None], tau, allowed, tile)
-            grad_temperature -= _slope(P, losses[tile, None], temperature)
-            own = P.sum(1, keepdim=True)
-            P += _probabilities(similarity, positive, losses, tau, allowed, tile)
-            pulled[tile] = P @ u - 2 * own * u[tile]
-        h = pulled.double() * scale  # a scaler's upstream gradient need not fit the output's dtype
-        if factors:
-            peak, norm = factors
-            h = h - (h * u).sum(1, keepdim=True) * u
-            h = torch.where(norm == 0, 0.0, h / norm / peak)
-        if mask is not None:
-            h = h.masked_fill(~mask[:, None], 0.0)
-        return h.to(source.dtype), grad_temperature * scale
+        scale = grad.double() / number / tau
+        sides = everyone.at(rows), everyone
+        pulled, _, slope = _pulled(
+            *sides, (losses[rows], losses), start, tau, both=False, slope=temperature is not None
+        )
+        # a scaler's upstream gradient need not fit the output's dtype
+        return (pulled.double() * scale).to(u.dtype), -slope * scale
 
 
-def _prepare_modalities(
-    z: Sequence[Tensor], u: Tensor, mask: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:
-    """z and u in one dtype, which rows of u count (B,), which rows of each z do, and how many pairs."""
-    dtype = _output_dtype([*z, u])
-    z, u = [z_m.to(dtype) for z_m in z], u.to(dtype)
+class _Modality(NamedTuple):
+    """What one modality's contrast is between: embeddings and leading vectors, of this process and of all."""
+
+    z: _Side
+    u: _Side
+
+
+def _modality_sides(z: Sequence[Tensor], u: Tensor, mask: Tensor | None, raw: bool) -> tuple[list[_Modality], Tensor]:
+    """The two sides of each modality's similarities, and how many pairs of instance and modality are present."""
     valid = (u != 0).any(1)
-    present = [valid if mask is None else valid & mask[:, m] for m in range(len(z))]
-    if mask is not None:
-        z = [z_m.masked_fill(~mask[:, m, None], 0.0) for m, z_m in enumerate(z)]
-    return z, u, valid, present, torch.stack(present).sum().clamp_min(1)
+    if raw:
+        valid = torch.ones_like(valid) if mask is None else mask.any(1)
+    sides, number = [], torch.zeros((), dtype=torch.int64, device=u.device)
+    for m, z_m in enumerate(z):
+        present = valid if mask is None else valid & mask[:, m]
+        if mask is not None:
+            z_m = z_m.masked_fill(~mask[:, m, None], 0.0)
+        positive = (z_m * u).sum(1)
+        positive = positive.masked_fill(~positive.isfinite(), torch.nan)  # an Inf must not turn into weight 0
+        number += present.sum()
+        here = _unless_all(present)
+        seen = here if mask is None else _unless_all(valid)
+        sides.append(_Modality(_Side(z_m, positive, here, here), _Side(u, positive, here, seen)))
+    return sides, number.clamp_min(1)
+
+
+def _modality_everyone(
+    z: Sequence[Tensor],
+    u: Tensor,
+    mask: Tensor | None,
+    columns: Sequence[Tensor],
+    columns_mask: Tensor | None,
+    raw: bool,
+) -> tuple[list[_Modality], Tensor]:
+    if columns:
+        return _modality_sides(columns[1:], columns[0], columns_mask, raw)
+    return _modality_sides(z, u, mask, raw)
 
 
 def modality_forward(
-    z: Sequence[Tensor], u: Tensor, mask: Tensor | None, temperature: Tensor | None, fixed_temperature: float
+    z: Sequence[Tensor],
+    u: Tensor,
+    mask: Tensor | None,
+    columns: Sequence[Tensor],
+    columns_mask: Tensor | None,
+    start: int,
+    raw: bool,
+    temperature: Tensor | None,
+    fixed_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean over present pairs (i, m) of ½[CE(z_m Uᵀ/τ) + CE(U z_mᵀ/τ)], each i's positive its own u_i.
 
-    z: k tensors (B, d); u: (B, d), zero rows left out; mask: (B, k) or None. An embedding looks for its
-    leading vector among all of them, a leading vector for its embedding among the present ones.
-    Returns the mean (0-d) and the losses of both directions, (k, B) each.
+    An embedding looks for its leading vector among all of them, a leading vector for its embedding among the
+    present ones.
+
+    Args:
+        z, u, mask: k tensors (B, d); (B, d), zero rows left out unless ``raw``; bool (B, k) or None.
+        columns, columns_mask, start: empty, None and 0; or u and z of all processes, N rows each, their mask, and
+            at which row those of this process start.
+        raw: u holds any vectors, which count where the mask has one of their modalities.
+
+    Returns:
+        The sum of the pairs' losses over the number of present pairs of all processes (0-d); the losses of both
+        directions, (2, k, B); a state for the backward pass.
     """
     with torch.autocast(u.device.type, enabled=False):
-        z, u, valid, present, pairs = _prepare_modalities(z, u, mask)
+        everyone, number = _modality_everyone(z, u, mask, columns, columns_mask, raw)
+        rows = slice(start, start + len(u))
         tau = _temperature(temperature, fixed_temperature)
-        forth, back = u.new_empty((2, len(z), len(u))).unbind(0)
-        for m, (z_m, here) in enumerate(zip(z, present, strict=True)):
-            positive = (z_m * u).sum(1)
-            columns = torch.full_like(positive, -torch.inf, dtype=torch.float64)
-            everyone = _everyone(here)
-            for tile in _row_tiles(len(u), len(u)):
-                similarity = z_m[tile] @ u.T
-                delta = _deltas(similarity, positive[tile, None], tau, None if everyone else valid, tile)
-                forth[m, tile] = _softplus(delta.logsumexp(1)).to(u.dtype)
-                delta = _deltas(similarity, positive, tau, None if everyone else here[tile, None], tile)
-                columns = torch.logaddexp(columns, delta.logsumexp(0).double())
-            back[m] = _softplus(columns).to(u.dtype)
-            forth[m].masked_fill_(~here, 0.0)
-            back[m].masked_fill_(~here, 0.0)
-        mean = (forth.sum(dtype=torch.float64) + back.sum(dtype=torch.float64)) / (2 * pairs) * (tau / tau)
-        return mean.to(u.dtype), forth.clone(), back.clone()
+        losses = u.new_empty((2, len(z), len(u)))
+        for m, (of_z, of_u) in enumerate(everyone):
+            forth, back = _log_sums(of_z.at(rows), of_u, start, tau, not columns)
+            if back is None:
+                back, _ = _log_sums(of_u.at(rows), of_z, start, tau, False)
+            for direction, found in enumerate((forth, back)):
+                losses[direction, m] = _softplus(found)
+            here = of_z.at(rows).counted
+            if here is not None:
+                losses[:, m].masked_fill_(~here, 0.0)
+        mean = losses.sum(dtype=torch.float64) / (2 * number) * (tau / tau)
+        return mean.to(u.dtype), losses, u.new_empty((0,))
 
 
 def modality_backward(
     z: Sequence[Tensor],
     u: Tensor,
     mask: Tensor | None,
+    columns: Sequence[Tensor],
+    columns_mask: Tensor | None,
+    start: int,
+    raw: bool,
     temperature: Tensor | None,
     fixed_temperature: float,
-    forth: Tensor,
-    back: Tensor,
+    losses: Tensor,
+    state: Tensor,
     grad: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of ``modality_forward``'s mean: k times (B, d), (B, d), and ∂/∂τ (0-d float64).
+    """Gradients of the mean over all processes from their losses (2, k, N): k times (B, d), (B, d), and ∂/∂τ.
 
-    What comes back for absent embeddings says nothing; ``spectral_backward`` drops it with the rest of them.
+    ∂/∂τ (0-d float64) is of this process's losses. What comes back for absent embeddings says nothing;
+    ``spectral_backward`` drops it with the rest of them.
     """
     with torch.autocast(u.device.type, enabled=False):
-        dtypes = [x.dtype for x in (*z, u)]
-        z, u, valid, present, pairs = _prepare_modalities(z, u, mask)
+        everyone, number = _modality_everyone(z, u, mask, columns, columns_mask, raw)
+        rows = slice(start, start + len(u))
         tau = _temperature(temperature, fixed_temperature)
-        scale = grad.double() / (2 * pairs) / tau
+        scale = grad.double() / (2 * number) / tau
+        slopes = temperature is not None
         grad_u = torch.zeros_like(u)
         grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
         grad_z = []
-        for m, (z_m, here) in enumerate(zip(z, present, strict=True)):
-            positive = (z_m * u).sum(1)
-            pulled = torch.empty_like(z_m)
-            own_back = torch.zeros_like(positive)
-            everyone = _everyone(here)
-            for tile in _row_tiles(len(u), len(u)):
-                similarity, counted = z_m[tile] @ u.T, here[tile, None]
-                allowed = None if everyone else counted & valid
-                P = _probabilities(similarity, positive[tile, None], forth[m, tile, None], tau, allowed, tile)
-                grad_temperature -= _slope(P, forth[m, tile, None], temperature)
-                own = P.sum(1, keepdim=True)
-                allowed = None if everyone else counted & here
-                R = _probabilities(similarity, positive, back[m], tau, allowed, tile)
-                grad_temperature -= _slope(R, back[m], temperature)
-                own_back += R.sum(0)
-                P += R
-                pulled[tile] = P @ u - own * u[tile]
-                grad_u += P.T @ z_m[tile]
-                grad_u[tile] -= own * z_m[tile]
-            pulled -= own_back[:, None] * u
-            grad_u -= own_back[:, None] * z_m
-            grad_z.append((pulled.double() * scale).to(dtypes[m]))
-        return grad_z, (grad_u.double() * scale).to(dtypes[-1]), grad_temperature * scale
+        for (of_z, of_u), forth, back in zip(everyone, *losses, strict=True):
+            from_z, from_u, slope = _pulled(of_z.at(rows), of_u, (forth[rows], back), start, tau, not columns, slopes)
+            grad_temperature -= slope
+            if from_u is None:
+                from_u, _, slope = _pulled(of_u.at(rows), of_z, (back[rows], forth), start, tau, False, slopes)
+                grad_temperature -= slope
+            grad_u += from_u
+            grad_z.append((from_z.double() * scale).to(u.dtype))
+        return grad_z, (grad_u.double() * scale).to(u.dtype), grad_temperature * scale
 
 
 # ------------------------------------------------------------------------------------------------
@@ -794,62 +863,48 @@ def spectral_backward_shapes(embeddings: Sequence[Tensor], mask: Any, temperatur
     return grads if temperature is None else [*grads, embeddings[0].new_empty((), dtype=torch.float64)]
 
 
-def _instance_forward_shapes(u: Tensor, *settings: Any) -> Any:
-    out, raw = _output_dtype([u]), settings[-1] == "raw"
-    return u.new_empty((), dtype=out), u.new_empty(u.shape[:1], dtype=torch.float64 if raw else out)
+def _instance_forward_shapes(u: Tensor, *_: Any) -> Any:
+    return u.new_empty(()), u.new_empty(u.shape[:1]), u.new_empty((0,))
 
 
-def _instance_backward_shapes(u: Tensor, *_: Any) -> Any:
+def instance_backward_shapes(u: Tensor, *_: Any) -> Any:
+    """Empty tensors like the results of any backend's ``instance_backward``."""
     return u.new_empty(u.shape), u.new_empty((), dtype=torch.float64)
 
 
 def _modality_forward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
-    dtype = _output_dtype([*z, u])
-    losses = [u.new_empty((len(z), u.shape[0]), dtype=dtype) for _ in range(2)]
-    return u.new_empty((), dtype=dtype), losses[0], losses[1]
+    return u.new_empty(()), u.new_empty((2, len(z), u.shape[0])), u.new_empty((0,))
 
 
-def _modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
+def modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
+    """Empty tensors like the results of any backend's ``modality_backward``."""
     return [z_m.new_empty(z_m.shape) for z_m in z], u.new_empty(u.shape), u.new_empty((), dtype=torch.float64)
 
 
-_SETTINGS = "Tensor? mask, Tensor? temperature, float fixed_temperature"
+_TEMPERATURE = "Tensor? temperature, float fixed_temperature"
+_SPECTRAL = f"Tensor[] embeddings, Tensor? mask, {_TEMPERATURE}, bool normalize, bool spectrum, int wanted"
+_INSTANCE = f"Tensor u, Tensor? columns, int start, {_TEMPERATURE}"
+_MODALITY = (
+    f"Tensor[] z, Tensor u, Tensor? mask, Tensor[] columns, Tensor? columns_mask, int start, bool raw, {_TEMPERATURE}"
+)
+_SAVED = "Tensor losses, Tensor state, Tensor grad"
 signatures: dict[str, str] = {}
 """Of the operators, by name."""
 
 for _signature, _implementation, _shapes in (
+    (f"spectral_forward({_SPECTRAL}) -> (Tensor[], Tensor[])", spectral_forward, _spectral_forward_shapes),
     (
-        f"spectral_forward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, int wanted) "
-        "-> (Tensor[], Tensor[])",
-        spectral_forward,
-        _spectral_forward_shapes,
-    ),
-    (
-        f"spectral_backward(Tensor[] embeddings, {_SETTINGS}, bool normalize, bool spectrum, int wanted, "
-        "Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]",
+        f"spectral_backward({_SPECTRAL}, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]",
         spectral_backward,
         spectral_backward_shapes,
     ),
+    (f"instance_forward({_INSTANCE}) -> (Tensor, Tensor, Tensor)", instance_forward, _instance_forward_shapes),
+    (f"instance_backward({_INSTANCE}, {_SAVED}) -> (Tensor, Tensor)", instance_backward, instance_backward_shapes),
+    (f"modality_forward({_MODALITY}) -> (Tensor, Tensor, Tensor)", modality_forward, _modality_forward_shapes),
     (
-        f"instance_forward(Tensor u, {_SETTINGS}, str rows) -> (Tensor, Tensor)",
-        instance_forward,
-        _instance_forward_shapes,
-    ),
-    (
-        f"instance_backward(Tensor u, {_SETTINGS}, str rows, Tensor losses, Tensor grad) -> (Tensor, Tensor)",
-        instance_backward,
-        _instance_backward_shapes,
-    ),
-    (
-        f"modality_forward(Tensor[] z, Tensor u, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-        modality_forward,
-        _modality_forward_shapes,
-    ),
-    (
-        f"modality_backward(Tensor[] z, Tensor u, {_SETTINGS}, Tensor forth, Tensor back, Tensor grad) "
-        "-> (Tensor[], Tensor, Tensor)",
+        f"modality_backward({_MODALITY}, {_SAVED}) -> (Tensor[], Tensor, Tensor)",
         modality_backward,
-        _modality_backward_shapes,
+        modality_backward_shapes,
     ),
 ):
     _name = _signature.partition("(")[0]

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 COPY = BUILD / "checkout"
-TESTS = ("test_native.py", "test_contract.py", "test_oracle.py", "test_properties.py")
+TESTS = ("test_native.py", "test_contract.py", "test_oracle.py", "test_properties.py", "test_contrasts.py")
 
 
 def build() -> None:

@@ -1,0 +1,162 @@
+// Passes over tiles of similarities, between the matrix products of a contrast.
+//
+// Forward:  the largest s of each row and column, then sums of exp((s - largest) / tau). Where similarities over tau
+//           cannot leave the range of exp, sums of exp(s / tau).
+// Backward: G_ij = scale (P_ij + R_ij), P and R the softmax probabilities of rows and of columns.
+//
+// A tile is worked on in groups of columns, each group by one thread. Rows are padded with columns of -inf to whole
+// packs. V is a pack of the tile's numbers: Floats or Pack (of doubles). Exponentials are powers of two, and `factor` is
+// log2(e) / tau.
+#pragma once
+
+#include "simd.h"
+
+namespace pmrl {
+namespace {
+
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<Floats> {
+  using Element = float;
+  static constexpr int width = 2 * kParts * kNative;
+};
+template <>
+struct Lanes<Pack> {
+  using Element = double;
+  static constexpr int width = kParts * kNative;
+};
+static_assert(kTilePadding % Lanes<Floats>::width == 0 && kTileColumns % kTilePadding == 0, "groups are whole packs");
+
+// Sums of floats have at most this many terms before they are carried on in double.
+constexpr int64_t kShortSum = 32;
+
+template <class V>
+PMRL_INLINE double max_of(V x) {
+  constexpr int width = Lanes<V>::width;
+  typename Lanes<V>::Element entry[width];
+  x.store(entry);
+  double found = entry[0];
+  for (int i = 1; i < width; ++i) found = entry[i] > found ? entry[i] : found;
+  return found;
+}
+
+// Of every row into row_parts, of every column into column_maxima (if columns count). A NaN may get lost here, but the
+// sums find it.
+template <class V>
+void tile_maxima(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  using Element = typename Lanes<V>::Element;
+  constexpr int width = Lanes<V>::width;
+  const Element* s = static_cast<const Element*>(t.similarity);
+  Element* column_maxima = static_cast<Element*>(t.column_maxima);
+  const V least(-__builtin_inf());
+  for (int64_t j = begin; j < end && columns; j += width) least.store(column_maxima + j);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const Element* row = s + i * t.stride;
+    V largest = least;
+    for (int64_t j = begin; j < end; j += width) {
+      const V x = V::load(row + j);
+      largest = max(largest, x);
+      if (columns) max(V::load(column_maxima + j), x).store(column_maxima + j);
+    }
+    t.row_parts[group * t.rows + i] = max_of(largest);
+  }
+}
+
+// Sums of 2^((s - row_shift) factor) of every row into row_parts. Of columns (if they count) added to column_sums, which
+// are relative to column_shift; both are brought up to date with column_maxima first. Shared: sums of 2^(s factor -
+// offset), and an entry has one exponential for its row and its column.
+template <class V, bool Shared>
+void tile_sums(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  using Element = typename Lanes<V>::Element;
+  constexpr int width = Lanes<V>::width;
+  const Element* s = static_cast<const Element*>(t.similarity);
+  const Element* row_shift = static_cast<const Element*>(t.row_shift);
+  const V factor(t.factor), offset(Shared ? t.offset : 0.0);
+  alignas(64) Element shift[kTileColumns], partial[kTileColumns];
+  for (int64_t j = begin; j < end && columns && !Shared; ++j) {
+    Element& old = static_cast<Element*>(t.column_shift)[j];
+    const Element found = static_cast<const Element*>(t.column_maxima)[j];
+    if (found > old) {
+      t.column_sums[j] *= exp_nonpositive((static_cast<double>(old) - found) * t.factor * 0.69314718055994530942);
+      old = found;
+    }
+    shift[j - begin] = old == -__builtin_inf() ? Element(0) : old;
+  }
+  for (int64_t first = 0; first < t.rows; first += kShortSum) {
+    const int64_t last = first + kShortSum < t.rows ? first + kShortSum : t.rows;
+    for (int64_t j = 0; j < end - begin && columns; j += width) V(0.0).store(partial + j);
+    for (int64_t i = first; i < last; ++i) {
+      const Element* row = s + i * t.stride + begin;
+      const V own(Shared ? 0.0 : row_shift[i]);
+      V total(0.0);
+      for (int64_t j = 0; j < end - begin; j += width) {
+        const V x = V::load(row + j);
+        const V e = exp2_of_product(Shared ? x : x - own, factor, offset);
+        total = total + e;
+        if (!columns) continue;
+        const V theirs = Shared ? e : exp2_of_product(x - V::load(shift + j), factor, offset);
+        (V::load(partial + j) + theirs).store(partial + j);
+      }
+      t.row_parts[group * t.rows + i] = sum(total);
+    }
+    for (int64_t j = 0; j < end - begin && columns; ++j) t.column_sums[begin + j] += partial[j];
+  }
+}
+
+// G into weights, which may be the similarities' own memory. Into slopes the sum of P delta, delta = s - positive, and of
+// R delta if columns count.
+template <class V, bool Shared>
+void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  using Element = typename Lanes<V>::Element;
+  constexpr int width = Lanes<V>::width;
+  const Element* s = static_cast<const Element*>(t.similarity);
+  Element* weights = static_cast<Element*>(t.weights);
+  const auto row = [&](const TileSide& side, int64_t i) { return V(static_cast<const Element*>(side.positive)[i]); };
+  const auto load = [](const void* from, int64_t j) { return V::load(static_cast<const Element*>(from) + j); };
+  const V factor(t.factor), common(t.offset), scale(t.scale), zero(0.0);
+  double slope = 0.0;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const V positive = row(t.row, i), weight(static_cast<const Element*>(t.row.weight)[i]);
+    const V offset = Shared ? common : V(static_cast<const Element*>(t.row.offset)[i]);
+    V total(0.0);
+    for (int64_t j = begin; j < end; j += width) {
+      const V x = V::load(s + i * t.stride + j), theirs = load(t.column.weight, j);
+      V P, R;
+      if (Shared) {
+        const V e = exp2_of_product(x, factor, offset);
+        P = e * weight;
+        R = e * theirs;
+      } else {
+        P = exp2_of_product(x - positive, factor, offset) * weight;
+        R = exp2_of_product(x - load(t.column.positive, j), factor, load(t.column.offset, j)) * theirs;
+      }
+      ((P + R) * scale).store(weights + i * t.stride + j);
+      if (t.slopes) {  // 0 beside an infinite delta counts as 0
+        total = total + select(P == zero, zero, P * (x - positive));
+        if (columns) total = total + select(R == zero, zero, R * (x - load(t.column.positive, j)));
+      }
+    }
+    if (t.slopes) slope += sum(total);
+  }
+  if (t.slopes) t.slopes[group] = slope;
+}
+
+void maxima(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  (t.wide ? tile_maxima<Pack> : tile_maxima<Floats>)(t, group, begin, end, columns);
+}
+
+void sums(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  const auto pass = t.shared ? (t.wide ? tile_sums<Pack, true> : tile_sums<Floats, true>)
+                             : (t.wide ? tile_sums<Pack, false> : tile_sums<Floats, false>);
+  pass(t, group, begin, end, columns);
+}
+
+void weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
+  const auto pass = t.shared ? (t.wide ? tile_weights<Pack, true> : tile_weights<Floats, true>)
+                             : (t.wide ? tile_weights<Pack, false> : tile_weights<Floats, false>);
+  pass(t, group, begin, end, columns);
+}
+
+}  // namespace
+}  // namespace pmrl

@@ -1,0 +1,282 @@
+"""The contrast operators of every backend against dense float64 cross-entropy: tiles, masks, and split batches."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from pmrl_kernels import backends, instance_contrastive_loss
+
+FLOAT32, FLOAT64 = torch.float32, torch.float64
+# One row, packs and tiles nearly full, several tiles; the last is too large for its similarities to be kept.
+SIZES = [(1, 3), (2, 1), (31, 4), (127, 8), (129, 33), (300, 16), (2100, 5)]
+
+
+def operators(backend: str) -> Any:
+    return backends.available[backend].operators
+
+
+class Case(NamedTuple):
+    z: list[Tensor]
+    u: Tensor
+    mask: Tensor | None
+
+
+def case(k: int, B: int, d: int, dtype: torch.dtype, *, masked: bool = False, scale: float = 1.0) -> Case:
+    """Unit vectors; with a mask, some modalities are missing, some instances have none, and buffers hold NaN."""
+    generator = torch.Generator().manual_seed(B + 7 * d + k)
+
+    def vectors() -> Tensor:
+        return normalize(torch.randn(B, d, dtype=FLOAT64, generator=generator), dim=1).to(dtype) * scale
+
+    z, u = [vectors() for _ in range(k)], vectors()
+    if not masked:
+        return Case(z, u, None)
+    mask = torch.rand(B, k, generator=generator) < 0.7
+    mask[::5] = False
+    u = u * mask.any(1, keepdim=True)
+    z = [x.masked_fill(~mask[:, m, None], torch.nan) for m, x in enumerate(z)]
+    return Case(z, u, mask)
+
+
+class Dense(NamedTuple):
+    loss: Tensor
+    grads: tuple[Tensor, ...]
+
+
+def dense_instance(u: Tensor, tau: float) -> Dense:
+    """cross_entropy over the rows that are not zero, by autograd in float64; gradients of u and of τ."""
+    u, t = u.double().requires_grad_(), torch.tensor(tau, dtype=FLOAT64, requires_grad=True)
+    v = u[(u != 0).any(1).nonzero()[:, 0]]
+    s = (v @ v.T).fill_diagonal_(1.0) / t if len(v) else v @ v.T
+    loss = cross_entropy(s, torch.arange(len(v))) if len(v) else u.sum() * t * 0
+    return Dense(loss.detach(), torch.autograd.grad(loss, (u, t)))
+
+
+def dense_modality(z: list[Tensor], u: Tensor, mask: Tensor | None, tau: float) -> Dense:
+    """The same for the modality contrast; gradients of the z, of u and of τ."""
+    mask = torch.ones(len(u), len(z), dtype=torch.bool) if mask is None else mask
+    z = [x.double().nan_to_num().requires_grad_() for x in z]
+    u, t = u.double().requires_grad_(), torch.tensor(tau, dtype=FLOAT64, requires_grad=True)
+    valid = (u != 0).any(1)
+    total = sum(x.sum() for x in z) * u.sum() * t * 0
+    for m, x in enumerate(z):
+        here = valid & mask[:, m]
+        if not here.any():
+            continue
+        target = torch.arange(len(u))[here]
+        forth = (x[here] @ u.T / t).masked_fill(~valid, -torch.inf)
+        back = (u[here] @ x.T / t).masked_fill(~here, -torch.inf)
+        total = total + cross_entropy(forth, target, reduction="sum") + cross_entropy(back, target, reduction="sum")
+    loss = total / (2 * (mask & valid[:, None]).sum().clamp_min(1))
+    return Dense(loss.detach(), torch.autograd.grad(loss, (*z, u, t)))
+
+
+def assert_near(
+    found: Tensor, expected: Tensor, dtype: torch.dtype, tau: float, projected: Tensor | None = None
+) -> None:
+    """Within what rounding similarities costs, relative to the largest entry or to the terms it was summed from.
+
+    The dense oracle, logsumexp − positive in float64, has an error of its own.
+    """
+    if projected is not None:  # along a unit vector the gradient says nothing, and "1 by definition" has none
+        found, expected = (x - (x * projected).sum(1, keepdim=True) * projected for x in (found, expected))
+    assert found.shape == expected.shape
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    terms = 24 / (tau * len(expected)) if expected.dim() == 2 and len(expected) else 0.0
+    eps = torch.finfo(dtype).eps
+    bound = (4 + 4 / tau) * eps * scale + 4 * eps * terms + 1e-15 / tau**2
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+
+
+def split(B: int) -> list[slice]:
+    """Batches of four processes, uneven, one of them empty."""
+    cuts = [0, B // 3, B // 3, B // 2 + (B > 1), B]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.05])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("zeros", [False, True], ids=["all", "zero rows"])
+@pytest.mark.parametrize(("B", "d"), SIZES)
+def test_instances(backend, B, d, zeros, dtype, tau):
+    """Whole, and split over processes: the parts' losses add up, and their gradients are the whole one's."""
+    ops = operators(backend)
+    u = case(0, B, d, dtype).u
+    if zeros:
+        u[::3] = 0
+    expected = dense_instance(u, tau)
+    t, upstream = torch.tensor(tau, dtype=FLOAT64), torch.tensor(-3.0)
+
+    loss, losses, state = ops.instance_forward(u, None, 0, t, 1.0)
+    assert_near(loss, expected.loss, dtype, tau)
+    h, slope = ops.instance_backward(u, None, 0, t, 1.0, losses, state, upstream)
+    assert_near(h, -3 * expected.grads[0], dtype, tau, u.double())
+    assert_near(slope, -3 * expected.grads[1], dtype, tau)
+
+    parts = split(B)
+    found = [ops.instance_forward(u[rows], u, rows.start, t, 1.0) for rows in parts]
+    assert_near(sum(x[0].double() for x in found), expected.loss, dtype, tau)
+    every = torch.cat([x[1] for x in found])
+    assert_near(every, losses.double(), dtype, tau)
+    back = [
+        ops.instance_backward(u[rows], u, rows.start, t, 1.0, every, x[2], upstream)
+        for rows, x in zip(parts, found, strict=True)
+    ]
+    assert_near(torch.cat([x[0] for x in back]), -3 * expected.grads[0], dtype, tau, u.double())
+    assert_near(sum(x[1] for x in back), -3 * expected.grads[1], dtype, tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.02])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("B", "d"), SIZES)
+def test_modalities(backend, B, d, masked, dtype, tau):
+    """The same, with losses both ways. At τ = 0.02 exponentials of similarities leave float32's range."""
+    ops, k = operators(backend), 2
+    z, u, mask = case(k, B, d, dtype, masked=masked)
+    expected = dense_modality(z, u, mask, tau)
+    t, upstream = torch.tensor(tau, dtype=FLOAT64), torch.tensor(-3.0)
+
+    def present(grads: list[Tensor]) -> list[Tensor]:
+        """What comes back for absent embeddings says nothing."""
+        return [x if mask is None else x.masked_fill(~mask[:, m, None], 0) for m, x in enumerate(grads)]
+
+    loss, losses, state = ops.modality_forward(z, u, mask, [], None, 0, False, t, 1.0)
+    assert_near(loss, expected.loss, dtype, tau)
+    H, h, slope = ops.modality_backward(z, u, mask, [], None, 0, False, t, 1.0, losses, state, upstream)
+    for a, b in zip((*present(H), h, slope), expected.grads, strict=True):
+        assert_near(a, -3 * b, dtype, tau)
+
+    parts, columns = split(B), [u, *(x.nan_to_num() for x in z)]
+    arguments = [
+        ([x[r] for x in z], u[r], None if mask is None else mask[r], columns, mask, r.start, False, t, 1.0)
+        for r in parts
+    ]
+    found = [ops.modality_forward(*x) for x in arguments]
+    assert_near(sum(x[0].double() for x in found), expected.loss, dtype, tau)
+    every = torch.cat([x[1] for x in found], 2)
+    assert_near(every, losses.double(), dtype, tau)
+    back = [ops.modality_backward(*a, every, x[2], upstream) for a, x in zip(arguments, found, strict=True)]
+    whole = [torch.cat([x[0][m] for x in back]) for m in range(k)]
+    for a, b in zip((*present(whole), torch.cat([x[1] for x in back])), expected.grads, strict=False):
+        assert_near(a, -3 * b, dtype, tau)
+    assert_near(sum(x[2] for x in back), -3 * expected.grads[-1], dtype, tau)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_embeddings_of_other_norms(backend, dtype, scale):
+    """As with ``normalize=False``: exponentials of raw similarities are out of range, their differences are not."""
+    ops = operators(backend)
+    z, u, _ = case(2, 150, 9, dtype)
+    z = [x * scale for x in z]
+    expected = dense_modality(z, u, None, 0.1)
+    loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
+    H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
+    for a, b in zip((loss, *H, h), (expected.loss, *expected.grads[:-1]), strict=True):
+        assert_near(a, b, dtype, 0.1 / max(1.0, scale))
+
+
+def test_the_same_bits_twice_and_after_another_batch(backend):
+    ops = operators(backend)
+    z, u, _ = case(2, 300, 16, FLOAT32)
+
+    def run() -> list[Tensor]:
+        loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
+        H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
+        one, own, saved = ops.instance_forward(u, None, 0, None, 0.1)
+        g, _ = ops.instance_backward(u, None, 0, None, 0.1, own, saved, torch.ones(()))
+        return [loss, losses, *H, h, one, own, g]
+
+    first = run()
+    ops.instance_forward(u[:50] * 0.5, None, 0, None, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_vector_shows_everywhere(backend, bad):
+    ops = operators(backend)
+    z, u, _ = case(2, 40, 6, FLOAT32)
+    z[1][7, 2] = bad
+    loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
+    H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
+    assert all(x.isnan().all() for x in (loss, h, H[1]))
+    u[3, 0] = torch.nan
+    loss, losses, state = ops.instance_forward(u, None, 0, None, 0.1)
+    h, _ = ops.instance_backward(u, None, 0, None, 0.1, losses, state, torch.ones(()))
+    assert all(x.isnan().all() for x in (loss, h))
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.05, 0.1])
+def test_float32_is_as_good_as_cross_entropy(backend, tau):
+    """Of rows that nearly repeat one another, where a loss depends on rounding most."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(16, 64, generator=generator, dtype=FLOAT64)
+    x = centres.repeat(12, 1) + 0.3 * torch.randn(192, 64, generator=generator, dtype=FLOAT64)
+    x = x.float().requires_grad_()
+
+    def plain(x: Tensor) -> Tensor:
+        v = normalize(x, dim=1)
+        return cross_entropy(v @ v.T / tau, torch.arange(len(v)))
+
+    def error(loss: Tensor) -> tuple[float, float]:
+        (grad,) = torch.autograd.grad(loss, x)
+        return float((loss.double() - exact).abs()), float((grad.double() - exact_grad).norm())
+
+    wide = x.detach().double().requires_grad_()
+    exact = plain(wide)
+    (exact_grad,) = torch.autograd.grad(exact, wide)
+    ours, theirs = error(instance_contrastive_loss(x, tau, backend=backend)), error(plain(x))
+    assert ours[0] <= theirs[0] + 2e-7 / tau * float(exact)
+    assert ours[1] <= 2 * theirs[1]
+
+
+BAD_ARGUMENTS = {
+    "integers": lambda u, z: (u.int(), None, 0, None, 0.5),
+    "another width": lambda u, z: (u, z[0][:, :2], 0, None, 0.5),
+    "another dtype": lambda u, z: (u, u.double(), 0, None, 0.5),
+    "outside": lambda u, z: (u, u, 3, None, 0.5),
+    "before": lambda u, z: (u, u, -1, None, 0.5),
+    "a vector": lambda u, z: (u[0], None, 0, None, 0.5),
+}
+
+
+@pytest.mark.skipif("native" not in backends.available, reason="no native library here")
+@pytest.mark.parametrize("what", BAD_ARGUMENTS)
+def test_the_library_refuses_nonsense(what):
+    """Arguments are checked in Python; the operators check again whatever a read or a write depends on."""
+    z, u, _ = case(2, 8, 4, FLOAT32)
+    with pytest.raises(RuntimeError, match="pmrl_kernels"):
+        operators("native").instance_forward(*BAD_ARGUMENTS[what](u, z))
+
+
+@pytest.mark.skipif("native" not in backends.available, reason="no native library here")
+def test_the_library_refuses_losses_and_states_of_other_batches():
+    z, u, _ = case(2, 8, 4, FLOAT32)
+    ops, one = operators("native"), torch.ones(())
+    _, losses, state = ops.instance_forward(u, None, 0, None, 0.5)
+    for bad in (
+        (losses[:-1], state, one),
+        (losses, state[:-1], one),
+        (losses, state.double(), one),
+        (losses, state, losses),
+    ):
+        with pytest.raises(RuntimeError, match="pmrl_kernels"):
+            ops.instance_backward(u, None, 0, None, 0.5, *bad)
+    _, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.5)
+    for bad in ((losses[:1], state, one), (losses, state[:-1], one), (losses, state, losses)):
+        with pytest.raises(RuntimeError, match="pmrl_kernels"):
+            ops.modality_backward(z, u, None, [], None, 0, False, None, 0.5, *bad)
+    for arguments in (
+        (z, u, torch.ones(8, 3, dtype=torch.bool), []),
+        (z, u, None, [u, z[0]]),
+        ([z[0][:3], z[1]], u, None, []),
+    ):
+        with pytest.raises(RuntimeError, match="pmrl_kernels"):
+            ops.modality_forward(*arguments, None, 0, False, None, 0.5)
