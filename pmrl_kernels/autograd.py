@@ -8,13 +8,16 @@ form with ``ctx`` in ``forward`` is tens of microseconds a call faster, the form
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from .backends import available, constants
+
+if TYPE_CHECKING:
+    from .distributed import Group
 
 _NO_JVP = (
     "pmrl_kernels: forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented; "
@@ -176,7 +179,7 @@ class ObjectiveSettings(NamedTuple):
     contrast: str
     fixed_temperature: float
     weight: float
-    group: Any = None
+    group: Group | None
 
 
 class _Objective(Function):
@@ -269,8 +272,9 @@ def _contrast_arguments(
     if group is None:
         return z, u, mask, [], None, 0, raw
     d, k = u.shape[1], len(z)
-    parts = [columns[:, m * d : (m + 1) * d] for m in range(k + 1)]
-    return z, u, mask, parts, columns[:, (k + 1) * d : (k + 1) * d + k] != 0, start, raw
+    parts = [columns[:, m * d : (m + 1) * d] for m in range(1 if raw else k + 1)]
+    present = columns[:, -1 - k : -1] != 0
+    return z, u, mask, parts * 2 if raw else parts, present, start, raw
 
 
 def _objective_forward(
@@ -301,16 +305,16 @@ def _objective_forward(
         k = len(z) or (embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings))
         present = u.new_ones((len(u), k)) if mask is None else mask.to(u.dtype)
         alignable = (present.sum(1, keepdim=True) >= 2).to(u.dtype)
-        parts = [u, *z, present, alignable] if by_modality else [u, alignable]
+        parts = [u, *(z if settings.contrast == "modality" else ()), *([present] if by_modality else ()), alignable]
         columns = group.gather(torch.cat(parts, 1))
         number = columns[:, -1].sum(dtype=torch.float64).clamp_min(1)
-        alignment = (alignment.double() * group.size / number).to(alignment.dtype)
+        alignment = (alignment.double() * len(group.sizes) / number).to(alignment.dtype)
     arguments = _contrast_arguments(settings, mask, u, z, columns)
     fixed = settings.fixed_temperature
     call = operators.modality_forward if by_modality else operators.instance_forward
     instance, losses, contrast_state = call(*arguments, instance_temperature, fixed)
     if group is not None:
-        instance = instance * group.size
+        instance = instance * len(group.sizes)
         if by_modality:
             losses = group.gather(losses.flatten(0, 1).T).T.unflatten(0, losses.shape[:2])
         else:
@@ -339,7 +343,7 @@ def _objective_backward(
     saved = _Saved.unflattened(flat, settings, embeddings)
     backend, *options = settings.spectral
     operators = available[backend].operators
-    W = 1 if settings.group is None else settings.group.size
+    W = 1 if settings.group is None else len(settings.group.sizes)
     z = (saved.u,) if settings.contrast == "raw" else saved.z
     h: Tensor | None = None
     H: Sequence[Tensor | None] = [None] * len(z)

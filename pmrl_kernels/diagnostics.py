@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, spectral
+from .distributed import summed
 from .inputs import Embeddings, Mask
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def alignment_score(
 
     Args:
         embeddings, mask, backend: as in :func:`~pmrl_kernels.dominant_sv_loss`. Embeddings are normalised.
-        group: only None, this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        group: a ``torch.distributed`` group of processes, whose batches together are the batch; every one of them
+            must call, and all get the same number. None: this process's batch alone. (In ``torch.distributed`` None
+            means all processes.)
 
     Returns:
         A 0-d tensor on the embeddings' device, float32 (float64 for float64 input), without gradient: the mean over
@@ -33,7 +36,6 @@ def alignment_score(
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`~pmrl_kernels.dominant_sv_loss`.
-        NotImplementedError: a ``group``.
 
     Source: PMRL (arXiv 2507.17343), section 3: full alignment is σ₁ = √k.
 
@@ -43,10 +45,10 @@ def alignment_score(
         >>> alignment_score(x, x), alignment_score(x, y)
         (tensor(1.), tensor(0.7071))
     """
-    present = _present(embeddings, mask, group)
+    processes, present = inputs.process_group(group), _present(embeddings, mask)
     with torch.no_grad():
         sigma = spectral.dominant_singular_value(*embeddings, mask=mask, backend=backend)
-        return _mean(sigma / present.sqrt(), present >= 2)
+        return _mean(sigma / present.sqrt(), present >= 2, processes)
 
 
 def effective_rank(
@@ -75,12 +77,12 @@ def effective_rank(
         >>> effective_rank(x, x), effective_rank(x, y)
         (tensor(1.), tensor(2.))
     """
-    present = _present(embeddings, mask, group)
+    processes, present = inputs.process_group(group), _present(embeddings, mask)
     with torch.no_grad():
         sigma = spectral.singular_values(*embeddings, mask=mask, backend=backend)
         share = sigma / sigma.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1)
-        return _mean(entropy.exp(), (present >= 2) & (sigma[:, 0] != 0))
+        return _mean(entropy.exp(), (present >= 2) & (sigma[:, 0] != 0), processes)
 
 
 def uniformity(
@@ -113,19 +115,17 @@ def uniformity(
         >>> uniformity(u)
         tensor(0.3333)
     """
-    _present(embeddings, mask, group)
+    processes = inputs.process_group(group)
     with torch.no_grad():
         sigma, u, _ = spectral.dominant_singular_triplet(*embeddings, mask=mask, backend=backend)
-        n = (sigma != 0).sum(dtype=torch.float64)
-        total = u.sum(0, dtype=torch.float64)
-        diagonal = u.square().sum(dtype=torch.float64)
+        sums = (sigma != 0).sum(dtype=torch.float64), u.sum(0, dtype=torch.float64), u.double().square().sum()
+        n, total, diagonal = summed(sums, processes)
         pairs = torch.where(n < 2, torch.nan, n * (n - 1))
         return ((total.square().sum() - diagonal) / pairs).to(u.dtype)
 
 
-def _present(embeddings: tuple[Embeddings, ...], mask: Mask | None, group: ProcessGroup | None) -> Tensor:
+def _present(embeddings: tuple[Embeddings, ...], mask: Mask | None) -> Tensor:
     """How many modalities each instance has, (B,) in the dtype of the results."""
-    inputs.process_group(group)
     batch = inputs.canonical(embeddings, mask)
     dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
     if batch.mask is None:
@@ -133,6 +133,8 @@ def _present(embeddings: tuple[Embeddings, ...], mask: Mask | None, group: Proce
     return batch.mask.sum(1, dtype=dtype)
 
 
-def _mean(x: Tensor, counted: Tensor) -> Tensor:
-    """Over what counts; a NaN that does counts."""
-    return torch.where(counted, x, 0).sum() / counted.sum()
+def _mean(x: Tensor, counted: Tensor, processes: ProcessGroup | None) -> Tensor:
+    """Over what counts, on all processes; a NaN that does counts."""
+    sums = torch.where(counted, x, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
+    total, number = summed(sums, processes)
+    return (total / number).to(x.dtype)

@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .backends import constants
+from .distributed import Group, batch_sizes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -235,10 +240,40 @@ def one_of(value: Any, name: str, wanted: tuple[str, ...]) -> str:
     return value
 
 
-def process_group(group: Any) -> None:
-    """``group`` is reserved: anything but None is refused until batches spread over processes work."""
-    if group is not None:
-        raise NotImplementedError(
-            f"group: got {type(group).__name__}, wanted None: contrasting over the batches of several processes "
-            "is not implemented yet; every process contrasts its own batch"
+def process_group(group: Any) -> ProcessGroup | None:
+    """None, or a group of processes that this one belongs to."""
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: got one that this process does not belong to")
+        raise TypeError(f"group: got {type(group).__name__}, wanted a torch.distributed.ProcessGroup or None")
+    return group
+
+
+def spread_batch(group: Any, local_sizes: Any, B: int, device: torch.device) -> Group | None:
+    """How a batch spreads over the processes of a group; None where there is no group.
+
+    Asks the others how many rows they have, unless ``local_sizes`` says it.
+    """
+    processes = process_group(group)
+    if processes is None:
+        if local_sizes is not None:
+            raise ValueError(f"local_sizes: got {local_sizes!r}, wanted None where there is no group")
+        return None
+    world, rank = dist.get_world_size(processes), dist.get_rank(processes)
+    if local_sizes is None:
+        return Group(processes, (B,) if world == 1 else batch_sizes(processes, B, device), rank)
+    if not isinstance(local_sizes, (list, tuple)) or not all(_is_count(size) for size in local_sizes):
+        raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} numbers of rows")
+    if len(local_sizes) != world:
+        raise ValueError(
+            f"local_sizes: got {len(local_sizes)} numbers, wanted {world}, one for each process of the group"
         )
+    if local_sizes[rank] != B:
+        raise ValueError(f"local_sizes[{rank}]: got {local_sizes[rank]}, wanted {B}, the rows of this process")
+    return Group(processes, tuple(local_sizes), rank)
+
+
+def _is_count(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0

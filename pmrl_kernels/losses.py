@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from torch import Tensor
@@ -108,6 +109,7 @@ def instance_contrastive_loss(
     normalize: bool = True,
     mask: Tensor | None = None,
     group: ProcessGroup | None = None,
+    local_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Keeps instances apart: each vector of a batch against all the others.
@@ -123,7 +125,7 @@ def instance_contrastive_loss(
         normalize: divide every row by its norm first. With False the rows enter as they are.
         mask: bool (B,), True = the row takes part. Rows without a direction (zero vectors, with
             ``normalize=True``) are left out as well, on both sides.
-        group: only None, this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        group, local_sizes: a batch spread over processes, as in :func:`pmrl_loss`.
         backend: "reference", "native" or "triton"; None takes the fastest that works.
 
     Returns:
@@ -131,8 +133,7 @@ def instance_contrastive_loss(
         float64 input).
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; also
-            NotImplementedError for a ``group``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`.
 
     Gradient:
         Exact, zero for rows left out. The rows are mixed, so a NaN in one that takes part makes the loss
@@ -148,11 +149,11 @@ def instance_contrastive_loss(
     u, mask = inputs.rows(u, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", u.device)
     contrast = "leading" if inputs.flag(normalize, "normalize") else "raw"
-    inputs.process_group(group)
     name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
+    spread = inputs.spread_batch(group, local_sizes, len(u), u.device)
     # A normalised row is the leading vector of an instance of one modality.
-    spectral = autograd.SpectralSettings(name, 1.0, True, False, constants.ALIGNMENT_MEAN | constants.U)
-    settings = autograd.ObjectiveSettings(spectral, contrast, fixed, 1.0, None)
+    spectral = autograd.SpectralSettings(name, 1.0, True, False, constants.ALIGNMENT_SUM | constants.U)
+    settings = autograd.ObjectiveSettings(spectral, contrast, fixed, 1.0, spread)
     column = None if mask is None else mask[:, None]
     return autograd.objective(settings, column, None, tau, (u,))[2]
 
@@ -168,6 +169,7 @@ def pmrl_loss(
     objective: str = ...,
     contrast: str = ...,
     group: ProcessGroup | None = ...,
+    local_sizes: Sequence[int] | None = ...,
     return_components: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -184,6 +186,7 @@ def pmrl_loss(
     objective: str = ...,
     contrast: str = ...,
     group: ProcessGroup | None = ...,
+    local_sizes: Sequence[int] | None = ...,
     return_components: Literal[True],
     backend: str | None = ...,
 ) -> PMRLComponents: ...
@@ -199,6 +202,7 @@ def pmrl_loss(
     objective: str = "softmax",
     contrast: str = "leading",
     group: ProcessGroup | None = None,
+    local_sizes: Sequence[int] | None = None,
     return_components: bool = False,
     backend: str | None = None,
 ) -> Tensor | PMRLComponents:
@@ -222,15 +226,17 @@ def pmrl_loss(
         instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor.
         instance_weight: weight of the contrastive term, a finite float of at least 0.
         contrast: "leading" or "modality".
-        group: only None, this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        group: a ``torch.distributed`` group of processes whose batches together are the batch; see below.
+            None: this process's batch alone. (In ``torch.distributed`` None means all processes.)
+        local_sizes: how many rows each process of the group has, in the order of ranks. Without it the
+            processes tell one another first, which the host waits for.
         return_components: return the named tuple (total, alignment, instance) instead of the total.
 
     Returns:
         A 0-d tensor or a :class:`PMRLComponents` of three; float32 (float64 for float64 input).
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; also
-            NotImplementedError for a ``group``.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`.
 
     Gradient:
         Through the singular values, through u and, with ``contrast="modality"``, directly into the
@@ -238,6 +244,15 @@ def pmrl_loss(
         only, have no u and leave the contrastive term; instances with one modality leave the alignment
         term. A NaN in one instance makes the contrastive term and everyone's gradient NaN, since it mixes
         instances.
+
+    Over processes:
+        Every process of ``group`` calls with its own rows, of any number, 0 included, and with the same
+        options; their dtype and d are the same everywhere. Leading vectors are gathered, with
+        ``contrast="modality"`` embeddings too, and each process returns W times its share of the loss, W being
+        the number of processes: the mean over processes is the loss of the whole batch, and the gradients
+        that ``DistributedDataParallel`` averages are its gradients, however the batch was split. The backward
+        pass runs no collective. It takes for granted that all processes get the same gradient from above, as
+        they do from ``loss.backward()``; do not scale the loss by something that differs between them.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 
@@ -256,11 +271,12 @@ def pmrl_loss(
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
     contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
     return_components = inputs.flag(return_components, "return_components")
-    inputs.process_group(group)
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
 
-    wanted = constants.ALIGNMENT_MEAN | constants.U | (constants.Z if contrast == "modality" else 0)
+    spread = inputs.spread_batch(group, local_sizes, batch.B, batch.device)
+    alignment_flag = constants.ALIGNMENT_MEAN if spread is None else constants.ALIGNMENT_SUM
+    wanted = alignment_flag | constants.U | (constants.Z if contrast == "modality" else 0)
     spectral = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)
-    settings = autograd.ObjectiveSettings(spectral, contrast, fixed2, weight, None)
+    settings = autograd.ObjectiveSettings(spectral, contrast, fixed2, weight, spread)
     total, alignment, instance = autograd.objective(settings, batch.mask, tau, tau2, batch.tensors)
     return PMRLComponents(total, alignment, instance) if return_components else total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -172,12 +173,13 @@ class PMRLLoss(nn.Module):
         self.normalize = inputs.flag(normalize, "normalize")
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
         self.contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
-        inputs.process_group(group)
-        self.group = group
+        self.group = inputs.process_group(group)
         self.return_components = inputs.flag(return_components, "return_components")
         self.backend = check_name(backend)
 
-    def forward(self, *embeddings: Embeddings, mask: Mask | None = None) -> Tensor | PMRLComponents:
+    def forward(
+        self, *embeddings: Embeddings, mask: Mask | None = None, local_sizes: Sequence[int] | None = None
+    ) -> Tensor | PMRLComponents:
         """The loss of k tensors (B, d), in any form the function takes."""
         components = pmrl_loss(
             *embeddings,
@@ -189,6 +191,7 @@ class PMRLLoss(nn.Module):
             objective=self.objective,
             contrast=self.contrast,
             group=self.group,
+            local_sizes=local_sizes,
             return_components=True,
             backend=self.backend,
         )

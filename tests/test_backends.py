@@ -414,7 +414,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "spectral"),
     ("inputs",),
     ("autograd",),
-    ("backends",),
+    ("backends", "distributed"),
     ("backends.native", "backends.triton"),
     ("backends.reference", "backends.triton.launch"),
     ("backends.triton.kernels",),

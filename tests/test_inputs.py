@@ -212,7 +212,7 @@ def no_kernels(monkeypatch):
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("a kernel was reached with a bad argument")
 
-    for pair in ("spectral", "instance", "modality"):
+    for pair in ("spectral", "objective"):
         monkeypatch.setattr(autograd, pair, reached)
 
 
@@ -527,9 +527,9 @@ BAD_OPTIONS: dict[str, list[tuple[Any, type[Exception], tuple[str, ...]]]] = {
         (torch.tensor(1.0), TypeError, ("got Tensor", "finite number")),
     ],
     "group": [
-        ("world", NotImplementedError, ("got str", "wanted None", "not implemented")),
-        (0, NotImplementedError, ("got int", "wanted None")),
-        (False, NotImplementedError, ("got bool", "wanted None")),
+        ("world", TypeError, ("got str", "wanted a torch.distributed.ProcessGroup or None")),
+        (0, TypeError, ("got int", "or None")),
+        (False, TypeError, ("got bool", "or None")),
     ],
 }
 OPTIONS = {

@@ -1,0 +1,57 @@
+"""A batch spread over processes: who holds which of its rows, and how everyone gets to see all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Group(NamedTuple):
+    """The processes of a group, and the number of rows that each of them has."""
+
+    processes: ProcessGroup
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def start(self) -> int:
+        """Where this process's rows begin among all rows."""
+        return sum(self.sizes[: self.rank])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Everyone's rows (N, n) from this process's (B, n), in the order of ranks. Not differentiable.
+
+        One collective, whatever the rows: a process without any joins it, unless nobody has any.
+        """
+        largest = max(self.sizes)
+        if len(self.sizes) == 1 or largest == 0:
+            return rows
+        if len(rows) < largest:  # collectives take equal shapes
+            rows = torch.cat([rows, rows.new_zeros((largest - len(rows), rows.shape[1]))])
+        everyone = rows.new_empty((len(self.sizes) * largest, rows.shape[1]))
+        dist.all_gather_into_tensor(everyone, rows.contiguous(), group=self.processes)
+        if min(self.sizes) == largest:
+            return everyone
+        return torch.cat([x[:size] for x, size in zip(everyone.split(largest), self.sizes, strict=True)])
+
+
+def batch_sizes(processes: ProcessGroup, B: int, device: torch.device) -> tuple[int, ...]:
+    """The number of rows of every process of the group. The host waits for it."""
+    sizes = torch.empty(dist.get_world_size(processes), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.full((1,), B, dtype=torch.int64, device=device), group=processes)
+    return tuple(sizes.tolist())
+
+
+def summed(numbers: Sequence[Tensor], processes: ProcessGroup | None) -> list[Tensor]:
+    """Each of these float64 tensors, summed over the processes of a group. None: this process alone."""
+    if processes is None:
+        return list(numbers)
+    flat = torch.cat([x.reshape(-1) for x in numbers])
+    dist.all_reduce(flat, group=processes)
+    parts = flat.split([x.numel() for x in numbers])
+    return [part.view(x.shape) for part, x in zip(parts, numbers, strict=True)]

@@ -1,0 +1,154 @@
+"""Batches over several processes against one: values, gradients, DDP, compiled, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import distributed_worker as worker
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pmrl_kernels import PMRLLoss, backends, instance_contrastive_loss, pmrl_loss, uniformity
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or "native" not in backends.available, reason="needs torch.distributed and all backends"
+)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, list[Tensor]]:
+    """What one process finds, without a group."""
+    return worker.everything(slice(0, worker.B), 1, None, None)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    """What each process of a world of so many finds."""
+    out = tmp_path_factory.mktemp("world") / "found.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
+    done = subprocess.run(
+        [*command, str(HERE / "distributed_worker.py"), str(out)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[dict[str, list[Tensor]]] = torch.load(out)
+    return found
+
+
+def close(found: Tensor, expected: Tensor, eps: float = 1e-12) -> None:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=eps * max(scale, 1e-3))
+
+
+GRADIENTS = worker.K + 2  # of the embeddings and the two temperatures, for each output
+
+
+@pytest.mark.parametrize("case", [*worker.CASES, "float32"])
+def test_split_batches(world, single, case):
+    """The mean over processes is the value, and what DDP averages is the gradient."""
+    eps = 3e-6 if case == "float32" else 1e-12
+    parts, whole = [found[case] for found in world], single[case]
+    for i in range(3):
+        close(sum(x[i] for x in parts) / len(parts), whole[i], eps)
+    for first in range(3, len(whole), GRADIENTS):
+        for m in range(worker.K):
+            close(torch.cat([x[first + m] for x in parts]) / len(parts), whole[first + m], eps)
+        for t in (worker.K, worker.K + 1):
+            close(sum(x[first + t] for x in parts) / len(parts), whole[first + t], 10 * eps)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "raw"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_split_instance_contrast(world, single, backend, normalize):
+    name = f"instance-{backend}-{normalize}"
+    parts, (loss, x, tau) = [found[name] for found in world], single[name]
+    close(sum(p[0] for p in parts) / len(parts), loss)
+    close(torch.cat([p[1] for p in parts]) / len(parts), x)
+    close(sum(p[2] for p in parts) / len(parts), tau)
+
+
+def test_parameters_of_a_ddp_model(world, single):
+    """Everyone ends up with the single process's gradients, learnable temperatures included."""
+    for found in world:
+        for a, b in zip(found["model"][1:], single["model"][1:], strict=True):
+            close(a, b)
+    close(sum(found["model"][0] for found in world) / len(world), single["model"][0])
+
+
+@pytest.mark.parametrize("sizes", ["known", "asked"])
+def test_compiled(world, single, sizes):
+    """One graph where sizes are known; where processes have to ask, the graph breaks there."""
+    parts, whole = [found[f"compiled-{sizes}"] for found in world], single[f"compiled-{sizes}"]
+    close(sum(x[0] for x in parts) / len(parts), whole[0])
+    for m in range(worker.K):
+        close(torch.cat([x[1 + m] for x in parts]) / len(parts), whole[1 + m])
+
+
+@pytest.mark.parametrize("name", worker.DIAGNOSTICS)
+def test_diagnostics_of_everyone(world, single, name):
+    """The same number on every process."""
+    for found in world:
+        close(found[name][0], single[name][0])
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused, in one process
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_no_process_group_is_needed_for_one_process():
+    assert not dist.is_initialized()
+    assert dist.group.WORLD is None  # so passing it before there is one means this process alone
+    xs = torch.randn(4, 3, 5)
+    assert torch.equal(pmrl_loss(xs, group=dist.group.WORLD), pmrl_loss(xs))
+
+
+@pytest.mark.parametrize("bad", ["world", 0, object()])
+def test_other_things_are_no_group(bad):
+    x = torch.randn(4, 5)
+    for call in (
+        lambda: pmrl_loss(x, x, group=bad),
+        lambda: instance_contrastive_loss(x, group=bad),
+        lambda: PMRLLoss(group=bad),
+        lambda: uniformity(x, group=bad),
+    ):
+        with pytest.raises(TypeError, match=r"^group: got .*, wanted a torch\.distributed\.ProcessGroup or None"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ([5], ValueError, r"local_sizes\[0\]: got 5, wanted 4"),
+        ([4, 4], ValueError, r"local_sizes: got 2 numbers, wanted 1"),
+        ([4.0], TypeError, r"local_sizes: got \[4\.0\], wanted a list of 1 numbers"),
+        (4, TypeError, r"local_sizes: got 4, wanted a list"),
+        ([-4], TypeError, r"local_sizes: got \[-4\]"),
+    ],
+)
+def test_wrong_sizes(group, sizes, error, message):
+    with pytest.raises(error, match=message):
+        pmrl_loss(torch.randn(4, 3, 5), group=group, local_sizes=sizes)
+
+
+def test_sizes_without_a_group():
+    with pytest.raises(ValueError, match=r"local_sizes: got \[4\], wanted None where there is no group"):
+        pmrl_loss(torch.randn(4, 3, 5), local_sizes=[4])
+
+
+def test_the_module_takes_sizes(group):
+    xs = torch.randn(4, 3, 5)
+    assert torch.equal(PMRLLoss(group=group)(xs, local_sizes=[4]), PMRLLoss(group=group)(xs))
