@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# The name that torch 2.13 prefers; it warns of the other, which is all that torch 2.10 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Group(NamedTuple):
     """The processes of a group, and the number of rows that each of them has."""
@@ -34,7 +37,7 @@ class Group(NamedTuple):
         if len(rows) < largest:  # collectives take equal shapes
             rows = torch.cat([rows, rows.new_zeros((largest - len(rows), rows.shape[1]))])
         everyone = rows.new_empty((len(self.sizes) * largest, rows.shape[1]))
-        dist.all_gather_into_tensor(everyone, rows.contiguous(), group=self.processes)
+        _all_gather(everyone, rows.contiguous(), group=self.processes)
         if min(self.sizes) == largest:
             return everyone
         return torch.cat([x[:size] for x, size in zip(everyone.split(largest), self.sizes, strict=True)])
@@ -43,7 +46,7 @@ class Group(NamedTuple):
 def batch_sizes(processes: ProcessGroup, B: int, device: torch.device) -> tuple[int, ...]:
     """The number of rows of every process of the group. The host waits for it."""
     sizes = torch.empty(dist.get_world_size(processes), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.full((1,), B, dtype=torch.int64, device=device), group=processes)
+    _all_gather(sizes, torch.full((1,), B, dtype=torch.int64, device=device), group=processes)
     return tuple(sizes.tolist())
 
 

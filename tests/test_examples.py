@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -161,3 +162,71 @@ def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
     assert recipes.largest_error() < 1e-9
     assert recipes.saturation_cosine(4, 0.05) == pytest.approx(0.159, abs=1e-3)
     assert recipes.saturation_cosine(4, 1.0) is None
+
+
+# ------------------------------------------------------------------------------------------------
+# examples/train_ddp.py
+# ------------------------------------------------------------------------------------------------
+
+SMALL = ["--batch", "21", "--save-every", "3"]
+
+
+def ddp(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+    ]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples/train_ddp.py"), *SMALL, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "FutureWarning" not in done.stderr
+    return done
+
+
+def same(a: object, b: object) -> bool:
+    """Two checkpoints, to the bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(ordinary_memory, tmp_path, capsys):
+    main = load("examples/train_ddp.py").main
+    whole, halves = tmp_path / "whole.pt", tmp_path / "halves.pt"
+    expected = main([*SMALL, "--steps", "8", "--checkpoint", str(whole)])
+    assert len(main([*SMALL, "--steps", "5", "--checkpoint", str(halves)])["loss"]) == 5
+    assert main([*SMALL, "--steps", "8", "--checkpoint", str(halves)]) == expected
+    assert len(expected["loss"]) == 8
+    assert expected["loss"][-1] < expected["loss"][0]
+    assert same(torch.load(whole), torch.load(halves))
+    assert "in 8 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
+    """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""
+    alone = load("examples/train_ddp.py").main([*SMALL, "--steps", "6", "--contrast", contrast])
+    whole, halves = str(tmp_path / "whole.pt"), str(tmp_path / "halves.pt")
+    done = ddp(2, "--steps", "6", "--contrast", contrast, "--checkpoint", whole)
+    assert done.stderr.count("0/6 [00:00<?, ?it/s]") == 1
+    assert torch.load(whole)["history"] == pytest.approx(alone["loss"], rel=1e-4)
+    if contrast == "modality":
+        ddp(2, "--steps", "3", "--checkpoint", halves)
+        ddp(2, "--steps", "6", "--checkpoint", halves)
+        assert same(torch.load(whole), torch.load(halves))
+
+
+def test_processes_compiled_under_autocast(ordinary_memory, tmp_path):
+    """More processes than rows would divide by, compiled without Inductor, which would take its time."""
+    plain, compiled = str(tmp_path / "plain.pt"), str(tmp_path / "compiled.pt")
+    ddp(3, "--steps", "3", "--checkpoint", plain)
+    ddp(3, "--steps", "3", "--checkpoint", compiled, "--compile", "aot_eager", "--autocast")
+    assert torch.load(compiled)["history"] == pytest.approx(torch.load(plain)["history"], rel=0.03)
