@@ -9,6 +9,7 @@
 #   make resources what the Triton kernels take on seven architectures, compiled anew, to tests/data
 #   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
+#   make bench-contrast   the contrasts and the whole objective beside their matrix products
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
 VENV   := .venv
@@ -21,7 +22,7 @@ BUILT  := $(VENV)/built
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
 
-.PHONY: demo test test-all build wheel sanitize resources gpu-check bench bench-record lint format clean
+.PHONY: demo test test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -65,6 +66,9 @@ gpu-check:
 
 bench: $(BUILT)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-contrast: $(BUILT)
+	$(BIN)/python benchmarks/contrast.py $(ARGS)
 
 bench-record: $(BUILT)
 	$(BIN)/python -m pytest benchmarks/test_record.py --benchmark-autosave $(ARGS)

@@ -173,3 +173,33 @@ def test_records_of_single_calls(tmp_path):
     done = subprocess.run([*command, str(FOLDER / "test_record.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout or "2 skipped" in done.stdout
+
+
+@pytest.mark.skipif("native" not in backends.available, reason="the native contrasts are what it measures")
+def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsys):
+    """Every section once, at toy sizes: its rows, their baselines, and what is written."""
+    import contrast
+
+    cases = benchmark_modules.cases
+    monkeypatch.setattr(contrast, "INSTANCES", ((64, 16),))
+    monkeypatch.setattr(contrast, "MODALITIES", (cases.Case(64, 16, 3),))
+    monkeypatch.setattr(contrast, "OBJECTIVE", cases.Case(64, 16, 3))
+    monkeypatch.setattr(contrast, "LARGE", (512, 64))
+    monkeypatch.setattr(contrast, "SECONDS", 0.1)
+    results = contrast.main(["--force", "--output", str(tmp_path)])
+    sections = [row["section"] for row in results["time"]]
+    assert set(sections) == {"instance", "instance, one of two processes", "modality", "objective"}
+    assert all(row["of_floor"] > 0 and row["ms"] > 0 for row in results["time"])
+    assert sum(row["call"] == row["floor"] for row in results["time"]) == 4
+    assert 0 < results["memory_MiB"] < 64
+    assert all(row["loss"] < 1e-4 for row in results["accuracy"] if row["call"] == "native")
+    assert json.loads((tmp_path / "contrast.json").read_text())["time"] == results["time"]
+    assert "memory at B = 512" in capsys.readouterr().out
+
+
+def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypatch):
+    import contrast
+
+    monkeypatch.setattr(contrast, "by_eigh", lambda xs: contrast.by_svd(xs) * 1.001)
+    with pytest.raises(SystemExit, match=r"by_eigh is 1\.0e-03 from float64"):
+        contrast.gate()

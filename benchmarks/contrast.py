@@ -1,0 +1,312 @@
+"""The contrasts and the whole objective on a CPU, forward + backward, beside the matrix products they are made of.
+
+    python benchmarks/contrast.py            # three minutes on two idle cores; prints, and writes results/contrast.json
+    python benchmarks/contrast.py --force    # on a busy machine, which the results then say
+
+A product of B x B similarities counts as one, in float32. As in bench.py, contenders take turns in one process, medians
+are reported, and nothing is timed that does not agree with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench
+import formulations
+import measure
+import peak_memory
+import torch
+from cases import Case, embeddings
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from tqdm import tqdm
+
+from pmrl_kernels import backends, instance_contrastive_loss, pmrl_loss
+
+TAU, CONTRAST_TAU = 0.05, 0.1
+INSTANCES = ((1024, 512), (1024, 128), (4096, 512), (4096, 128))
+MODALITIES = (Case(1024, 512, 4), Case(4096, 128, 6))
+OBJECTIVE = Case(1024, 512, 4)
+LARGE = (16384, 512)  # where memory is measured
+TEMPERATURES = (0.02, 0.05, 0.1)
+SECONDS = 8.0  # for each shape
+
+Call = Callable[[], object]
+Row = dict[str, Any]
+
+
+def unit_rows(B: int, d: int, seed: int = 0) -> Tensor:
+    return normalize(torch.randn(B, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def plain_contrast(x: Tensor, tau: float = CONTRAST_TAU) -> Tensor:
+    """The instance term in plain PyTorch."""
+    u = normalize(x, dim=1)
+    return cross_entropy(u @ u.T / tau, torch.arange(len(u)))
+
+
+def all_pairs(xs: Sequence[Tensor]) -> Tensor:
+    """InfoNCE over all pairs of modalities, both ways, in plain PyTorch."""
+    zs, everyone = [normalize(x, dim=1) for x in xs], torch.arange(len(xs[0]))
+    total = xs[0].new_zeros(())
+    for m in range(len(zs)):
+        for n in range(m):
+            s = zs[m] @ zs[n].T / CONTRAST_TAU
+            total = total + cross_entropy(s, everyone) + cross_entropy(s.T, everyone)
+    return total
+
+
+def by_svd(xs: Sequence[Tensor]) -> Tensor:
+    """PMRL's objective by a reduced SVD."""
+    Z = torch.stack([normalize(x, dim=1) for x in xs], 2)
+    U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
+    u = U[:, :, 0] * Vh[:, 0].sum(1).sign()[:, None]
+    everyone = torch.arange(len(u))
+    return cross_entropy(sigma / TAU, torch.zeros_like(everyone)) + cross_entropy(u @ u.T / CONTRAST_TAU, everyone)
+
+
+def by_eigh(xs: Sequence[Tensor]) -> Tensor:
+    """The same through the Gram matrix, differentiated by autograd."""
+    Z = torch.stack([normalize(x, dim=1) for x in xs], 1)
+    eigenvalues, V = torch.linalg.eigh(Z @ Z.mT)
+    sigma, v = eigenvalues.flip(1).clamp_min(1e-12).sqrt(), V[:, :, -1]
+    v = v * v.sum(1, keepdim=True).sign()
+    u = (v[:, None] @ Z)[:, 0] / sigma[:, :1]
+    everyone = torch.arange(len(u))
+    return cross_entropy(sigma / TAU, torch.zeros_like(everyone)) + cross_entropy(u @ u.T / CONTRAST_TAU, everyone)
+
+
+def ours(xs: Sequence[Tensor], backend: str, contrast: str = "leading") -> Tensor:
+    return pmrl_loss(xs, temperature=TAU, instance_temperature=CONTRAST_TAU, contrast=contrast, backend=backend)
+
+
+def step(loss: Callable[[Any], Tensor], inputs: Any) -> Call:
+    leaves = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    return lambda: torch.autograd.grad(loss(inputs), leaves)
+
+
+def operators_step(u: Tensor, columns: Tensor | None = None) -> Call:
+    """The instance term alone, on vectors that are given: no normalisation, no autograd."""
+    ops, one = backends.available["native"].operators, torch.ones(())
+    every = None if columns is None else ops.instance_forward(columns, None, 0, None, CONTRAST_TAU)[1]
+
+    def call() -> object:
+        _, losses, state = ops.instance_forward(u, columns, 0, None, CONTRAST_TAU)
+        losses = losses if every is None else every
+        return ops.instance_backward(u, columns, 0, None, CONTRAST_TAU, losses, state, one)
+
+    return call
+
+
+def products(rows: Tensor, columns: Tensor, count: int) -> Call:
+    """So many matrix products as a contrast makes: S = R Cᵀ, and S C or Sᵀ R."""
+    S, R, C = rows @ columns.T, torch.empty_like(rows), torch.empty_like(columns)
+    kinds: list[Call] = [
+        lambda: torch.mm(rows, columns.T, out=S),
+        lambda: torch.mm(S, columns, out=R),
+        lambda: torch.mm(S.T, rows, out=C),
+    ]
+    order = [kinds[i % 2] if count < 3 else kinds[i % 3] for i in range(count)]
+    return lambda: [kind() for kind in order]
+
+
+# ------------------------------------------------------------------------------------------------
+# Sections
+# ------------------------------------------------------------------------------------------------
+
+
+def gate() -> None:
+    """Leaves the process if a loss that will be timed is not that of float64."""
+    xs = embeddings(Case(300, 64, 3))
+    wide = [x.detach().double() for x in xs]
+    for name, loss, exact in (
+        ("pmrl_loss", functools.partial(ours, backend="native"), by_svd(wide)),
+        (
+            "modality",
+            functools.partial(ours, backend="native", contrast="modality"),
+            ours(wide, "reference", "modality"),
+        ),
+        (
+            "instance",
+            lambda xs: instance_contrastive_loss(xs[0], CONTRAST_TAU, backend="native"),
+            plain_contrast(wide[0]),
+        ),
+        ("by_eigh", by_eigh, by_svd(wide)),
+    ):
+        error = float((loss(xs).detach().double() - exact).abs() / exact.abs())
+        if not error < 1e-4:
+            sys.exit(f"{name} is {error:.1e} from float64. No time of a wrong result is printed.")
+
+
+def timed(section: str, size: dict[str, int], calls: dict[str, Call], floor: str, seconds: float) -> list[Row]:
+    """One row for each call: its median, and that over the floor's."""
+    found = measure.interleaved(calls, seconds)
+    base = found[floor].median_ms
+    return [
+        {"section": section, **size, "call": name, "ms": t.median_ms, "of_floor": t.median_ms / base, "floor": floor}
+        for name, t in found.items()
+    ]
+
+
+def instance_rows(B: int, d: int, seconds: float) -> list[Row]:
+    u, x = unit_rows(B, d), torch.randn(B, d, requires_grad=True)
+    whole: dict[str, Call] = {
+        "2 products": products(u, u, 2),
+        "operators": operators_step(u),
+        "instance_contrastive_loss": step(
+            lambda x: instance_contrastive_loss(x, CONTRAST_TAU, backend="native"), x
+        ),
+        "F.cross_entropy": step(plain_contrast, x),
+    }  # fmt: skip
+    own = u[: B // 2]
+    share: dict[str, Call] = {"3 products": products(own, u, 3), "operators": operators_step(own, u)}
+    size = {"B": B, "d": d, "k": 1}
+    return [
+        *timed("instance", size, whole, "2 products", seconds),
+        *timed("instance, one of two processes", size, share, "3 products", seconds / 2),
+    ]
+
+
+def modality_rows(case: Case, seconds: float) -> list[Row]:
+    xs, u = embeddings(case), unit_rows(case.B, case.d)
+    kept = case.k * case.B**2 <= 1 << 22
+    needed = (3 if kept else 4) * case.k  # similarities that are not kept are formed twice
+    calls: dict[str, Call] = {
+        f"{3 * case.k} products": products(u, u, 3 * case.k),
+        "pmrl_loss": step(functools.partial(ours, backend="native", contrast="modality"), xs),
+        "InfoNCE over all pairs": step(all_pairs, xs),
+    }
+    rows = timed("modality", case._asdict() | {"made": needed}, calls, f"{3 * case.k} products", seconds)
+    for row in rows:
+        del row["device"]
+    return rows
+
+
+def objective_rows(case: Case, seconds: float) -> list[Row]:
+    xs, u = embeddings(case), unit_rows(case.B, case.d)
+    two = products(u, u, 2)
+
+    def floor() -> None:
+        formulations.floor(xs)
+        two()
+
+    calls: dict[str, Call] = {
+        "floor + 2 products": floor,
+        "native": step(functools.partial(ours, backend="native"), xs),
+        "reference": step(functools.partial(ours, backend="reference"), xs),
+        "Gram + eigh": step(by_eigh, xs),
+        "reduced SVD": step(by_svd, xs),
+    }
+    return timed("objective", {"B": case.B, "d": case.d, "k": case.k}, calls, "floor + 2 products", seconds)
+
+
+def accuracy_rows() -> list[Row]:
+    """Relative errors of float32 beside float64, of rows in clusters, where losses depend on rounding most."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(64, 512, generator=generator, dtype=torch.float64)
+    rows = []
+    for noise in (0.1, 1.0):
+        wide = (centres.repeat(8, 1) + noise * torch.randn(512, 512, generator=generator, dtype=torch.float64)).float()
+        for tau in TEMPERATURES:
+            x = wide.double().requires_grad_()
+            exact = plain_contrast(x, tau)
+            (gradient,) = torch.autograd.grad(exact, x)
+            for name, loss in (
+                ("native", lambda x, tau: instance_contrastive_loss(x, tau, backend="native")),
+                ("F.cross_entropy", plain_contrast),
+            ):
+                y = wide.clone().requires_grad_()
+                found = loss(y, tau)
+                (grad,) = torch.autograd.grad(found, y)
+                rows.append({
+                    "noise": noise, "tau": tau, "call": name, "exact": float(exact),
+                    "loss": float((found.double() - exact).abs() / exact),
+                    "gradient": float((grad.double() - gradient).norm() / gradient.norm()),
+                })  # fmt: skip
+    return rows
+
+
+def memory(B: int, d: int) -> float:
+    """MiB that the instance term takes beyond its rows at the peak of forward + backward, in a fresh process."""
+    result = subprocess.run(
+        [sys.executable, __file__, "--memory", str(B), str(d)], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout.strip().splitlines()[-1])
+
+
+def measure_memory(B: int, d: int) -> None:
+    ctypes.CDLL(None).mallopt(peak_memory.M_MMAP_THRESHOLD, 1 << 16)
+    u = unit_rows(B, d)
+    operators_step(unit_rows(8, 16))()
+    call = operators_step(u)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory.kibibytes("VmRSS")
+    call()
+    print((peak_memory.kibibytes("VmHWM") - before) / 1024)
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = [json.dumps(results["conditions"]), ""]
+    for row in results["time"]:
+        size = f"({row['B']}, {row['d']}, {row['k']})"
+        times = f"{row['ms']:9.3f} ms  {row['of_floor']:6.2f} x {row['floor']}"
+        lines.append(f"{row['section']:32} {size:16} {row['call']:28} {times}")
+    B, d = LARGE
+    lines.append(
+        f"\nmemory at B = {B}, d = {d}: {results['memory_MiB']:.0f} MiB, rows are {B * d * 4 / 2**20:.0f} MiB\n"
+    )
+    for row in results["accuracy"]:
+        lines.append(
+            f"noise {row['noise']}, tau {row['tau']}: {row['call']:16} loss {row['exact']:.3g} "
+            f"error {row['loss']:.1e}, gradient error {row['gradient']:.1e}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time")
+    parser.add_argument("--output", type=Path, default=bench.RESULTS)
+    parser.add_argument("--memory", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.memory:
+        measure_memory(*options.memory)
+        return {}
+    threads, load = torch.get_num_threads(), measure.load_average()
+    reasons = measure.busy(threads)
+    if reasons and not options.force:
+        sys.exit("This machine is busy: " + "; ".join(reasons) + ". --force measures all the same.")
+    gate()
+    seconds = SECONDS / (10 if options.quick else 1)
+    jobs = [
+        *(functools.partial(instance_rows, B, d) for B, d in INSTANCES),
+        *(functools.partial(modality_rows, case) for case in MODALITIES),
+        functools.partial(objective_rows, OBJECTIVE),
+    ]
+    rows = [row for job in tqdm(jobs, desc="shapes") for row in job(seconds)]
+    results = {
+        "conditions": measure.conditions(threads, reasons, load),
+        "time": rows,
+        "memory_MiB": memory(*LARGE),
+        "accuracy": accuracy_rows(),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "contrast.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(report(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
