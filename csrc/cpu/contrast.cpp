@@ -221,6 +221,11 @@ struct Contrast {
     if (!saved) scratch = buffer(largest(all));
     row_losses.assign(a.n, 0.0);
     Element* const end = saved ? saved + room : nullptr;
+    if (saved) {
+      int64_t size = 0;
+      for (const Tile& t : all) size += t.rows * t.stride;
+      STD_TORCH_CHECK(size <= room, "pmrl_kernels: no room for ", size, " similarities");
+    }
     for (const Tile& t : all) {
       Element* s = saved ? saved : static_cast<Element*>(scratch->mutable_data_ptr());
       if (saved) saved += t.rows * t.stride;
