@@ -11,6 +11,7 @@ there are. Features are synthetic: every modality is a nonlinear view of one lat
 """
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: functions in it take that as a default, for good
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -167,6 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"alignment_score {results['alignment_score']:.3f}, uniformity {results['uniformity']:.3f}")
     finally:
         if dist.is_initialized():
+            # Gloo's threads end with the last reference to the group, and abort the process if they meet the end of
+            # the interpreter: compiled code refers to it, and so do cycles.
+            torch.compiler.reset()
+            gc.collect()
             dist.destroy_process_group()
     return results
 

@@ -8,11 +8,13 @@ batch are made from a seed, so that the test can compute the same with one proce
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # as in examples/train_ddp.py, like the end of main()
 from torch import Tensor
 
 from pmrl_kernels import PMRLLoss, alignment_score, effective_rank, instance_contrastive_loss, pmrl_loss, uniformity
@@ -144,6 +146,8 @@ def main() -> None:
     dist.all_gather_object(gathered, found)
     if rank == 0:
         torch.save(gathered, sys.argv[1])
+    torch.compiler.reset()
+    gc.collect()
     dist.destroy_process_group()
 
 

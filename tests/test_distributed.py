@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +53,13 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def close(found: Tensor, expected: Tensor, eps: float = 1e-12) -> None:
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(found, expected, rtol=0, atol=eps * max(scale, 1e-3))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 GRADIENTS = worker.K + 2  # of the embeddings and the two temperatures, for each output
@@ -159,3 +168,39 @@ def test_sizes_without_a_group():
 def test_the_module_takes_sizes(group):
     xs = torch.randn(4, 3, 5)
     assert torch.equal(PMRLLoss(group=group)(xs, local_sizes=[4]), PMRLLoss(group=group)(xs))
+
+
+# Runs a script as torchrun would, and sees whether its process group, with the threads it has, outlives it.
+LEFT_OVER = """
+import gc, runpy, sys, weakref
+import torch.distributed as dist
+destroy, groups = dist.destroy_process_group, []
+def watch():
+    groups.append(weakref.ref(dist.group.WORLD))
+    destroy()
+dist.destroy_process_group = watch
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert [group() for group in groups] == [None], [gc.get_referrers(group()) for group in groups]
+"""
+SCRIPTS = {
+    "example": ["examples/train_ddp.py", "--steps", "3", "--batch", "21"],
+    "compiled": ["examples/train_ddp.py", "--steps", "3", "--batch", "21", "--compile", "aot_eager"],
+    "worker": ["tests/distributed_worker.py", "/dev/null"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_keeps_the_process_group(script):
+    """A group that lives until the interpreter ends has threads that want it then, which aborts the process."""
+    path, *arguments = SCRIPTS[script]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OVER, str(HERE.parent / path), *arguments],
+        env={**os.environ, **rank, **where},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
