@@ -23,11 +23,12 @@ from typing import Any
 import bench
 import formulations
 import measure
+import objectives
 import peak_memory
 import torch
 from cases import Case, embeddings
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from pmrl_kernels import backends, instance_contrastive_loss, pmrl_loss
@@ -40,49 +41,20 @@ LARGE = (16384, 512)  # where memory is measured
 TEMPERATURES = (0.02, 0.05, 0.1)
 SECONDS = 8.0  # for each shape
 
+TAUS = {"temperature": TAU, "tau": CONTRAST_TAU}
+RIVALS: dict[str, Callable[..., Tensor]] = {
+    "torch k-space, compiled": objectives.k_space_compiled,
+    "torch k-space": objectives.k_space,
+    "Gram + eigh": objectives.gram_eigh,
+    "reduced SVD": objectives.reduced_svd,
+}
+
 Call = Callable[[], object]
 Row = dict[str, Any]
 
 
 def unit_rows(B: int, d: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(B, d, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def plain_contrast(x: Tensor, tau: float = CONTRAST_TAU) -> Tensor:
-    """The instance term in plain PyTorch."""
-    u = normalize(x, dim=1)
-    return cross_entropy(u @ u.T / tau, torch.arange(len(u)))
-
-
-def all_pairs(xs: Sequence[Tensor]) -> Tensor:
-    """InfoNCE over all pairs of modalities, both ways, in plain PyTorch."""
-    zs, everyone = [normalize(x, dim=1) for x in xs], torch.arange(len(xs[0]))
-    total = xs[0].new_zeros(())
-    for m in range(len(zs)):
-        for n in range(m):
-            s = zs[m] @ zs[n].T / CONTRAST_TAU
-            total = total + cross_entropy(s, everyone) + cross_entropy(s.T, everyone)
-    return total
-
-
-def by_svd(xs: Sequence[Tensor]) -> Tensor:
-    """PMRL's objective by a reduced SVD."""
-    Z = torch.stack([normalize(x, dim=1) for x in xs], 2)
-    U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
-    u = U[:, :, 0] * Vh[:, 0].sum(1).sign()[:, None]
-    everyone = torch.arange(len(u))
-    return cross_entropy(sigma / TAU, torch.zeros_like(everyone)) + cross_entropy(u @ u.T / CONTRAST_TAU, everyone)
-
-
-def by_eigh(xs: Sequence[Tensor]) -> Tensor:
-    """The same through the Gram matrix, differentiated by autograd."""
-    Z = torch.stack([normalize(x, dim=1) for x in xs], 1)
-    eigenvalues, V = torch.linalg.eigh(Z @ Z.mT)
-    sigma, v = eigenvalues.flip(1).clamp_min(1e-12).sqrt(), V[:, :, -1]
-    v = v * v.sum(1, keepdim=True).sign()
-    u = (v[:, None] @ Z)[:, 0] / sigma[:, :1]
-    everyone = torch.arange(len(u))
-    return cross_entropy(sigma / TAU, torch.zeros_like(everyone)) + cross_entropy(u @ u.T / CONTRAST_TAU, everyone)
 
 
 def ours(xs: Sequence[Tensor], backend: str, contrast: str = "leading") -> Tensor:
@@ -125,25 +97,32 @@ def products(rows: Tensor, columns: Tensor, count: int) -> Call:
 
 
 def gate() -> None:
-    """Leaves the process if a loss that will be timed is not that of float64."""
+    """Leaves the process if a loss that will be timed, or its gradient, is not that of float64."""
     xs = embeddings(Case(300, 64, 3))
-    wide = [x.detach().double() for x in xs]
-    for name, loss, exact in (
-        ("pmrl_loss", functools.partial(ours, backend="native"), by_svd(wide)),
-        (
-            "modality",
-            functools.partial(ours, backend="native", contrast="modality"),
-            ours(wide, "reference", "modality"),
-        ),
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    exact = functools.partial(objectives.reduced_svd, **TAUS)
+    checks: list[tuple[str, Call, Call]] = [
+        ("pmrl_loss", lambda: ours(xs, "native"), lambda: exact(wide)),
+        ("modality", lambda: ours(xs, "native", "modality"), lambda: ours(wide, "reference", "modality")),
         (
             "instance",
-            lambda xs: instance_contrastive_loss(xs[0], CONTRAST_TAU, backend="native"),
-            plain_contrast(wide[0]),
+            lambda: instance_contrastive_loss(xs[0], CONTRAST_TAU, backend="native"),
+            lambda: objectives.instance_contrast(wide[0], CONTRAST_TAU),
         ),
-        ("by_eigh", by_eigh, by_svd(wide)),
-    ):
-        error = float((loss(xs).detach().double() - exact).abs() / exact.abs())
-        if not error < 1e-4:
+        *((name, functools.partial(f, xs, **TAUS), lambda: exact(wide)) for name, f in RIVALS.items()),
+    ]
+    for name, loss, truth in checks:
+        found, expected = loss(), truth()
+        errors = [
+            ((a.double() - b).norm() / b.norm()).item()
+            for a, b in zip(
+                (found.detach(), *torch.autograd.grad(found, xs, materialize_grads=True)),
+                (expected.detach(), *torch.autograd.grad(expected, wide, materialize_grads=True)),
+                strict=True,
+            )
+        ]
+        error = max(errors)
+        if not error < 1e-3:
             sys.exit(f"{name} is {error:.1e} from float64. No time of a wrong result is printed.")
 
 
@@ -165,7 +144,7 @@ def instance_rows(B: int, d: int, seconds: float) -> list[Row]:
         "instance_contrastive_loss": step(
             lambda x: instance_contrastive_loss(x, CONTRAST_TAU, backend="native"), x
         ),
-        "F.cross_entropy": step(plain_contrast, x),
+        "F.cross_entropy": step(functools.partial(objectives.instance_contrast, tau=CONTRAST_TAU), x),
     }  # fmt: skip
     own = u[: B // 2]
     share: dict[str, Call] = {"3 products": products(own, u, 3), "operators": operators_step(own, u)}
@@ -184,7 +163,7 @@ def modality_rows(case: Case, seconds: float) -> list[Row]:
         calls[f"{4 * k} products"] = products(u, u, 4 * k)
     calls |= {
         "pmrl_loss": step(functools.partial(ours, backend="native", contrast="modality"), xs),
-        "InfoNCE over all pairs": step(all_pairs, xs),
+        "InfoNCE over all pairs": step(functools.partial(objectives.all_pairs, tau=CONTRAST_TAU), xs),
     }
     return timed("modality", {"B": case.B, "d": case.d, "k": k}, calls, f"{3 * k} products", seconds)
 
@@ -201,8 +180,7 @@ def objective_rows(case: Case, seconds: float) -> list[Row]:
         "floor + 2 products": floor,
         "native": step(functools.partial(ours, backend="native"), xs),
         "reference": step(functools.partial(ours, backend="reference"), xs),
-        "Gram + eigh": step(by_eigh, xs),
-        "reduced SVD": step(by_svd, xs),
+        **{name: step(functools.partial(f, **TAUS), xs) for name, f in RIVALS.items()},
     }
     return timed("objective", {"B": case.B, "d": case.d, "k": case.k}, calls, "floor + 2 products", seconds)
 
@@ -216,11 +194,11 @@ def accuracy_rows() -> list[Row]:
         wide = (centres.repeat(8, 1) + noise * torch.randn(512, 512, generator=generator, dtype=torch.float64)).float()
         for tau in TEMPERATURES:
             x = wide.double().requires_grad_()
-            exact = plain_contrast(x, tau)
+            exact = objectives.instance_contrast(x, tau)
             (gradient,) = torch.autograd.grad(exact, x)
             for name, loss in (
                 ("native", lambda x, tau: instance_contrastive_loss(x, tau, backend="native")),
-                ("F.cross_entropy", plain_contrast),
+                ("F.cross_entropy", objectives.instance_contrast),
             ):
                 y = wide.clone().requires_grad_()
                 found = loss(y, tau)

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,23 +87,38 @@ def gram_eigh(embeddings: Sequence[Tensor], temperature: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def coefficients(gram: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The mean loss, and C with dX = C X for the sum of the batch's losses.
+class Spectrum(NamedTuple):
+    """Of the Gram G of normalised embeddings, eigenvalues ascending. Also in objectives.py."""
 
-    M = V diag(g_j/σ_j) Vᵀ, C = D (M − diag(G M)) D with D = diag(1/‖x_m‖), G of the normalised embeddings.
-    """
+    loss: Tensor  # (): the mean over the batch
+    gram: Tensor  # (B, k, k)
+    inverse: Tensor  # (B, k): 1/‖x_m‖
+    sigma: Tensor  # (B, k)
+    V: Tensor  # (B, k, k): eigenvectors in columns
+    slopes: Tensor  # (B, k): ∂loss/∂σ_j / σ_j for the sum of the batch's losses
+
+
+def spectrum(gram: Tensor, temperature: float) -> Spectrum:
     inverse = gram.diagonal(dim1=1, dim2=2).rsqrt()
     gram = gram * inverse[:, :, None] * inverse[:, None, :]
-    eigenvalues, V = torch.linalg.eigh(gram)  # ascending
+    eigenvalues, V = torch.linalg.eigh(gram)
     sigma = eigenvalues.clamp_min(0).sqrt()
     weights = torch.exp((sigma[:, :-1] - sigma[:, -1:]) / temperature)
     total = weights.sum(1, keepdim=True)
     others = weights / (temperature * (1 + total))
     slopes = torch.cat((others, -others.sum(1, keepdim=True)), 1)
     slopes = torch.where(sigma > EPS32 * sigma[:, -1:], slopes / sigma, 0.0)
-    M = torch.bmm(V * slopes[:, None, :], V.mT)
-    C = M - torch.diag_embed((gram * M).sum(2))
-    return torch.log1p(total).mean(), C * inverse[:, :, None] * inverse[:, None, :]
+    return Spectrum(torch.log1p(total).mean(), gram, inverse, sigma, V, slopes)
+
+
+def coefficients(found: Spectrum) -> Tensor:
+    """C (B, k, k) with dX = C X for the sum of the batch's losses.
+
+    M = V diag(g_j/σ_j) Vᵀ, C = D (M − diag(G M)) D with D = diag(1/‖x_m‖), G of the normalised embeddings.
+    """
+    M = torch.bmm(found.V * found.slopes[:, None, :], found.V.mT)
+    C = M - torch.diag_embed((found.gram * M).sum(2))
+    return C * found.inverse[:, :, None] * found.inverse[:, None, :]
 
 
 class EagerAlignment(Function):
@@ -112,9 +127,9 @@ class EagerAlignment(Function):
     @staticmethod
     def forward(ctx: Any, temperature: float, *embeddings: Tensor) -> Tensor:
         X = torch.stack(embeddings, 1)
-        loss, C = coefficients(torch.bmm(X, X.mT), temperature)
-        ctx.save_for_backward(X, C)
-        return loss
+        found = spectrum(torch.bmm(X, X.mT), temperature)
+        ctx.save_for_backward(X, coefficients(found))
+        return found.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -148,9 +163,9 @@ class FusedAlignment(Function):
     def forward(ctx: Any, temperature: float, *embeddings: Tensor) -> Tensor:
         k, dots = len(embeddings), products(embeddings)
         gram = torch.stack([dots[min(i, j), max(i, j)] for i in range(k) for j in range(k)], 1).view(-1, k, k)
-        loss, C = coefficients(gram, temperature)
-        ctx.save_for_backward(C, *embeddings)
-        return loss
+        found = spectrum(gram, temperature)
+        ctx.save_for_backward(coefficients(found), *embeddings)
+        return found.loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

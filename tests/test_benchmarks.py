@@ -200,6 +200,7 @@ def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsy
 def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypatch):
     import contrast
 
-    monkeypatch.setattr(contrast, "by_eigh", lambda xs: contrast.by_svd(xs) * 1.001)
-    with pytest.raises(SystemExit, match=r"by_eigh is 1\.0e-03 from float64"):
+    wrong = {"wrong": lambda xs, **taus: contrast.objectives.reduced_svd(xs, **taus) * 1.01}
+    monkeypatch.setattr(contrast, "RIVALS", wrong)
+    with pytest.raises(SystemExit, match=r"wrong is 1\.0e-02 from float64"):
         contrast.gate()
