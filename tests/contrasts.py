@@ -37,7 +37,7 @@ def samples(ops: Any) -> dict[str, Callable[[], Iterator[tuple[Any, ...]]]]:
         for sample in instance():
             loss, losses, state = ops.instance_forward(*sample)
             if sample[1] is not None:
-                losses = torch.ones_like(sample[1][:, 0])
+                losses = losses.new_ones(sample[1].shape[:1])
             yield *sample, losses, state, torch.ones_like(loss)
 
     def modality() -> Iterator[tuple[Any, ...]]:

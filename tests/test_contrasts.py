@@ -169,7 +169,7 @@ def test_modalities(backend, B, d, masked, dtype, tau):
     assert_near(sum(x[2] for x in back), -3 * expected.grads[-1], dtype, tau)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4, 1e5, 1e7, 1e9, 1e15, 1e25])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 def test_embeddings_of_other_norms(backend, dtype, scale):
     """As with ``normalize=False``: exponentials of raw similarities are out of range, their differences are not."""
@@ -181,6 +181,36 @@ def test_embeddings_of_other_norms(backend, dtype, scale):
     H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
     for a, b in zip((loss, *H, h), (expected.loss, *expected.grads[:-1]), strict=True):
         assert_near(a, b, dtype, 0.1 / max(1.0, scale))
+
+
+@pytest.mark.parametrize("tau", [1.0, 1e-4])
+@pytest.mark.parametrize("scale", [1e5, 1e9, 1e16])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize(("B", "d"), [(130, 7), (1500, 3)])
+def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
+    """The most similar other vector gets all the weight, though the loss in the state is rounded by more than 1/τ.
+
+    Rows of several processes see the same weights as those of one.
+    """
+    ops = operators(backend)
+    near = {"rtol": 1e-2, "atol": 1e-4 / (tau * B)}
+    x, _, _ = case(1, B, d, FLOAT64)
+    x = [(x[0] * torch.linspace(0.5, 1.0, B, dtype=FLOAT64)[:, None] * scale).to(dtype)]
+    arguments = (None, [], None, 0, True, None, tau)
+    _, losses, state = ops.modality_forward(x, x[0], *arguments)
+    (H,), h, _ = ops.modality_backward(x, x[0], *arguments, losses, state, torch.ones(()))
+    wide = [y.double() for y in x]
+    exact = dense_modality(wide, wide[0], None, tau).grads
+    for found, expected in ((H, exact[0]), (h, exact[1])):
+        torch.testing.assert_close(found.double() / scale, expected / scale, **near)
+    every = [x[0], *x]
+    parts = []
+    for rows in split(B):
+        share = ([x[0][rows]], x[0][rows], None, every, None, rows.start, True, None, tau)
+        _, _, saved = ops.modality_forward(*share)
+        parts.append(ops.modality_backward(*share, losses, saved, torch.ones(())))
+    torch.testing.assert_close(torch.cat([p[0][0] for p in parts]) / scale, H / scale, **near)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]) / scale, h / scale, **near)
 
 
 def test_the_same_bits_twice_and_after_another_batch(backend):

@@ -76,7 +76,8 @@ struct Side {
   const Element* data = nullptr;
   int64_t n = 0, stride = 0;
   std::vector<int64_t> at;  // where each vector came from, if they were copied
-  std::vector<Element> positive, losses;  // the latter +inf for vectors that have none
+  std::vector<Element> positive;
+  std::vector<double> losses;  // +inf for vectors that have none
   std::optional<Tensor> held;
 
   int64_t origin(int64_t i, int64_t first) const { return at.empty() ? first + i : at[i]; }
@@ -166,10 +167,9 @@ void over_groups(const Tile& t, Function function) {
   });
 }
 
-// log(1 + sum 2^(shift - positive)), both times log2(e) / tau
-double loss_of(double shift, double sum, double positive) {
-  if (sum == 0) return positive - positive;  // nobody else, or a NaN
-  const double x = (shift - positive) * kLog2 + std::log(sum);
+// log(1 + sum 2^power)
+double loss_of(double power, double sum) {
+  const double x = power * kLog2 + std::log(sum);
   return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
 }
 
@@ -181,16 +181,20 @@ struct Contrast {
   int64_t d, start, paired;  // row i < paired has its positive at column start + i
   double factor;  // log2(e) / tau, rounded once for all: a slightly different temperature does no harm, two would
   bool shared;    // 2^(s factor - offset) is in range for every s
+  bool bounded;   // rounding a similarity or a loss may change a power of two a lot
   double offset;
 
   static constexpr Element infinity = std::numeric_limits<Element>::infinity();
   static constexpr bool wide = sizeof(Element) == 8;
+  static constexpr double kRounding = std::numeric_limits<Element>::epsilon();
+  static constexpr double kTold = 0x1p42;  // losses up to here are known to 2^-10
 
   Contrast(const Tensor& like, Mode mode, int64_t d, int64_t start, int64_t paired, double temperature, double bound,
            double offset)
       : run(kernels()), like(like), mode(mode), d(d), start(start), paired(paired),
         factor(static_cast<Element>(1 / (temperature * kLog2))),
-        shared(bound * factor - offset <= (wide ? 400 : 60)), offset(shared ? std::floor(offset) : 0) {}
+        shared(bound * factor - offset <= (wide ? 400 : 60)), bounded(!(bound * factor <= 1 / (32 * kRounding))),
+        offset(shared ? std::floor(offset) : 0) {}
 
   Tensor buffer(int64_t n) const { return make(like, {n}, scalar_type<Element>()); }
 
@@ -261,24 +265,41 @@ struct Contrast {
   }
 
   double loss(double shift, double sum, double positive) const {
-    return loss_of(shared ? offset : shift * factor, sum, positive * factor);
+    if (sum == 0) return positive - positive;  // nobody else, or a NaN
+    return loss_of(shared ? offset - positive * factor : (shift - positive) * factor, sum);
   }
 
   // What makes a side's probabilities, see TileSide; what fills the last pack chooses nobody.
   struct Choices {
-    std::vector<Element> positive, weight, offset;
-    TileSide from(int64_t i) const { return {positive.data() + i, weight.data() + i, offset.data() + i}; }
+    std::vector<Element> positive, shift, weight, offset;
+    TileSide from(int64_t i) const { return {positive.data() + i, shift.data() + i, weight.data() + i, offset.data() + i}; }
   };
   Choices choices(const Side<Element>& side) const {
     const int64_t size = padded(side.n);
-    Choices found{std::vector<Element>(size, 0), std::vector<Element>(size, 0), std::vector<Element>(size, infinity)};
+    const std::vector<Element> zeros(size, 0);
+    Choices found{zeros, zeros, zeros, std::vector<Element>(size, infinity)};
     for (int64_t i = 0; i < side.n; ++i) {
       if (side.losses[i] == infinity) continue;
-      const double loss = side.losses[i] / kLog2;
-      const double whole = shared ? offset - side.positive[i] * factor : std::floor(loss);
+      const double positive = side.positive[i], loss = side.losses[i] / kLog2;
+      double shift = positive, offset = std::floor(loss), weight = std::exp2(offset - loss);
+      if (shared) {
+        weight = std::exp2(this->offset - positive * factor - loss);
+      } else if (bounded && loss > std::min(kTold, 1 / (8 * kRounding))) {
+        // Powers relative to the positive would not have digits enough; relative to log sum exp they have.
+        shift = static_cast<Element>(positive + loss / factor);
+        const double rest = loss - (shift - positive) * factor;
+        offset = std::floor(rest), weight = std::exp2(offset - rest);
+        if (loss > kTold || std::abs(rest) > 1 / (8 * kRounding)) {
+          // Nor does the loss tell how many share in the largest. Half of 2, where powers are cut off, to each of them
+          // and to what is as good as level, should similarities be made in another order.
+          shift -= 8 * kRounding * (std::abs(loss / factor) + std::abs(shift)) + 1 / factor;
+          offset = 0, weight = 0.5;
+        }
+      }
       found.positive[i] = side.positive[i];
-      found.offset[i] = static_cast<Element>(whole);
-      found.weight[i] = static_cast<Element>(std::exp2(whole - loss));
+      found.shift[i] = static_cast<Element>(shift);
+      found.offset[i] = static_cast<Element>(offset);
+      found.weight[i] = static_cast<Element>(weight);
     }
     return found;
   }
@@ -300,8 +321,9 @@ struct Contrast {
       else
         similarities(a, b, t, w);
       slopes.assign(t.groups.size(), 0.0);
-      const BackwardTile pass{s, w, t.rows, t.stride, wide, shared, factor, offset, scale, of_rows.from(t.first),
-                              of_columns.from(t.column), slope ? slopes.data() : nullptr};
+      const Powers powers = shared ? Powers::kShared : bounded ? Powers::kBounded : Powers::kRelative;
+      const BackwardTile pass{s, w, t.rows, t.stride, wide, powers, factor, offset, 1 / (4 * kRounding * factor), scale,
+                              of_rows.from(t.first), of_columns.from(t.column), slope ? slopes.data() : nullptr};
       over_groups(t, [&](int64_t g, const Group& x) { run.weights(pass, g, x.begin, x.end, x.columns); });
       for (double x : slopes) total += x;
       for (int64_t i = 0; i < t.rows && t.first + i < paired; ++i) {
@@ -405,11 +427,11 @@ std::vector<char> nonzero_rows(const Tensor& x) {
 
 // The losses (n,) of a side's vectors, as they lie in `from`.
 template <class Element>
-void read_losses(Side<Element>& side, int64_t first, const Flags& flags, const Element* from) {
+void read_losses(Side<Element>& side, int64_t first, const Flags& flags, const double* from) {
   side.losses.resize(side.n);
   for (int64_t i = 0; i < side.n; ++i) {
     const int64_t at = side.origin(i, first);
-    side.losses[i] = flags.counted[at] ? from[at] : std::numeric_limits<Element>::infinity();
+    side.losses[i] = flags.counted[at] ? from[at] : std::numeric_limits<double>::infinity();
   }
 }
 
@@ -455,12 +477,12 @@ struct Instances {
 template <class Element>
 std::tuple<Tensor, Tensor, Tensor> forward_of_instances(const Instances<Element>& in) {
   Tensor state = make(in.u, {in.saved()}, scalar_type<Element>());
-  Tensor losses = zeros<Element>(in.u, {in.n});
+  Tensor losses = zeros<double>(in.u, {in.n});
   std::vector<double> found, none;
   Element* saved = static_cast<Element*>(state.mutable_data_ptr());
   in.contrast().forward(in.a, in.b, found, none, in.saved() ? saved : nullptr, in.saved());
   for (int64_t i = 0; i < in.a.n; ++i)
-    static_cast<Element*>(losses.mutable_data_ptr())[in.a.origin(i, in.start) - in.start] = static_cast<Element>(found[i]);
+    static_cast<double*>(losses.mutable_data_ptr())[in.a.origin(i, in.start) - in.start] = found[i];
   const double mean = total_of(found) / std::max<int64_t>(1, in.number) * (in.temperature / in.temperature);
   return {scalar<Element>(in.u, mean), losses, state};
 }
@@ -468,12 +490,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_instances(const Instances<Element>
 template <class Element>
 std::tuple<Tensor, Tensor> backward_of_instances(Instances<Element>& in, bool slope, const Tensor& losses,
                                                  const Tensor& state, const Tensor& grad) {
-  STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) == in.N && losses.scalar_type() == in.u.scalar_type(),
-                  "pmrl_kernels: losses must be (N,), those of all columns");
+  STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) == in.N && losses.scalar_type() == ScalarType::Double,
+                  "pmrl_kernels: losses must be (N,), float64, those of all columns");
   STD_TORCH_CHECK(state.numel() == in.saved() && state.scalar_type() == in.u.scalar_type() && state.is_contiguous(),
                   "pmrl_kernels: state is not that of this batch");
   const Tensor contiguous = torch::stable::contiguous(losses);
-  const Element* values = static_cast<const Element*>(contiguous.const_data_ptr());
+  const double* values = static_cast<const double*>(contiguous.const_data_ptr());
   read_losses(in.a, in.start, in.flags, values);
   read_losses(in.b, 0, in.flags, values);
   const Scale scale(grad, static_cast<double>(std::max<int64_t>(1, in.number)), in.temperature);
@@ -562,15 +584,18 @@ struct Modalities {
         kernels().row_dots(rows_of(x), rows_of(y), d, begin, end, dots.data());
       });
     };
-    const auto norm_bound = [&](const Tensor& x) {
+    const auto norm_bound = [&](const Tensor& x, const Flags& flags) {  // whatever is in the places of missing ones
       row_dots(x, x);
       double largest = 0;
-      for (double y : dots) largest = y <= largest || !(largest < HUGE_VAL) ? largest : y == y ? y : HUGE_VAL;
+      for (int64_t i = 0; i < N; ++i) {
+        const double y = flags.counted[i] || flags.seen[i] ? dots[i] : 0;
+        largest = y <= largest || !(largest < HUGE_VAL) ? largest : y == y ? y : HUGE_VAL;
+      }
       return std::sqrt(largest);
     };
-    const double of_u_norm = norm_bound(u);
+    const double of_u_norm = k > 0 ? norm_bound(u, of_u[0]) : 0;  // seen with every modality
     for (int64_t m = 0; m < k; ++m) {
-      into[k * N + m] = static_cast<Element>(norm_bound(z[m]) * of_u_norm);
+      into[k * N + m] = static_cast<Element>(norm_bound(z[m], of_z[m]) * of_u_norm);
       row_dots(z[m], u);
       for (int64_t i = 0; i < N; ++i) {
         const Element x = static_cast<Element>(dots[i]);
@@ -614,8 +639,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_modalities(Modalities<Element> in)
   Element* memory = static_cast<Element*>(state.mutable_data_ptr());
   in.measure(memory);
   in.remember(memory);
-  Tensor losses = zeros<Element>(in.u, {2, in.k, in.n});
-  Element* out = static_cast<Element*>(losses.mutable_data_ptr());
+  Tensor losses = zeros<double>(in.u, {2, in.k, in.n});
+  double* out = static_cast<double*>(losses.mutable_data_ptr());
   Element* saved = in.saved() ? memory + in.measured() : nullptr;
   double total = 0;
   for (int64_t m = 0; m < in.k; ++m)
@@ -626,7 +651,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_modalities(Modalities<Element> in)
       if (saved) saved += in.saved();
       const auto put = [&](int64_t where, const Side<Element>& side, const std::vector<double>& found) {
         for (int64_t i = 0; i < pair.paired; ++i) {
-          out[(where * in.k + m) * in.n + side.origin(i, in.start) - in.start] = static_cast<Element>(found[i]);
+          out[(where * in.k + m) * in.n + side.origin(i, in.start) - in.start] = found[i];
           total += found[i];
         }
       };
@@ -641,13 +666,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> backward_of_modalities(Modalitie
                                                                        const Tensor& losses, const Tensor& state,
                                                                        const Tensor& grad) {
   STD_TORCH_CHECK(losses.dim() == 3 && losses.size(0) == 2 && losses.size(1) == in.k && losses.size(2) == in.N &&
-                      losses.scalar_type() == in.u.scalar_type(),
-                  "pmrl_kernels: losses must be (2, k, N), those of all columns");
+                      losses.scalar_type() == ScalarType::Double,
+                  "pmrl_kernels: losses must be (2, k, N), float64, those of all columns");
   STD_TORCH_CHECK(state.numel() == in.measured() + in.saved() * in.directions() * in.k && state.is_contiguous() &&
                       state.scalar_type() == in.u.scalar_type(),
                   "pmrl_kernels: state is not that of this batch");
   const Tensor contiguous = torch::stable::contiguous(losses);
-  const Element* values = static_cast<const Element*>(contiguous.const_data_ptr());
+  const double* values = static_cast<const double*>(contiguous.const_data_ptr());
   const Element* memory = static_cast<const Element*>(state.const_data_ptr());
   in.remember(memory);
   const Element* saved = in.saved() ? memory + in.measured() : nullptr;
@@ -668,7 +693,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> backward_of_modalities(Modalitie
     Element* of_z = static_cast<Element*>(grad_z.back().mutable_data_ptr());
     for (int64_t direction = 0; direction < in.directions(); ++direction) {
       auto pair = in.sides(m, direction == 1);
-      const Element *own = values + (direction * in.k + m) * in.N, *other = values + ((1 - direction) * in.k + m) * in.N;
+      const double *own = values + (direction * in.k + m) * in.N, *other = values + ((1 - direction) * in.k + m) * in.N;
       read_losses(pair.a, in.start, direction ? in.of_u[m] : in.of_z[m], own);
       read_losses(pair.b, 0, direction ? in.of_z[m] : in.of_u[m], other);
       Element* of_rows = direction ? of_u : of_z;

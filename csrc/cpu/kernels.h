@@ -86,19 +86,23 @@ struct ForwardTile {
   double* column_sums;    // (stride,)
 };
 
-// The probability of choosing an entry s is weight 2^((s - positive) factor - offset), offset an integer; what chooses
-// nobody has 0, 0 and an offset of +inf.
-// Shared: weight 2^(s factor - the tile's offset).
+// The probability of choosing an entry s is weight 2^((s - shift) factor - offset), offset an integer; what chooses
+// nobody has a weight of 0 and an offset of +inf.
+// kShared: weight 2^(s factor - the tile's offset).
+// kBounded: the same, but s - shift counts up to `limit` and a power up to 2. More is due to rounding.
+enum class Powers { kShared, kRelative, kBounded };
+
 struct TileSide {
-  const void *positive, *weight, *offset;  // (rows,) or (stride,)
+  const void *positive, *shift, *weight, *offset;  // (rows,) or (stride,)
 };
 
 struct BackwardTile {
   const void* similarity;
   void* weights;
   int64_t rows, stride;
-  bool wide, shared;
-  double factor, offset, scale;
+  bool wide;
+  Powers powers;
+  double factor, offset, limit, scale;
   TileSide row, column;
   double* slopes;  // (groups,); null: not asked for
 };

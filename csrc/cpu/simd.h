@@ -317,10 +317,10 @@ struct PowersOfLog2 {
   }
 };
 
-// 2^(x factor - offset) for an integral offset, where that is not far above 1; 0 where it would be subnormal, NaN for a
-// NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product, and the error about
+// 2^(x factor - offset) for an integral offset, where that is not far above 1 or kCutOff, at 2; 0 where it would be
+// subnormal, NaN for a NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product, and the error about
 // a unit in the last place however large the product is.
-template <class V>
+template <bool kCutOff = false, class V>
 PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
   using Format = Exponential<V>;
   constexpr PowersOfLog2<Format> coefficients;
@@ -332,7 +332,9 @@ PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
     auto p = r * coefficients.at[Format::terms - 1] + coefficients.at[Format::terms - 2];
     PMRL_UNROLL(16)
     for (int k = Format::terms - 3; k >= 0; --k) p = p * r + coefficients.at[k];
-    const auto e = n - offset.part[i];
+    auto e = n - offset.part[i];
+    const decltype(e) two = decltype(e){} + 2;
+    if (kCutOff) e = e > two ? two : e;  // p > 1/2
 #if defined(__AVX512F__)
     if constexpr (sizeof p[0] == 4)
       y.part[i] = (decltype(p))_mm512_maskz_scalef_ps(
@@ -344,6 +346,7 @@ PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
     const auto power = (decltype(p))((typename Format::Integers)(e + (Format::magic + Format::bias)) << Format::shift);
     y.part[i] = e < Format::least ? decltype(p){} : p * power;
 #endif
+    if (kCutOff) y.part[i] = y.part[i] > two ? two : y.part[i];
   }
   return y;
 }

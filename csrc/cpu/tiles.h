@@ -106,19 +106,24 @@ void tile_sums(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, 
 
 // G into weights, which may be the similarities' own memory. Into slopes the sum of P delta, delta = s - positive, and of
 // R delta if columns count.
-template <class V, bool Shared>
+template <class V, Powers kPowers>
 void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
   using Element = typename Lanes<V>::Element;
   constexpr int width = Lanes<V>::width;
   const Element* s = static_cast<const Element*>(t.similarity);
   Element* weights = static_cast<Element*>(t.weights);
-  const auto row = [&](const TileSide& side, int64_t i) { return V(static_cast<const Element*>(side.positive)[i]); };
+  const auto row = [](const void* from, int64_t i) { return V(static_cast<const Element*>(from)[i]); };
   const auto load = [](const void* from, int64_t j) { return V::load(static_cast<const Element*>(from) + j); };
-  const V factor(t.factor), common(t.offset), scale(t.scale), zero(0.0);
+  constexpr bool Shared = kPowers == Powers::kShared, Bounded = kPowers == Powers::kBounded;
+  const V factor(t.factor), common(t.offset), scale(t.scale), zero(0.0), limit(t.limit);
+  const auto power = [&](V difference, V offset) {
+    if (Bounded) difference = select(limit < difference, limit, difference);  // a NaN stays one
+    return exp2_of_product<Bounded>(difference, factor, offset);
+  };
   double slope = 0.0;
   for (int64_t i = 0; i < t.rows; ++i) {
-    const V positive = row(t.row, i), weight(static_cast<const Element*>(t.row.weight)[i]);
-    const V offset = Shared ? common : V(static_cast<const Element*>(t.row.offset)[i]);
+    const V positive = row(t.row.positive, i), shift = row(t.row.shift, i), weight = row(t.row.weight, i);
+    const V offset = Shared ? common : row(t.row.offset, i);
     V total(0.0);
     for (int64_t j = begin; j < end; j += width) {
       const V x = V::load(s + i * t.stride + j), theirs = load(t.column.weight, j);
@@ -128,8 +133,8 @@ void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t e
         P = e * weight;
         R = e * theirs;
       } else {
-        P = exp2_of_product(x - positive, factor, offset) * weight;
-        R = exp2_of_product(x - load(t.column.positive, j), factor, load(t.column.offset, j)) * theirs;
+        P = power(x - shift, offset) * weight;
+        R = power(x - load(t.column.shift, j), load(t.column.offset, j)) * theirs;
       }
       ((P + R) * scale).store(weights + i * t.stride + j);
       if (t.slopes) {  // 0 beside an infinite delta counts as 0
@@ -153,9 +158,16 @@ void sums(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool 
 }
 
 void weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
-  const auto pass = t.shared ? (t.wide ? tile_weights<Pack, true> : tile_weights<Floats, true>)
-                             : (t.wide ? tile_weights<Pack, false> : tile_weights<Floats, false>);
-  pass(t, group, begin, end, columns);
+  const auto of = [&](auto shared, auto relative, auto bounded) {
+    const auto pass = t.powers == Powers::kShared ? shared : t.powers == Powers::kRelative ? relative : bounded;
+    pass(t, group, begin, end, columns);
+  };
+  if (t.wide)
+    of(&tile_weights<Pack, Powers::kShared>, &tile_weights<Pack, Powers::kRelative>,
+       &tile_weights<Pack, Powers::kBounded>);
+  else
+    of(&tile_weights<Floats, Powers::kShared>, &tile_weights<Floats, Powers::kRelative>,
+       &tile_weights<Floats, Powers::kBounded>);
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ def _instance_forward_shapes(u: Tensor, columns: Tensor | None, *_: Any) -> Any:
         state = _kept(1, n, n, n * (n + 192) // 2)
     else:
         state = _kept(1, n, columns.shape[0], n * (columns.shape[0] + 32))
-    return u.new_empty(()), u.new_empty((n,)), u.new_empty((state,))
+    return u.new_empty(()), u.new_empty((n,), dtype=torch.float64), u.new_empty((state,))
 
 
 def _modality_forward_shapes(
@@ -127,7 +127,7 @@ def _modality_forward_shapes(
     n, k = u.shape[0], len(z)
     others = columns[0].shape[0] if columns else n
     state = k * others + k + _kept(2 * k if columns else k, n, others, n * (others + 32))
-    return u.new_empty(()), u.new_empty((2, k, n)), u.new_empty((state,))
+    return u.new_empty(()), u.new_empty((2, k, n), dtype=torch.float64), u.new_empty((state,))
 
 
 operators: Any = None

@@ -583,7 +583,7 @@ def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: 
 
 
 def _pulled(
-    a: _Side, b: _Side, losses: tuple[Tensor, Tensor], start: int, tau: Tensor | float, both: bool, slope: bool
+    a: _Side, b: _Side, own: Tensor, theirs: Tensor, start: int, tau: Tensor | float, both: bool, slope: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """τ ∂/∂a, and τ ∂/∂b where ``both``, of the sum of the counted losses of both sides; and Σ P·δ.
 
@@ -593,19 +593,20 @@ def _pulled(
     from_rows = torch.empty_like(a.vectors)
     from_columns = torch.zeros_like(b.vectors) if both else None
     total = torch.zeros((), dtype=torch.float64, device=a.vectors.device)
+    own, theirs = (losses.to(a.vectors.dtype) for losses in (own, theirs))
     for tile in _row_tiles(len(a.vectors), len(b.vectors)):
-        part, own = a.at(tile), losses[0][tile]
+        part, rows = a.at(tile), own[tile]
         similarity, first = part.vectors @ b.vectors.T, start + tile.start
         allowed = _both(part.counted, b.seen)
-        G = _probabilities(similarity, part.positive[:, None], own[:, None], tau, allowed, first)
+        G = _probabilities(similarity, part.positive[:, None], rows[:, None], tau, allowed, first)
         if slope:
-            total += _slope(G, own[:, None])
-        R = _probabilities(similarity, b.positive, losses[1], tau, _both(part.seen, b.counted), first)
+            total += _slope(G, rows[:, None])
+        R = _probabilities(similarity, b.positive, theirs, tau, _both(part.seen, b.counted), first)
         if slope and both:
-            total += _slope(R, losses[1])
+            total += _slope(R, theirs)
         G += R
-        partners = slice(first, first + len(own))
-        G.diagonal(first).copy_(torch.expm1(-own) + torch.expm1(-losses[1][partners]))
+        partners = slice(first, first + len(rows))
+        G.diagonal(first).copy_(torch.expm1(-rows) + torch.expm1(-theirs[partners]))
         from_rows[tile] = G @ b.vectors
         if from_columns is not None:
             from_columns += G.T @ part.vectors
@@ -616,7 +617,7 @@ def _probabilities(
     similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor | None, start: int
 ) -> Tensor:
     """P of one tile: 0 where not allowed and for the positives."""
-    P = torch.sub(similarity, positive).div_(tau).sub_(losses).exp_()
+    P = torch.sub(similarity, positive).div_(tau).sub_(losses).clamp_max_(0.0).exp_()
     if allowed is not None:
         P.masked_fill_(~allowed, 0.0)
     P.diagonal(start).fill_(0.0)
@@ -646,8 +647,8 @@ def instance_forward(
         columns, start: None and 0; or the rows of all processes (N, d), with u at rows start and following.
 
     Returns:
-        The sum of the losses of u over the number of rows of U that count (0-d); the losses (B,), 0 where
-        a row does not count; a state for the backward pass.
+        The sum of the losses of u over the number of rows of U that count (0-d); the losses (B,), float64,
+        0 where a row does not count; a state for the backward pass.
     """
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _unit_side(u if columns is None else columns)
@@ -657,7 +658,7 @@ def instance_forward(
         if own.counted is not None:
             losses = losses.masked_fill(~own.counted, 0.0)
         mean = losses.sum(dtype=torch.float64) / number * (tau / tau)
-        return mean.to(u.dtype), losses, u.new_empty((0,))
+        return mean.to(u.dtype), losses.double(), u.new_empty((0,))
 
 
 def instance_backward(
@@ -680,9 +681,7 @@ def instance_backward(
         tau = _temperature(temperature, fixed_temperature)
         scale = grad.double() / number / tau
         sides = everyone.at(rows), everyone
-        pulled, _, slope = _pulled(
-            *sides, (losses[rows], losses), start, tau, both=False, slope=temperature is not None
-        )
+        pulled, _, slope = _pulled(*sides, losses[rows], losses, start, tau, both=False, slope=temperature is not None)
         # a scaler's upstream gradient need not fit the output's dtype
         return (pulled.double() * scale).to(u.dtype), -slope * scale
 
@@ -750,7 +749,7 @@ def modality_forward(
 
     Returns:
         The sum of the pairs' losses over the number of present pairs of all processes (0-d); the losses of both
-        directions, (2, k, B); a state for the backward pass.
+        directions, (2, k, B), float64; a state for the backward pass.
     """
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _modality_everyone(z, u, mask, columns, columns_mask, raw)
@@ -767,7 +766,7 @@ def modality_forward(
             if here is not None:
                 losses[:, m].masked_fill_(~here, 0.0)
         mean = losses.sum(dtype=torch.float64) / (2 * number) * (tau / tau)
-        return mean.to(u.dtype), losses, u.new_empty((0,))
+        return mean.to(u.dtype), losses.double(), u.new_empty((0,))
 
 
 def modality_backward(
@@ -799,10 +798,10 @@ def modality_backward(
         grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
         grad_z = []
         for (of_z, of_u), forth, back in zip(everyone, *losses, strict=True):
-            from_z, from_u, slope = _pulled(of_z.at(rows), of_u, (forth[rows], back), start, tau, not columns, slopes)
+            from_z, from_u, slope = _pulled(of_z.at(rows), of_u, forth[rows], back, start, tau, not columns, slopes)
             grad_temperature -= slope
             if from_u is None:
-                from_u, _, slope = _pulled(of_u.at(rows), of_z, (back[rows], forth), start, tau, False, slopes)
+                from_u, _, slope = _pulled(of_u.at(rows), of_z, back[rows], forth, start, tau, False, slopes)
                 grad_temperature -= slope
             grad_u += from_u
             grad_z.append((from_z.double() * scale).to(u.dtype))
@@ -864,7 +863,7 @@ def spectral_backward_shapes(embeddings: Sequence[Tensor], mask: Any, temperatur
 
 
 def _instance_forward_shapes(u: Tensor, *_: Any) -> Any:
-    return u.new_empty(()), u.new_empty(u.shape[:1]), u.new_empty((0,))
+    return u.new_empty(()), u.new_empty(u.shape[:1], dtype=torch.float64), u.new_empty((0,))
 
 
 def instance_backward_shapes(u: Tensor, *_: Any) -> Any:
@@ -873,7 +872,7 @@ def instance_backward_shapes(u: Tensor, *_: Any) -> Any:
 
 
 def _modality_forward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
-    return u.new_empty(()), u.new_empty((2, len(z), u.shape[0])), u.new_empty((0,))
+    return u.new_empty(()), u.new_empty((2, len(z), u.shape[0]), dtype=torch.float64), u.new_empty((0,))
 
 
 def modality_backward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
