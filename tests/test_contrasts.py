@@ -179,8 +179,51 @@ def test_embeddings_of_other_norms(backend, dtype, scale):
     expected = dense_modality(z, u, None, 0.1)
     loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
     H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
+    # Rounding similarities of norm `scale` moves their differences over tau by so much, as long as it is little.
+    smooth = min(8 * torch.finfo(dtype).eps * max(1.0, scale) / 0.1, 1e-3)
     for a, b in zip((loss, *H, h), (expected.loss, *expected.grads[:-1]), strict=True):
-        assert_near(a, b, dtype, 0.1 / max(1.0, scale))
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=smooth * float(b.abs().max()) + 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("scale", [3e2, 3e3, 3e4, 3e5, 3e6, 3e10, 3e11])
+def test_large_similarities_are_as_exact_as_the_reference(dtype, scale):
+    """Probabilities come from differences to the log of their sum, not to a positive far away."""
+    if "native" not in backends.available:
+        pytest.skip("no native library here")
+    z, u, _ = case(2, 150, 9, dtype)
+    z = [x * scale for x in z]
+    exact = dense_modality(z, u, None, 0.1).grads
+    errors = {}
+    for name in ("native", "reference"):
+        ops = operators(name)
+        _, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
+        H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
+        errors[name] = max(float((a.double() - b).norm() / b.norm()) for a, b in zip((*H, h), exact, strict=False))
+    eps = torch.finfo(dtype).eps
+    # Losses travel in float64, and what rounding takes from them counts in an exponent.
+    assert errors["native"] <= 3 * errors["reference"] + 2 * eps + 2**-52 * scale / 0.1, errors
+
+
+@pytest.mark.parametrize("tau", [1e-5, 1e-7, 3e-8, 1e-9, 1e-20, 1e-38, 1e-39])
+def test_tiny_temperatures(backend, tau):
+    """Equal rows, whose similarity rounds to a little above 1 or below, and others."""
+    ops = operators(backend)
+    generator = torch.Generator().manual_seed(0)
+    u = normalize(torch.randn(40, 7, generator=generator), dim=1)
+    u[1::2] = u[::2]
+    loss, losses, state = ops.instance_forward(u, None, 0, None, tau)
+    h, _ = ops.instance_backward(u, None, 0, None, tau, losses, state, torch.full((), tau))
+    rounding = float(((u @ u.T).fill_diagonal_(-1).max() - 1).abs() + 1e-6) / tau
+    assert 0 <= float(loss) <= rounding + 1
+    assert h.isfinite().all()
+    assert float(h.norm(dim=1).max()) <= 4.1 / len(u)
+    z = [u.flip(0), u]
+    loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, tau)
+    H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, tau, losses, state, torch.full((), tau))
+    if tau > 1e-38:  # beyond, similarities over tau leave float32
+        assert loss.isfinite()
+        assert all(x.isfinite().all() for x in (*H, h))
 
 
 @pytest.mark.parametrize("tau", [1.0, 1e-4])

@@ -180,6 +180,7 @@ struct Contrast {
   Mode mode;
   int64_t d, start, paired;  // row i < paired has its positive at column start + i
   double factor;  // log2(e) / tau, rounded once for all: a slightly different temperature does no harm, two would
+  double steepness;  // the same, also where it is no Element
   bool shared;    // 2^(s factor - offset) is in range for every s
   bool bounded;   // rounding a similarity or a loss may change a power of two a lot
   double offset;
@@ -187,13 +188,16 @@ struct Contrast {
   static constexpr Element infinity = std::numeric_limits<Element>::infinity();
   static constexpr bool wide = sizeof(Element) == 8;
   static constexpr double kRounding = std::numeric_limits<Element>::epsilon();
-  static constexpr double kTold = 0x1p42;  // losses up to here are known to 2^-10
+  static constexpr double kDigits = 1 / (8 * kRounding);  // powers up to here have digits after the point
+  static constexpr double kTold = 0x1p42;                 // losses up to here are known to 2^-10
 
   Contrast(const Tensor& like, Mode mode, int64_t d, int64_t start, int64_t paired, double temperature, double bound,
            double offset)
       : run(kernels()), like(like), mode(mode), d(d), start(start), paired(paired),
-        factor(static_cast<Element>(1 / (temperature * kLog2))),
-        shared(bound * factor - offset <= (wide ? 400 : 60)), bounded(!(bound * factor <= 1 / (32 * kRounding))),
+        factor(static_cast<Element>(std::min<double>(1 / (temperature * kLog2), std::numeric_limits<Element>::max()))),
+        steepness(factor < std::numeric_limits<Element>::max() ? factor : 1 / (temperature * kLog2)),
+        shared(bound * factor - offset <= (wide ? 400 : 60) && bound * factor <= kDigits),
+        bounded(!(bound * factor <= kDigits / 4)),
         offset(shared ? std::floor(offset) : 0) {}
 
   Tensor buffer(int64_t n) const { return make(like, {n}, scalar_type<Element>()); }
@@ -266,13 +270,15 @@ struct Contrast {
 
   double loss(double shift, double sum, double positive) const {
     if (sum == 0) return positive - positive;  // nobody else, or a NaN
-    return loss_of(shared ? offset - positive * factor : (shift - positive) * factor, sum);
+    return loss_of(shared ? offset - positive * factor : (shift - positive) * steepness, sum);
   }
 
   // What makes a side's probabilities, see TileSide; what fills the last pack chooses nobody.
   struct Choices {
     std::vector<Element> positive, shift, weight, offset;
-    TileSide from(int64_t i) const { return {positive.data() + i, shift.data() + i, weight.data() + i, offset.data() + i}; }
+    TileSide from(int64_t i) const {
+      return {positive.data() + i, shift.data() + i, weight.data() + i, offset.data() + i};
+    }
   };
   Choices choices(const Side<Element>& side) const {
     const int64_t size = padded(side.n);
@@ -281,19 +287,22 @@ struct Contrast {
     for (int64_t i = 0; i < side.n; ++i) {
       if (side.losses[i] == infinity) continue;
       const double positive = side.positive[i], loss = side.losses[i] / kLog2;
-      double shift = positive, offset = std::floor(loss), weight = std::exp2(offset - loss);
+      double shift = 0, offset = 0, weight = 0;
       if (shared) {
         weight = std::exp2(this->offset - positive * factor - loss);
-      } else if (bounded && loss > std::min(kTold, 1 / (8 * kRounding))) {
-        // Powers relative to the positive would not have digits enough; relative to log sum exp they have.
-        shift = static_cast<Element>(positive + loss / factor);
-        const double rest = loss - (shift - positive) * factor;
-        offset = std::floor(rest), weight = std::exp2(offset - rest);
-        if (loss > kTold || std::abs(rest) > 1 / (8 * kRounding)) {
-          // Nor does the loss tell how many share in the largest. Half of 2, where powers are cut off, to each of them
+      } else {
+        // Relative to the log sum exp, or what Element makes of it: from a positive far away, what rounding takes from
+        // the difference of two similarities would be an error of the exponent.
+        shift = static_cast<Element>(positive + loss / steepness);
+        const double rest = loss - (shift - positive) * steepness;
+        if (bounded && (loss > kTold || std::abs(rest) > kDigits)) {
+          // The loss does not tell how many share in the largest. Half of 2, where powers are cut off, to each of them
           // and to what is as good as level, should similarities be made in another order.
-          shift -= 8 * kRounding * (std::abs(loss / factor) + std::abs(shift)) + 1 / factor;
-          offset = 0, weight = 0.5;
+          shift -= 8 * kRounding * (std::abs(loss / steepness) + std::abs(shift)) + 1 / steepness;
+          weight = 0.5;
+        } else {
+          offset = std::floor(rest);
+          weight = std::exp2(offset - rest);
         }
       }
       found.positive[i] = side.positive[i];
@@ -322,7 +331,7 @@ struct Contrast {
         similarities(a, b, t, w);
       slopes.assign(t.groups.size(), 0.0);
       const Powers powers = shared ? Powers::kShared : bounded ? Powers::kBounded : Powers::kRelative;
-      const BackwardTile pass{s, w, t.rows, t.stride, wide, powers, factor, offset, 1 / (4 * kRounding * factor), scale,
+      const BackwardTile pass{s, w, t.rows, t.stride, wide, powers, factor, offset, 2 * kDigits / factor, scale,
                               of_rows.from(t.first), of_columns.from(t.column), slope ? slopes.data() : nullptr};
       over_groups(t, [&](int64_t g, const Group& x) { run.weights(pass, g, x.begin, x.end, x.columns); });
       for (double x : slopes) total += x;

@@ -318,8 +318,8 @@ struct PowersOfLog2 {
 };
 
 // 2^(x factor - offset) for an integral offset, where that is not far above 1 or kCutOff, at 2; 0 where it would be
-// subnormal, NaN for a NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product, and the error about
-// a unit in the last place however large the product is.
+// subnormal, NaN for a NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product,
+// and the error about a unit in the last place however large the product is.
 template <bool kCutOff = false, class V>
 PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
   using Format = Exponential<V>;
