@@ -146,16 +146,22 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 1 on")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=257, help="rows of the global batch")
+    parser.add_argument("--steps", type=count, default=200)
+    parser.add_argument("--batch", type=count, default=257, help="rows of the global batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--contrast", choices=("leading", "modality"), default="modality")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="by torch.compile")
     parser.add_argument("--autocast", action="store_true", help="encoders in bfloat16")
     parser.add_argument("--checkpoint", type=Path, help="save there, and resume from there")
-    parser.add_argument("--save-every", type=int, default=50, help="steps")
+    parser.add_argument("--save-every", type=count, default=50, help="steps")
     options = parser.parse_args(arguments)
 
     if "RANK" in os.environ:  # started by torchrun

@@ -357,8 +357,8 @@ def _objective_backward(
         else:
             H, h, slope2 = operators.modality_backward(*arguments, *rest)
     if settings.contrast == "raw":
-        if h is None or H[0] is None:  # nothing came in for the one term there is
-            return None, None, [torch.zeros_like(embeddings[0])]
+        assert h is not None  # nothing else than this one term is public
+        assert H[0] is not None
         found = h + H[0] if mask is None else (h + H[0]).masked_fill(~mask, 0.0)
         return None, slope2, [found.to(embeddings[0].dtype)]
     if alignment is not None and settings.group is not None:

@@ -10,8 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The name that torch 2.13 prefers; it warns of the other, which is all that torch 2.10 has.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+def _all_gather(everyone: Tensor, rows: Tensor, processes: ProcessGroup) -> None:
+    # The name that torch 2.13 prefers; it warns of the other, which is all that torch 2.10 has. Some torch has neither.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, rows, group=processes)
 
 
 class Group(NamedTuple):
@@ -37,7 +40,7 @@ class Group(NamedTuple):
         if len(rows) < largest:  # collectives take equal shapes
             rows = torch.cat([rows, rows.new_zeros((largest - len(rows), rows.shape[1]))])
         everyone = rows.new_empty((len(self.sizes) * largest, rows.shape[1]))
-        _all_gather(everyone, rows.contiguous(), group=self.processes)
+        _all_gather(everyone, rows.contiguous(), self.processes)
         if min(self.sizes) == largest:
             return everyone
         return torch.cat([x[:size] for x, size in zip(everyone.split(largest), self.sizes, strict=True)])
@@ -46,7 +49,7 @@ class Group(NamedTuple):
 def batch_sizes(processes: ProcessGroup, B: int, device: torch.device) -> tuple[int, ...]:
     """The number of rows of every process of the group. The host waits for it."""
     sizes = torch.empty(dist.get_world_size(processes), dtype=torch.int64, device=device)
-    _all_gather(sizes, torch.full((1,), B, dtype=torch.int64, device=device), group=processes)
+    _all_gather(sizes, torch.full((1,), B, dtype=torch.int64, device=device), processes)
     return tuple(sizes.tolist())
 
 

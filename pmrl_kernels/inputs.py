@@ -219,10 +219,10 @@ def real(value: Any, name: str) -> float:
 
 
 def weight(value: Any, name: str) -> float:
-    """A finite Python number of at least 0 as a float."""
+    """A Python number of at least 0, within float32's range, as a float."""
     number = real(value, name)
-    if number < 0:
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least 0")
+    if not 0 <= number <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least 0 that float32 can hold")
     return number
 
 
@@ -246,7 +246,7 @@ def process_group(group: Any) -> ProcessGroup | None:
         return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group: got one that this process does not belong to")
+            raise ValueError("group: got one that this process does not belong to, wanted one that it does, or None")
         raise TypeError(f"group: got {type(group).__name__}, wanted a torch.distributed.ProcessGroup or None")
     return group
 
@@ -265,7 +265,7 @@ def spread_batch(group: Any, local_sizes: Any, B: int, device: torch.device) -> 
     if local_sizes is None:
         return Group(processes, (B,) if world == 1 else batch_sizes(processes, B, device), rank)
     if not isinstance(local_sizes, (list, tuple)) or not all(_is_count(size) for size in local_sizes):
-        raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} numbers of rows")
+        raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} ints, the rows of each process")
     if len(local_sizes) != world:
         raise ValueError(
             f"local_sizes: got {len(local_sizes)} numbers, wanted {world}, one for each process of the group"

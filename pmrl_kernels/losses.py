@@ -224,7 +224,7 @@ def pmrl_loss(
         embeddings, mask, normalize, objective, backend: as in :func:`dominant_sv_loss`.
         temperature: τ₁ of the alignment term (unused with ``objective="leading"``).
         instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor.
-        instance_weight: weight of the contrastive term, a finite float of at least 0.
+        instance_weight: weight of the contrastive term, a float of at least 0 that float32 can hold.
         contrast: "leading" or "modality".
         group: a ``torch.distributed`` group of processes whose batches together are the batch; see below.
             None: this process's batch alone. (In ``torch.distributed`` None means all processes.)

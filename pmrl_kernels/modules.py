@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +135,10 @@ class PMRLLoss(nn.Module):
         learnable_temperature, learnable_instance_temperature: learn τ₁, τ₂, each kept above
             ``min_temperature`` (see :class:`Temperature`).
         min_temperature: least value of learned temperatures.
-        instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function.
+        instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function,
+            and so is ``local_sizes``, which goes to each call.
+
+    A deep copy shares ``group``. A module with one cannot be pickled; its ``state_dict()`` can.
 
     Raises:
         TypeError, ValueError, NotImplementedError: a bad argument, when the module is made.
@@ -197,8 +202,29 @@ class PMRLLoss(nn.Module):
         )
         return components if self.return_components else components.total
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PMRLLoss:
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise pickle.PicklingError(
+                "group: got a module with one to pickle, wanted one without, since a group of processes cannot be "
+                "saved or sent; save its state_dict() instead"
+            )
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        # as nn.Module has it: what `.compile()` left stays behind
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+
     def extra_repr(self) -> str:
+        spread = "" if self.group is None else f", group of {self.group.size()}"
         return (
             f"instance_weight={self.instance_weight}, normalize={self.normalize}, "
-            f"objective={self.objective!r}, contrast={self.contrast!r}"
+            f"objective={self.objective!r}, contrast={self.contrast!r}{spread}"
         )

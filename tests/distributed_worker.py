@@ -131,6 +131,7 @@ def everything(rows: slice, world: int, group: Any, local_sizes: list[int] | Non
     found["compiled-known"] = run_compiled(rows, True, **known)
     found["compiled-asked"] = run_compiled(rows, False, **where)
     xs, mask = batch()
+    found["alone"] = [pmrl_loss([x[rows] for x in xs], mask=mask[rows], group=None)]
     for name, function in DIAGNOSTICS.items():
         found[name] = [function([x[rows] for x in xs], mask=mask[rows], **where)]
     return found

@@ -200,7 +200,14 @@ def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsy
 def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypatch):
     import contrast
 
-    wrong = {"wrong": lambda xs, **taus: contrast.objectives.reduced_svd(xs, **taus) * 1.01}
-    monkeypatch.setattr(contrast, "RIVALS", wrong)
-    with pytest.raises(SystemExit, match=r"wrong is 1\.0e-02 from float64"):
-        contrast.gate()
+    right = contrast.objectives.reduced_svd
+
+    def no_gradient(xs, **taus):
+        loss = right(xs, **taus)
+        loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    for wrong, error in ((lambda xs, **taus: right(xs, **taus) * 1.01, r"1\.0e-02"), (no_gradient, "nan")):
+        monkeypatch.setattr(contrast, "RIVALS", {"wrong": wrong})
+        with pytest.raises(SystemExit, match=f"wrong is {error} from float64"):
+            contrast.gate()

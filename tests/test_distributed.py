@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -125,11 +127,52 @@ def group(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def test_no_process_group_is_needed_for_one_process():
-    assert not dist.is_initialized()
-    assert dist.group.WORLD is None  # so passing it before there is one means this process alone
+def test_no_process_group_is_this_process_alone(world):
+    assert dist.group.WORLD is None  # so passing it before there is one means the same
+    xs, mask = worker.batch()
+    first = 0
+    for found, size in zip(world, worker.SIZES[len(world)], strict=True):
+        rows = slice(first, first + size)
+        first += size
+        close(found["alone"][0], pmrl_loss([x[rows] for x in xs], mask=mask[rows]))
+
+
+def test_copies_of_a_module_share_its_group(group):
+    """As an average of models needs. A group cannot leave its process, and the error says so."""
+    loss = PMRLLoss(0.5, learnable_temperature=True, group=group)
     xs = torch.randn(4, 3, 5)
-    assert torch.equal(pmrl_loss(xs, group=dist.group.WORLD), pmrl_loss(xs))
+    averaged = torch.optim.swa_utils.AveragedModel(loss)
+    averaged.update_parameters(loss)
+    for twin in (copy.deepcopy(loss), averaged.module):
+        assert twin.group is group
+        assert twin.temperature is not loss.temperature
+        assert torch.equal(twin(xs), loss(xs))
+    assert "group of 1" in repr(loss)
+    with pytest.raises(pickle.PicklingError, match=r"^group: .* state_dict"):
+        pickle.dumps(loss)
+
+
+def test_a_torch_without_distributed_suffices():
+    """Some builds have none. Everything else imports and runs."""
+    script = """
+import sys, torch
+del torch._C._c10d_init
+for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
+    del sys.modules[name]
+import torch.distributed
+assert not torch.distributed.is_available()
+from pmrl_kernels import PMRLLoss, pmrl_loss
+x = torch.randn(4, 3, 5, requires_grad=True)
+pmrl_loss(x).backward()
+try:
+    PMRLLoss(group=1)
+except TypeError as error:
+    assert str(error).startswith("group: got int")
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("bad", ["world", 0, object()])
@@ -150,7 +193,7 @@ def test_other_things_are_no_group(bad):
     [
         ([5], ValueError, r"local_sizes\[0\]: got 5, wanted 4"),
         ([4, 4], ValueError, r"local_sizes: got 2 numbers, wanted 1"),
-        ([4.0], TypeError, r"local_sizes: got \[4\.0\], wanted a list of 1 numbers"),
+        ([4.0], TypeError, r"local_sizes: got \[4\.0\], wanted a list of 1 ints"),
         (4, TypeError, r"local_sizes: got 4, wanted a list"),
         ([-4], TypeError, r"local_sizes: got \[-4\]"),
     ],

@@ -210,6 +210,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ordinary_memory, tmp_path, ca
     assert "in 8 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--save-every"])
+@pytest.mark.parametrize("bad", ["0", "-3", "many"])
+def test_numbers_that_make_no_run(option, bad, capsys):
+    with pytest.raises(SystemExit):
+        load("examples/train_ddp.py").main([option, bad])
+    assert f"got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("contrast", ["leading", "modality"])
 def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
     """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""

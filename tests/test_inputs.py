@@ -521,6 +521,7 @@ BAD_OPTIONS: dict[str, list[tuple[Any, type[Exception], tuple[str, ...]]]] = {
         (-1.0, ValueError, ("got -1.0", "at least 0")),
         (math.nan, ValueError, ("got nan", "finite")),
         (math.inf, ValueError, ("got inf", "finite")),
+        (1e39, ValueError, ("got 1e+39", "float32")),
         ("1", TypeError, ("got str", "finite number")),
         (True, TypeError, ("got bool", "finite number")),
         (None, TypeError, ("got NoneType", "finite number")),

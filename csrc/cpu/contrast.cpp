@@ -573,7 +573,6 @@ struct Modalities {
       }
       of_z_m.settle();
       of_u_m.settle();
-      of_z_m.all = of_u_m.all = of_z_m.all && of_u_m.all;  // both in order, or neither
       of_z.push_back(of_z_m);
       of_u.push_back(of_u_m);
     }

@@ -86,10 +86,10 @@ struct ForwardTile {
   double* column_sums;    // (stride,)
 };
 
-// The probability of choosing an entry s is weight 2^((s - shift) factor - offset), offset an integer; what chooses
+// kRelative: the probability of choosing an entry s is weight 2^((s - shift) factor - offset), offset an integer; what chooses
 // nobody has a weight of 0 and an offset of +inf.
 // kShared: weight 2^(s factor - the tile's offset).
-// kBounded: the same, but s - shift counts up to `limit` and a power up to 2. More is due to rounding.
+// kBounded: as kRelative, but s - shift counts up to `limit` and a power up to 2. More is due to rounding.
 enum class Powers { kShared, kRelative, kBounded };
 
 struct TileSide {
