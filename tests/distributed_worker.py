@@ -17,15 +17,24 @@ import torch.distributed as dist
 import torch.distributed.nn  # as in examples/train_ddp.py, like the end of main()
 from torch import Tensor
 
-from pmrl_kernels import PMRLLoss, alignment_score, effective_rank, instance_contrastive_loss, pmrl_loss, uniformity
+from pmrl_kernels import (
+    PMRLLoss,
+    alignment_score,
+    backends,
+    effective_rank,
+    instance_contrastive_loss,
+    pmrl_loss,
+    uniformity,
+)
 
 B, D, K = 23, 12, 3
 # Rows of each rank: uneven in a world of two, and an empty one among three.
 SIZES = {1: [B], 2: [15, 8], 3: [9, 0, 14]}
 DIAGNOSTICS = {"alignment_score": alignment_score, "effective_rank": effective_rank, "uniformity": uniformity}
 
+BACKENDS = [name for name in ("reference", "native") if name in backends.available]
 CASES: dict[str, dict[str, Any]] = {}
-for _backend in ("reference", "native"):
+for _backend in BACKENDS:
     for _contrast in ("leading", "modality"):
         for _masked in (False, True):
             name = f"{_backend}-{_contrast}-{'masked' if _masked else 'all'}"
@@ -123,8 +132,8 @@ def everything(rows: slice, world: int, group: Any, local_sizes: list[int] | Non
     where = {} if group is None else {"group": group}
     known = {} if group is None else {"group": group, "local_sizes": local_sizes}
     found = {name: run_case(case, rows, torch.float64, **where) for name, case in CASES.items()}
-    found["float32"] = run_case(CASES["native-leading-masked"], rows, torch.float32, **known)
-    for backend in ("reference", "native"):
+    found["float32"] = run_case(CASES[f"{BACKENDS[-1]}-leading-masked"], rows, torch.float32, **known)
+    for backend in BACKENDS:
         for normalize in (True, False):
             found[f"instance-{backend}-{normalize}"] = run_instance(rows, normalize, backend, **where)
     found["model"] = run_model(rows, world, **where)

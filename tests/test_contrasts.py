@@ -17,6 +17,9 @@ FLOAT32, FLOAT64 = torch.float32, torch.float64
 SIZES = [(1, 3), (2, 1), (31, 4), (127, 8), (129, 33), (300, 16), (2100, 5)]
 
 
+native_only = pytest.mark.skipif("native" not in backends.available, reason="the native library is not built here")
+
+
 def operators(backend: str) -> Any:
     return backends.available[backend].operators
 
@@ -185,12 +188,11 @@ def test_embeddings_of_other_norms(backend, dtype, scale):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=smooth * float(b.abs().max()) + 1e-15)
 
 
+@native_only
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 @pytest.mark.parametrize("scale", [3e2, 3e3, 3e4, 3e5, 3e6, 3e10, 3e11])
 def test_large_similarities_are_as_exact_as_the_reference(dtype, scale):
     """Probabilities come from differences to the log of their sum, not to a positive far away."""
-    if "native" not in backends.available:
-        pytest.skip("no native library here")
     z, u, _ = case(2, 150, 9, dtype)
     z = [x * scale for x in z]
     exact = dense_modality(z, u, None, 0.1).grads
@@ -320,7 +322,7 @@ BAD_ARGUMENTS = {
 }
 
 
-@pytest.mark.skipif("native" not in backends.available, reason="no native library here")
+@native_only
 @pytest.mark.parametrize("what", BAD_ARGUMENTS)
 def test_the_library_refuses_nonsense(what):
     """Arguments are checked in Python; the operators check again whatever a read or a write depends on."""
@@ -329,7 +331,7 @@ def test_the_library_refuses_nonsense(what):
         operators("native").instance_forward(*BAD_ARGUMENTS[what](u, z))
 
 
-@pytest.mark.skipif("native" not in backends.available, reason="no native library here")
+@native_only
 def test_the_library_refuses_losses_and_states_of_other_batches():
     z, u, _ = case(2, 8, 4, FLOAT32)
     ops, one = operators("native"), torch.ones(())
