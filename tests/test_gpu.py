@@ -1,7 +1,8 @@
 """What only a GPU can show: capture, streams, determinism, memory, no synchronisation. Needs one, and Triton.
 
 The numerical contract runs on every device by itself (test_contract.py). `make gpu-check` runs both, and the benchmark.
-In Triton's interpreter what is left here is rehearsed at toy sizes, so that no hour on a GPU is lost to a typing error.
+What of it a CPU can run, in Triton's interpreter or compiled (ptx.py), is rehearsed there at toy sizes, so that no hour
+on a GPU is lost to a typing error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if "triton" not in backends.available:
 
 from pmrl_kernels.backends.triton import launch
 
-if not torch.cuda.is_available() and not launch.INTERPRETED:
+if not torch.cuda.is_available() and backends.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
     pytest.skip("needs a GPU", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -110,6 +110,21 @@ def test_kernels_compile_without_spills():
     assert {key[4] for key in rows} >= {"forward_kernel", "gram_kernel", "solve_kernel", "backward_kernel"}
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_products_on_tensor_cores_compile(dtype):
+    """Triton 3.6 has a layout for their operands only if it sees no narrow load behind them."""
+    for kernel, warps, *rest in resources.requests(resources.Case("sm_90", "alignment", dtype, 12, masked=True)):
+        binary = launch.compile_for(resources.TARGETS["sm_90"], kernel, *rest, warps)
+        if kernel.fn.__name__ != "reduce_kernel":
+            assert re.search(r"\bmma\.sync\S*f64", binary.asm["ptx"])
+
+
+def test_two_modalities_compile():
+    """Triton 3.6 could not lay out the columns of 2 x 2 matrices."""
+    for kernel, warps, *rest in resources.requests(resources.Case("sm_90", "triplet", "fp32", 2)):
+        assert launch.compile_for(resources.TARGETS["sm_90"], kernel, *rest, warps).asm["cubin"]
+
+
 @pytest.mark.slow
 def test_resources_are_those_of_the_table():
     """A kernel that takes more than it did is seen where it is reviewed: `make resources` rewrites the table."""

@@ -64,3 +64,6 @@ sum, or their mean over the instances with at least two modalities), singular va
 embeddings. Its outputs come in this order."""
 
 ANY_ALIGNMENT = ALIGNMENT | ALIGNMENT_SUM | ALIGNMENT_MEAN
+
+SUMS = ("float64", "float32")
+"""What dot products of embeddings of up to 32 bits may be summed in; float32 in pairs. The Triton backend has both."""

@@ -21,6 +21,8 @@ import triton.language as tl
 
 from .. import constants
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 # Jacobi stops at 2 off^2 <= this * diag^2, csrc/common/constants.h says why; the cap only ever ends a solve that
 # rounding keeps from meeting the tolerance.
 JACOBI_TOLERANCE = tl.constexpr(1e-30)
@@ -133,6 +135,23 @@ def binade(x):
     """The power of two below a positive, normal float64."""
     bits = x.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def zero_or_nan(x):
+    """0, or NaN where x is not finite. If x is a product a b, compilers make of x - x the fused a b - x, which is what
+    rounding took."""
+    return x * 0.0
+
+
+@triton.jit
+def product(a, b):
+    """a b, rounded. For sums over lanes: each lane would fuse its own product with the others' sums, and every one of
+    them come out with other last bits, where all are to have the same number."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.math.fma(a, b, tl.zeros_like(a))
 
 
 @triton.jit
@@ -405,7 +424,7 @@ def jacobi_tiles(A, lane, K: tl.constexpr):
     sweeps = 0
     going = 1
     while going > 0:
-        diagonal = tl.sum(A[0] * A[0], 1)
+        diagonal = tl.sum(product(A[0], A[0]), 1)
         squares = tl.zeros_like(A[0])
         for y in tl.static_range(1, K):
             squares += A[y] * A[y]
@@ -448,7 +467,7 @@ def _tile_times(A, x, lane, K: tl.constexpr):
 
 @triton.jit
 def _tile_unit(x):
-    return x * (1.0 / tl.sqrt(tl.sum(x * x, 1)))[:, None]
+    return x * (1.0 / tl.sqrt(tl.sum(product(x, x), 1)))[:, None]
 
 
 @triton.jit
@@ -477,7 +496,7 @@ def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
     for y in tl.static_range(1, K):
         x += P[y]
         squares += P[y] * P[y]
-    nowhere = tl.sqrt(tl.sum(x * x, 1)) <= zero_sum(k)
+    nowhere = tl.sqrt(tl.sum(product(x, x), 1)) <= zero_sum(k)
     largest = tl.max(P[0], 1)[:, None] * NEARLY_PEAK
     peak = tl.min(tl.where(P[0] >= largest, lane, K), 1)[:, None]
     for y in tl.static_range(K):

@@ -15,7 +15,7 @@ Nothing here adds floating-point numbers atomically: the same input gives the sa
 import triton
 import triton.language as tl
 
-from .eigen import jacobi_lanes, power_lanes, power_tiles, put, reciprocal, triangle
+from .eigen import jacobi_lanes, power_lanes, power_tiles, put, reciprocal, triangle, zero_or_nan
 from .kspace import (
     decompose_tiles,
     draft_alignment,
@@ -73,12 +73,12 @@ def solve_lanes(records, there, k: tl.constexpr, SPECTRUM: tl.constexpr, NORMALI
         if not SPECTRUM:
             for at in tl.static_range(k * (k + 1) // 2):
                 tl.store(records + field(k, "gram") + at, A[at], mask=there)
-    broken = A[0] - A[0]
+    broken = zero_or_nan(A[0])
     trace = tl.zeros_like(A[0])
     for j in tl.static_range(k):
         trace += A[triangle(j, j)]
         for i in tl.static_range(j + 1):
-            broken += A[triangle(i, j)] - A[triangle(i, j)]
+            broken += zero_or_nan(A[triangle(i, j)])
     fine = (broken == 0) & (trace > 0)
     if not SPECTRUM:
         for at in tl.static_range(k * (k + 1) // 2):  # what has no answer stands as e₁e₁ᵀ, rank 1 at once
@@ -120,9 +120,9 @@ def solve_tiles(
             if not SPECTRUM:
                 at = records[:, None] + field(k, "gram") + lane * (lane + 1) // 2 + (lane ^ y)
                 tl.store(at, A[y], mask=inside & ((lane ^ y) <= lane))
-    broken = A[0] - A[0]
+    broken = zero_or_nan(A[0])
     for y in tl.static_range(1, K):
-        broken += A[y] - A[y]
+        broken += zero_or_nan(A[y])
     broken = tl.sum(broken, 1)
     fine = (broken == 0) & (tl.sum(A[0], 1) > 0)
     if SPECTRUM:

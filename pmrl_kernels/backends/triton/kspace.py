@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import constants
-from .eigen import NEARLY_PEAK, eigenvalue_gap, jacobi_tiles, reciprocal, zero_sum
+from .eigen import NEARLY_PEAK, eigenvalue_gap, jacobi_tiles, product, reciprocal, zero_or_nan, zero_sum
 
 # ------------------------------------------------------------------------------------------------
 # The record of an instance
@@ -93,7 +93,10 @@ def log1p(x):
 @triton.jit
 def along_columns(x, N: tl.constexpr, K: tl.constexpr):
     """[N, K, 1] as [N, 1, K]."""
-    return tl.reshape(x, [N, 1, K])
+    if K == 2:  # for which Triton 3.6 cannot make sense of the layouts of a reshape
+        return tl.permute(x, (0, 2, 1))
+    else:
+        return tl.reshape(x, [N, 1, K])
 
 
 @triton.jit
@@ -187,14 +190,14 @@ def oriented(V, values, top, i, j, N: tl.constexpr, k: tl.constexpr, K: tl.const
     """
     tied = top - values <= eigenvalue_gap(k, WIDE) * top
     along = tl.where(tied, tl.sum(V, 1, keep_dims=True), 0.0)
-    nowhere = tl.sqrt(tl.sum(along * along, 2, keep_dims=True)) <= zero_sum(k)
-    nearness = tl.sum(tl.where(tied, V * V, 0.0), 2, keep_dims=True)
+    nowhere = tl.sqrt(tl.sum(product(along, along), 2, keep_dims=True)) <= zero_sum(k)
+    nearness = tl.sum(tl.where(tied, product(V, V), 0.0), 2, keep_dims=True)
     largest = tl.max(nearness, 1, keep_dims=True)
     nearest = tl.min(tl.where((nearness >= largest * NEARLY_PEAK) & (i < k), i, K), 1, keep_dims=True)
     row = tl.sum(tl.where(i == nearest, V, 0.0), 1, keep_dims=True)
     along = tl.where(nowhere, tl.where(tied, row, 0.0), along)
-    v = tl.sum(V * along, 2, keep_dims=True)
-    squares = tl.sum(v * v, 1, keep_dims=True)
+    v = tl.sum(product(V, along), 2, keep_dims=True)
+    squares = tl.sum(product(v, v), 1, keep_dims=True)
     return tl.where(top == 0, 0.0, v * (1.0 / tl.sqrt(tl.where(top == 0, 1.0, squares))))
 
 
@@ -266,7 +269,7 @@ def finish_forward(
         values_i = load_vector(record, "eigenvalues", i, there, k)
         values = load_vector(record, "eigenvalues", j, there, k)
         tl.debug_barrier()
-        broken = tl.sum(values - values, 2, keep_dims=True)
+        broken = tl.sum(zero_or_nan(values), 2, keep_dims=True)
         rank = ranks(values_i, values, i, j)
         counts = rank < tl.minimum(number, d)  # the rest are zeros that are no logits
         values = tl.where(counts, values, 0.0) + broken
@@ -278,9 +281,12 @@ def finish_forward(
     else:
         # the last step of power iteration, on G itself
         gram = load_symmetric(record, "gram", i, j, there, k)
-        v_i = tl.sum(gram * along_columns(load_vector(record, "leading", i, there, k), N, K), 2, keep_dims=True)
-        v_i = v_i * reciprocal(tl.sqrt(tl.sum(v_i * v_i, 1, keep_dims=True)))
-        top = tl.sum(v_i * tl.sum(gram * along_columns(v_i, N, K), 2, keep_dims=True), 1, keep_dims=True)
+        before = load_vector(record, "leading", i, there, k)
+        tl.debug_barrier()  # whoever writes it again writes when all have read it
+        v_i = tl.sum(product(gram, along_columns(before, N, K)), 2, keep_dims=True)
+        v_i = v_i * reciprocal(tl.sqrt(tl.sum(product(v_i, v_i), 1, keep_dims=True)))
+        Gv = tl.sum(product(gram, along_columns(v_i, N, K)), 2, keep_dims=True)
+        top = tl.sum(product(v_i, Gv), 1, keep_dims=True)
         undecided = tl.load(record + field(k, "undecided"), mask=there, other=0.0) > 0
         ambiguous = tl.max(tl.reshape(undecided.to(tl.int32), [N]), 0) > 0
         weights = tl.zeros([N, 1, K], tl.float64)
@@ -340,11 +346,11 @@ def finish_forward(
             gaps = gaps / tau
             p = tl.where(counts & (rank > 0), tl.exp(-gaps), 0.0)
             total = tl.sum(p, 2, keep_dims=True)
-            loss = log1p(total) + (tau - tau)  # a bad temperature shows even where there is no logit
+            loss = log1p(total) + zero_or_nan(tau)  # a bad temperature shows even where there is no logit
             p = tl.where(alignable, p / (1.0 + total), 0.0)
             pull = p / tau
             # where p underflows to 0 beside an infinite gap, their product tends to 0
-            slope = tl.sum(tl.where(p == 0, 0.0, pull * gaps), 2, keep_dims=True)
+            slope = tl.sum(tl.where(p == 0, 0.0, product(pull, gaps)), 2, keep_dims=True)
             g = tl.where(first, -tl.sum(pull, 2, keep_dims=True), pull)  # rather than (p_1 - 1) / tau, which cancels
             weights, first_weight = spectral_weights(g, values, sigma_j, top, first, k, WIDE)
             A, radial = through_spectrum(
@@ -360,7 +366,7 @@ def finish_forward(
             along = tl.where(alignable, -reciprocal(sigma_1), 0.0)
             A = along * v_i * v_j + tl.where(i == j, even, 0.0)
             radial = even * diagonal + along * top * v_i * v_i
-        loss = tl.where(alignable | (loss != loss), loss, 0.0) + (top - top)  # a NaN in one alone is not swallowed
+        loss = tl.where(alignable | (loss != loss), loss, 0.0) + zero_or_nan(top)  # a NaN in one alone is not swallowed
         C = projected(A, radial, inverse_i, inverse_j, i, j, NORMALIZE)
         store_symmetric(record, "through_alignment", i, j, there, tl.where(present_i & present_j, C, 0.0), k)
         tl.store(record + field(k, "slope"), slope, mask=there)
@@ -398,7 +404,7 @@ def through_spectrum(record, scratch, weights, first_weight, V, values, top, v_i
     tl.store(scratch + j, weights, mask=there & (j < k))
     tl.debug_barrier()
     M = weighted(record, scratch, i, j, there, k) + first_weight * v_i * v_j
-    radial = tl.sum(V * V * (values * weights), 2, keep_dims=True) + first_weight * top * v_i * v_i
+    radial = tl.sum(product(V * V, values * weights), 2, keep_dims=True) + first_weight * top * v_i * v_i
     return M, radial
 
 
@@ -531,7 +537,7 @@ def draft_coefficients(
     if SPECTRUM:
         values = load_vector(record, "eigenvalues", j, there, k)
         V = load_square(record, "eigenvectors", i, j, there, k)
-        top = tl.max(values, 2, keep_dims=True) + tl.sum(values - values, 2, keep_dims=True)
+        top = tl.max(values, 2, keep_dims=True) + tl.sum(zero_or_nan(values), 2, keep_dims=True)
     else:
         top = tl.load(record + field(k, "eigenvalues"), mask=there, other=0.0)
     inverse_sigma = reciprocal(tl.sqrt(top))
@@ -573,17 +579,17 @@ def draft_coefficients(
             r += tl.load(at, mask=present_i, other=0.0).to(tl.float64)
         if SPECTRUM:
             # a gap that does not count has no share, but a NaN that comes in is passed on
-            dot = tl.sum(V * r, 1, keep_dims=True)
+            dot = tl.sum(product(V, r), 1, keep_dims=True)
             tied = top - values <= eigenvalue_gap(k, WIDE) * top
             share = tl.where(tied, dot * 0.0, dot / tl.where(tied, 1.0, top - values))
-            y = tl.sum(V * share, 2, keep_dims=True)
-            Gy = tl.sum(V * (values * share), 2, keep_dims=True)
+            y = tl.sum(product(V, share), 2, keep_dims=True)
+            Gy = tl.sum(product(V, values * share), 2, keep_dims=True)
         else:
             T = load_symmetric(record, "resolvent", i, j, there, k)
-            y = tl.sum(T * along_columns(r, N, K), 2, keep_dims=True)
+            y = tl.sum(product(T, along_columns(r, N, K)), 2, keep_dims=True)
             gram = load_symmetric(record, "gram", i, j, there, k)
-            Gy = tl.sum(gram * along_columns(y, N, K), 2, keep_dims=True)
-        along = tl.sum(v_i * w, 1, keep_dims=True) * inverse_sigma * inverse_sigma * inverse_sigma
+            Gy = tl.sum(product(gram, along_columns(y, N, K)), 2, keep_dims=True)
+        along = tl.sum(product(v_i, w), 1, keep_dims=True) * inverse_sigma * inverse_sigma * inverse_sigma
         through = y * v_j + v_i * along_columns(y, N, K) - along * v_i * v_j
         radial += v_i * (Gy + top * (y - along * v_i))
         if (WIDE or PAIRS) and not NORMALIZE:

@@ -108,7 +108,7 @@ SUMS = os.environ.get("PMRL_KERNELS_SUMS") or None
 
 @functools.cache
 def _in_pairs(index: int | None, sums: str | None) -> bool:
-    if sums not in (None, "float64", "float32"):
+    if sums is not None and sums not in constants.SUMS:
         raise ValueError(f"environment variable PMRL_KERNELS_SUMS: got {sums!r}, wanted 'float64' or 'float32'")
     if sums is not None:
         return sums == "float32"

@@ -17,10 +17,8 @@ Since float32 has 2^±126 only, embeddings out of range are scaled by powers of 
 import triton
 import triton.language as tl
 
-from .eigen import any_of, put, triangle
+from .eigen import INTERPRETED, any_of, product, put, triangle
 from .kspace import as_pairs, field, power_of_two
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Squares of norms between these need no scaling. In float64 the solvers square Gram entries once more; in pairs what is
 # 2^-48 of an entry of C, which goes with the squares of the inverse norms, still has to be a number. Powers of two.
@@ -506,10 +504,17 @@ def load_tile(x, at, present, cols, d, scale, SCALED: tl.constexpr):
 
 
 @triton.jit
+def opaque(X):
+    """X, by way of a sum over one. For the layout of a product's operands Triton 3.6 looks back through all that is
+    elementwise for the narrowest load, a mask's 8 bits or bfloat16, and then has no such layout for float64."""
+    return tl.sum(X[:, :, None], 2)
+
+
+@triton.jit
 def gram_tile(x, at, present, scale, d, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr):
     G = tl.zeros([K, K], tl.float64)
     for start in range(0, d, BLOCK):
-        X = load_tile(x, at, present, start + tl.arange(0, BLOCK), d, scale, SCALED)
+        X = opaque(load_tile(x, at, present, start + tl.arange(0, BLOCK), d, scale, SCALED))
         G = tl.dot(X, tl.trans(X), G, out_dtype=tl.float64)
     return G
 
@@ -564,7 +569,7 @@ def vectors_tile_phase(
         for start in range(0, d, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             X = load_tile(x, at, present, cols, d, scale, WIDE)
-            total = tl.sum(c[:, None] * X, 0)
+            total = tl.sum(product(X, c[:, None]), 0)
             tl.store(u + instance * d + cols, total.to(u.dtype.element_ty), mask=cols < d)
     if z is not None:
         factor = tl.full([K], 1.0, tl.float64)
@@ -595,10 +600,10 @@ def dots_tile(
         X = load_tile(x, at, present, cols, d, scale, WIDE)
         if grad_u is not None:
             h = load_wide(grad_u + instance * u_stride + cols, cols < d)
-            w += tl.sum(X * h[None, :], 1)
+            w += tl.sum(product(X, h[None, :]), 1)
         if DIRECT:
             H = load_wide(grad_z + z_at[:, None] + cols[None, :], z_there[:, None] & (cols < d)[None, :])
-            direct += tl.sum(X * H, 1)
+            direct += tl.sum(product(X, H), 1)
     return w, direct
 
 
@@ -614,9 +619,10 @@ def apply_tile(
         z_there = which(z_offsets, k, K) & present
     to = gathered(out_offsets, k, K) + instance * out_stride
     wanted = which(out_offsets, k, K)
+    C = opaque(C)
     for start in range(0, d, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        X = load_tile(x, at, present, cols, d, scale, WIDE)
+        X = opaque(load_tile(x, at, present, cols, d, scale, WIDE))
         total = tl.dot(C, X, out_dtype=tl.float64)
         if grad_u is not None:
             h = load_wide(grad_u + instance * u_stride + cols, cols < d)
