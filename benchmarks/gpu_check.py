@@ -1,10 +1,14 @@
-"""Everything to be known about the package on a GPU, by one command: tests, then the benchmark.
+"""Everything to be known about the package on a GPU, by one command: tests, the benchmark, and on demand the rest.
 
-    python benchmarks/gpu_check.py              # at most eight minutes; needs torch, triton, numpy, pytest, tqdm
-    python benchmarks/gpu_check.py --dry-run    # on the CPU, kernels interpreted, at toy sizes
+    python benchmarks/gpu_check.py                            # at most eight minutes: facts gpu benchmark contract
+    python benchmarks/gpu_check.py --only tune counters host  # launch parameters, what the hardware counts, the host
+    python benchmarks/gpu_check.py --only contract memcheck racecheck initcheck synccheck --one-in 1 --limit 590
+    python benchmarks/gpu_check.py --only wheel --wheel dist/*.whl    # a wheel of another machine
+    python benchmarks/gpu_check.py --dry-run                  # on the CPU, kernels interpreted, at toy sizes
 
-Runs in the checkout, with the Python that runs it: nothing is installed or downloaded. A step that fails does not keep
-the next from running, but makes the whole fail. What was printed and measured goes to --output.
+Needs torch, triton, numpy, pytest and tqdm; pytest-xdist makes the contract many times faster. Runs in the checkout,
+with the Python that runs it: nothing is installed or downloaded. A step that fails does not keep the next from running,
+but makes the whole fail. What was printed and measured goes to --output.
 """
 
 from __future__ import annotations
@@ -12,71 +16,132 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 480.0  # seconds for everything
+DEFAULT = ("facts", "gpu", "benchmark", "contract")
+SHOWN = 60  # last lines of a step that are printed; all of them are in the log
+SANITIZED = "agrees_with_the_reference or layouts_and_sums_agree or the_same_bits"
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+OUR_KERNELS = "regex:(gram|solve|vectors|forward|reduce|backward)_kernel"
 
 
-def steps(dry: bool, output: Path) -> dict[str, tuple[list[str], float]]:
-    """Commands by name, and the most seconds of each."""
+class Step(NamedTuple):
+    arguments: list[str]
+    """Of Python."""
+    most: float
+    """Seconds."""
+    under: tuple[str, ...] = ()
+    """A program that runs Python and looks on."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Environment variables."""
+
+
+def steps(options: argparse.Namespace) -> dict[str, Step]:
+    """By name, in order."""
+    dry = options.dry_run
+    results = ["--output", str(options.output.resolve()), *(["--dry-run"] if dry else [])]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=10"]
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
-    where, share = ("cpu", "100") if dry else ("cuda", "5")
-    contract = [*pytest, *parallel, "tests/test_contract.py", "-k", f"triton and {where}", "--one-in", share]
+    where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
+    selected = ["-k", f"triton and {where}", "--one-in", str(share)]
+    sanitized = [*pytest, "tests/test_gpu.py", "-k", SANITIZED]
+    # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
+    alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+
+    def checked(tool: str, *more: str) -> Step:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20")
+        return Step([*sanitized, *more], 300, command, alone)
+
+    sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
-        "facts": (["-m", "pmrl_kernels.info"], 60),
-        "gpu": ([*pytest, "tests/test_gpu.py"], 150),
-        "benchmark": (["benchmarks/gpu.py", "--output", str(output), *(["--dry-run"] if dry else [])], 240),
-        "contract": (contract, 180),
+        "facts": Step(["-m", "pmrl_kernels.info"], 60),
+        "gpu": Step([*pytest, "tests/test_gpu.py"], 150),
+        "benchmark": Step(["benchmarks/gpu.py", *results], 240),
+        "tune": Step(["benchmarks/tune.py", *results], 300),
+        "counters": Step(
+            ["benchmarks/gpu.py", "--once", "65536", "512", "4"],
+            120,
+            ("ncu", "--clock-control", "none", "-k", OUR_KERNELS, *sections),
+        ),
+        "latency-counters": Step(
+            ["benchmarks/gpu.py", "--once", "256", "512", "4"],
+            120,
+            ("ncu", "--clock-control", "none", "-k", OUR_KERNELS, *sections),
+        ),
+        "host": Step(["benchmarks/host.py"], 60),
+        "wheel": Step(["tests/data/environments.py", str(options.wheel)], 120),
+        "memcheck": checked("memcheck"),
+        "racecheck": checked("racecheck"),
+        "initcheck": checked("initcheck", "--unpoisoned"),
+        "synccheck": checked("synccheck"),
+        "contract": Step([*pytest, *parallel, "tests/test_contract.py", *selected], options.limit),
     }
+
+
+def run(step: Step, seconds: float, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status, 124 for one that took too long, and what was printed."""
+    try:
+        done = subprocess.run(
+            [*step.under, sys.executable, *step.arguments],
+            cwd=ROOT,
+            env={**environment, **dict(step.settings)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+        return done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        return 124, (late.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, kernels interpreted, at toy sizes")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "output" / "gpu-check", help="folder for logs and results"
+        "--output", type=Path, default=ROOT / "output" / "gpu-check", help="folder for the log and results"
     )
-    parser.add_argument("--only", nargs="+", default=None, help="names of steps")
+    parser.add_argument("--only", nargs="+", default=DEFAULT, help="names of steps")
+    parser.add_argument("--one-in", type=int, help="of the contract, one test in so many; default: 5")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds for everything")
+    parser.add_argument("--wheel", type=Path, default=None, help="for the step of that name")
     options = parser.parse_args()
+    chosen = steps(options)
+    if unknown := set(options.only) - chosen.keys():
+        parser.error(f"--only: got {sorted(unknown)}, wanted some of {list(chosen)}")
+    if "wheel" in options.only and not (options.wheel and options.wheel.exists()):
+        parser.error(f"--wheel: got {options.wheel}, wanted a wheel (`make wheel` makes one)")
     options.output.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # PyTorch wants it where tests forbid what is not deterministic
     if options.dry_run:
         environment["TRITON_INTERPRET"] = "1"
-    begin, failed = time.monotonic(), []
-    for name, (command, most) in steps(options.dry_run, options.output.resolve()).items():
-        if options.only and name not in options.only:
-            continue
-        left = LIMIT - (time.monotonic() - begin)
-        print(f"== {name}", flush=True)
-        with (options.output / f"{name}.log").open("w") as log:
-            start = time.monotonic()
-            try:
-                done = subprocess.run(
-                    [sys.executable, *command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(1.0, min(left, most)),
-                )
-                status = done.returncode
-            except subprocess.TimeoutExpired:
-                status = 124
-        text = (options.output / f"{name}.log").read_text()
-        print("\n".join(text.splitlines()[-60:]))
-        print(
-            f"== {name}: {'passed' if status == 0 else f'FAILED ({status})'}, {time.monotonic() - start:.0f} s\n",
-            flush=True,
-        )
-        if status:
-            failed.append(name)
-    print(f"failed: {', '.join(failed) or 'nothing'}; {time.monotonic() - begin:.0f} s in all")
+    begin, failed, left_out = time.monotonic(), [], []
+    with (options.output / "gpu-check.log").open("w") as log:
+        for name in (name for name in chosen if name in options.only):
+            step, start = chosen[name], time.monotonic()
+            print(f"== {name}", flush=True)
+            if step.under and shutil.which(step.under[0]) is None:
+                left_out.append(name)
+                print(f"== {name}: not run, {step.under[0]} is not here\n", flush=True)
+                continue
+            status, text = run(step, max(1.0, min(options.limit - (start - begin), step.most)), environment)
+            verdict = f"{'passed' if status == 0 else f'FAILED ({status})'}, {time.monotonic() - start:.0f} s"
+            log.write(f"== {name}: {verdict}\n{text}\n")
+            log.flush()
+            print("\n".join(text.splitlines()[-SHOWN:]))
+            print(f"== {name}: {verdict}\n", flush=True)
+            if status:
+                failed.append(name)
+    print(f"failed: {', '.join(failed) or 'nothing'}; ", end="")
+    print(f"not run: {', '.join(left_out)}; " if left_out else "", f"{time.monotonic() - begin:.0f} s in all", sep="")
     return 1 if failed else 0
 
 

@@ -179,6 +179,49 @@ measures_native = pytest.mark.skipif("native" not in backends.available, reason=
 
 
 @measures_native
+def test_what_is_aimed_at_on_a_gpu(benchmark_modules):
+    """Ratios of the GPU benchmark's rows, against its marks; what was not measured is not judged."""
+    import gpu
+
+    measured = [
+        (65536, "float32", "copy", {"wall_us": 1.0, "device_us": 250.0}),
+        (65536, "float32", "triton", {"wall_us": 600.0, "device_us": 450.0}),  # the least is 375
+        (65536, "bfloat16", "triton", {"wall_us": 300.0, "device_us": 300.0}),  # 187.5
+        (256, "float32", "triton", {"wall_us": 200.0, "device_us": 19.0, "peak_MiB": 2.0}),
+        (256, "float32", "full SVD", {"wall_us": 1e5, "peak_MiB": 300.0}),
+        (256, "float32", "F.mse_loss", {"wall_us": 70.0}),
+        (64, "float32", "triton", {"wall_us": 1.0}),
+    ]
+    rows = [{"B": B, "d": 512, "k": 4, "dtype": dtype, "contender": name} | r for B, dtype, name, r in measured]
+    assert gpu.marks(rows, gpu.bandwidth_of_copy(rows)) == [
+        "(65536, 512, 4), float32: device time over the least: 1.20, wanted <= 1.3: met",
+        "(65536, 512, 4), bfloat16: device time over the least: 1.60, wanted <= 1.45: MISSED",
+        "(256, 512, 4): eager wall over F.mse_loss: 2.86, wanted <= 3: met",
+        "(256, 512, 4): device µs: 19.0, wanted <= 20: met",
+        "(256, 512, 4): full SVD's wall over ours: 500, wanted >= 1000: MISSED",
+        "(256, 512, 4): peak memory 2.00 MiB, full SVD 300 MiB",
+    ]
+    assert gpu.marks(rows[:1], 1.0) == []
+
+
+@pytest.mark.slow
+def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
+    """Time on a GPU is too dear for typing errors: every step that can, runs on the CPU at toy sizes."""
+    pytest.importorskip("triton", reason="Triton has no packages for this system")
+    arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "400", "--limit", "900"]
+    command = [sys.executable, str(FOLDER / "gpu_check.py"), *arguments, "--only"]
+    done = subprocess.run(
+        [*command, "facts", "gpu", "benchmark", "tune", "host", "contract"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} >= {"gpu-check.log", "gpu.json", "gpu.csv", "tune.json"}
+    tuned = json.loads((tmp_path / "tune.json").read_text())
+    assert {row["kernel"] for row in tuned["kernels"]} >= {"gram_kernel", "solve_kernel", "forward_kernel"}
+    unknown = subprocess.run([*command, "facts", "fact"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "--only: got ['fact'], wanted some of" in unknown.stderr
+
+
 def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsys):
     """Every section once, at toy sizes: its rows, their baselines, and what is written."""
     import contrast

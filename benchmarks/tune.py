@@ -1,0 +1,389 @@
+"""Launch parameters of the Triton kernels on a GPU: each kernel alone under every setting, then both layouts by B.
+
+    python benchmarks/tune.py                # some three minutes
+    python benchmarks/tune.py --dry-run      # on the CPU: compiles for sm_90, interprets at toy sizes
+    python benchmarks/tune.py --compile-only # fills Triton's cache for sm_90, on a machine that need not have a GPU
+
+The settings are changes of ``launch.plan``. A kernel's time is that of a CUDA graph that launches it many times over, a
+row *least* what moving its bytes once takes at the bandwidth of a device-to-device copy. Before a setting is timed the
+loss and its gradients under it must be those of the default. What wins here is written into ``plan`` by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "--dry-run" in sys.argv:  # read when Triton is imported; the processes that compile must not see it
+    os.environ["TRITON_INTERPRET"] = "1" if __name__ == "__main__" else "0"
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bench import number, table
+from cases import TEMPERATURE, Case, embeddings
+from gpu import Clock, captured, conditions
+from torch import Tensor
+from tqdm import tqdm
+
+from pmrl_kernels import dominant_sv_loss
+from pmrl_kernels.backends.triton import launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
+import resources
+
+DTYPES = resources.DTYPES
+SECONDS = 0.02  # for each number
+TOLERANCE = 2e-6  # of the largest gradient: other orders of summation in float64, one rounding to float32
+BF16_TOLERANCE = 2.0**-7
+SHOWN = 6  # settings of each kernel and shape
+
+Changes = dict[str, int]
+
+
+class Shape(NamedTuple):
+    B: int
+    d: int
+    k: int
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"B={self.B},d={self.d},k={self.k},{self.dtype}"
+
+
+class Family(NamedTuple):
+    """Kernels that share parameters, and what is tried for these."""
+
+    kernels: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    settings: Callable[[Shape], list[Changes]]
+
+
+def product(**values: Sequence[int]) -> list[Changes]:
+    return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
+
+
+def streams(shape: Shape) -> list[Changes]:
+    """One or two 16-byte loads of each embedding a lane and step."""
+    vector = 16 // DTYPES[shape.dtype].itemsize
+    settings = product(
+        stream_rows=(1, 2, 4, 8, 16, 32), stream_warps=(1, 2, 4, 8), block=[n * vector for n in (4, 8, 16, 32, 64)]
+    )
+    lanes = [(s, s["stream_rows"] * s["block"] / (32 * s["stream_warps"] * vector)) for s in settings]
+    return [s for s, each in lanes if each in (1, 2) and s["block"] <= shape.d]
+
+
+def solves(shape: Shape) -> list[Changes]:
+    lanes = product(lanes=(True,), solve_instances=(32,), solve_part=(4, 8, 16, 32), solve_warps=(1,))
+    more = product(lanes=(True,), solve_instances=(64,), solve_part=(8,), solve_warps=(2,))
+    tiles = product(lanes=(False,), solve_instances=(4, 8), solve_part=(1, 2, 4), solve_warps=(1,))
+    if shape.k > 6:  # an instance in a lane takes more registers than there are, and half a minute to compile
+        return tiles
+    return [*lanes, *more, *tiles]
+
+
+def latencies(shape: Shape) -> list[Changes]:
+    vector = 16 // DTYPES[shape.dtype].itemsize
+    if shape.k > 8:
+        return product(latency_warps=(2, 4, 8), latency_block=(16, 32, 64))
+    blocks = [n * vector for n in (16, 32, 64, 128)]
+    return [
+        *product(latency_rows=(1,), latency_warps=(1, 2, 4), latency_block=blocks),
+        *product(latency_rows=(2,), latency_warps=(1, 2), latency_block=blocks[:2]),
+    ]
+
+
+THROUGHPUT = (
+    *(Shape(65536, 512, k) for k in (3, 4, 6, 8)),
+    *(Shape(65536, 512, 4, "bf16"), Shape(65536, 128, 4), Shape(16384, 1024, 4), Shape(4096, 512, 4)),
+)
+LATENCY = (
+    *(Shape(B, 512, 4) for B in (64, 256, 1024)),
+    *(Shape(256, 512, k) for k in (3, 8, 16, 32)),
+    *(Shape(256, 1024, 4), Shape(256, 512, 4, "bf16")),
+)
+FAMILIES = {
+    "streams": Family(("gram_kernel", "backward_kernel"), THROUGHPUT, streams),
+    "solves": Family(("solve_kernel",), THROUGHPUT, solves),
+    "latencies": Family(("forward_kernel",), LATENCY, latencies),
+}
+LAYOUTS = tuple(Shape(B, 512, k) for k in (3, 4, 6, 8) for B in (64, 256, 512, 1024, 2048, 4096, 8192, 16384))
+
+DRY = {
+    "streams": FAMILIES["streams"]._replace(
+        shapes=(Shape(9, 32, 3),), settings=lambda _: product(stream_rows=(4, 8), stream_warps=(1,), block=(16,))
+    ),
+    "solves": FAMILIES["solves"]._replace(
+        shapes=(Shape(9, 32, 3),),
+        settings=lambda _: [{"lanes": False, "solve_instances": 4, "solve_part": 2, "solve_warps": 1}],
+    ),
+    "latencies": FAMILIES["latencies"]._replace(
+        shapes=(Shape(3, 32, 3),), settings=lambda _: product(latency_rows=(1,), latency_warps=(2,))
+    ),
+}
+DRY_LAYOUTS = (Shape(3, 32, 3),)
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
+
+_plan = launch.plan
+
+
+@contextlib.contextmanager
+def planned(changes: Mapping[str, int]) -> Iterator[None]:
+    """``launch.plan`` with these changes."""
+    launch.plan = lambda *arguments: _plan(*arguments)._replace(**changes)
+    try:
+        yield
+    finally:
+        launch.plan = _plan
+
+
+@contextlib.contextmanager
+def layout(small: bool) -> Iterator[None]:
+    largest, launch.LATENCY_BATCH = launch.LATENCY_BATCH, (1 << 62) if small else 0
+    try:
+        yield
+    finally:
+        launch.LATENCY_BATCH = largest
+
+
+def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], changes: Changes) -> str | None:
+    """Compiles them into Triton's cache, in a process without a GPU; what went wrong, if anything."""
+    name = f"sm_{target.arch}"
+    resources.TARGETS.setdefault(name, target)
+    with planned(changes):
+        try:
+            for kernel, warps, *rest in resources.requests(
+                resources.Case(name, "alignment", shape.dtype, shape.k), shape.d
+            ):
+                if kernel.fn.__name__ in kernels:
+                    launch.compile_for(target, kernel, *rest, warps)
+        except Exception as error:  # whatever a compiler throws: this setting is out, the others are not
+            return f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# Time
+# ------------------------------------------------------------------------------------------------
+
+
+def step(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    loss = dominant_sv_loss(xs, temperature=TEMPERATURE, backend="triton")
+    return (loss.detach(), *torch.autograd.grad(loss, tuple(xs)))
+
+
+def agree(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    for x, y in zip(ours, expected, strict=True):
+        tolerance = BF16_TOLERANCE if y.dtype == torch.bfloat16 else TOLERANCE
+        if not (x - y).abs().max() <= tolerance * y.abs().max():
+            return False
+    return True
+
+
+def launches(xs: Sequence[Tensor]) -> tuple[dict[str, tuple[Any, ...]], Sequence[Tensor]]:
+    """The arguments of ``launch._launch`` in a step, by kernel, and what the step returned: kernels that write k
+    gradients hold one of them and the distances to the others, which have to stay where they are."""
+    seen: dict[str, tuple[Any, ...]] = {}
+    make = launch._launch
+
+    def recording(kernel: Any, *arguments: Any) -> None:
+        seen[kernel.fn.__name__] = (kernel, *arguments)
+        make(kernel, *arguments)
+
+    launch._launch = recording
+    try:
+        return seen, step(xs)
+    finally:
+        launch._launch = make
+
+
+def repeated(call: Callable[[], None], clock: Clock) -> float:
+    """Seconds of one of many calls in a graph, by the median of five replays."""
+    if clock.device == "cpu":
+        return clock.seconds(call, 1)
+    call()
+    clock.wait()
+    times = max(1, min(200, int(SECONDS / 5 / max(clock.seconds(call, 3), 1e-6))))
+
+    def many() -> None:
+        for _ in range(times):
+            call()
+
+    replay = captured(many)
+    replay()
+    return statistics.median(clock.seconds(replay, 1) for _ in range(5)) / times
+
+
+def registers(arguments: tuple[Any, ...]) -> tuple[int | None, int | None]:
+    """Registers and spills of a kernel that was launched."""
+    kernel, key, *_ = arguments
+    binary = next((b for (k, _, other), b in launch._compiled.items() if k is kernel and other == key), None)
+    return getattr(binary, "n_regs", None), getattr(binary, "n_spills", None)
+
+
+def least_bytes(kernel: str, shape: Shape) -> int:
+    """Embeddings read, gradients written; records are counted where they are all there is."""
+    stream = shape.B * shape.d * shape.k * DTYPES[shape.dtype].itemsize
+    half = shape.k * (shape.k + 1) // 2
+    return {
+        "gram_kernel": stream,
+        "forward_kernel": stream,
+        "backward_kernel": 2 * stream,
+        "solve_kernel": 16 * half * shape.B,  # the Gram matrix, and the coefficients of the backward pass
+    }[kernel]
+
+
+def swept(name: str, family: Family, clock: Clock, progress: tqdm) -> Iterator[dict[str, Any]]:
+    for shape in family.shapes:
+        xs = embeddings(Case(shape.B, shape.d, shape.k, clock.device), dtype=DTYPES[shape.dtype])
+        with layout(name == "latencies"):
+            expected = step(xs)
+            for changes in ({}, *family.settings(shape)):
+                progress.update()
+                row: dict[str, Any] = {"family": name, "shape": str(shape), "changes": changes}
+                with planned(changes):
+                    try:
+                        if not agree(step(xs), expected):
+                            yield row | {"wrong": True}
+                            continue
+                        recorded, alive = launches(xs)
+                        for kernel in family.kernels:
+                            call = functools.partial(launch._launch, *recorded[kernel])
+                            used, spilled = registers(recorded[kernel])
+                            seconds = repeated(call, clock)
+                            facts = {"registers": used, "spills": spilled, "bytes": least_bytes(kernel, shape)}
+                            yield row | {"kernel": kernel, "us": 1e6 * seconds} | facts
+                        del alive
+                    except Exception as error:  # a setting that cannot be launched is out, the others are not
+                        yield row | {"failed": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+
+
+def crossing(shapes: Sequence[Shape], clock: Clock, progress: tqdm) -> Iterator[dict[str, Any]]:
+    """A step in either layout: where they swap is LATENCY_BATCH."""
+    for shape in shapes:
+        xs = embeddings(Case(shape.B, shape.d, shape.k, clock.device), dtype=DTYPES[shape.dtype])
+        for small in (True, False):
+            progress.update()
+            with layout(small):
+                call = functools.partial(step, xs)
+                wall = clock.median(call)
+                device = clock.median(captured(call)) if clock.device == "cuda" else wall
+            yield {
+                "shape": str(shape), "layout": "latency" if small else "throughput", "wall_us": 1e6 * wall,
+                "device_us": 1e6 * device,
+            }  # fmt: skip
+
+
+def bandwidth(clock: Clock) -> float:
+    """Bytes read and written per second of a device-to-device copy."""
+    x = torch.empty(1 << (28 if clock.device == "cuda" else 20), device=clock.device)
+    y = torch.empty_like(x)
+    return 8 * x.numel() / repeated(lambda: [y.copy_(x), None][1], clock)
+
+
+# ------------------------------------------------------------------------------------------------
+# Report
+# ------------------------------------------------------------------------------------------------
+
+
+def report(results: Mapping[str, Any]) -> str:
+    lines = [", ".join(f"{key} {value}" for key, value in results["conditions"].items())]
+    rate = results["bandwidth"]
+    lines += [f"bandwidth of a device-to-device copy: {rate / 1e9:.0f} GB/s", ""]
+    timed = [row for row in results["kernels"] if "us" in row]
+    for kernel, shape in dict.fromkeys((row["kernel"], row["shape"]) for row in timed):
+        rows = [row for row in timed if (row["kernel"], row["shape"]) == (kernel, shape)]
+        least = 1e6 * rows[0]["bytes"] / rate
+        ranked = sorted(rows, key=lambda row: row["us"])
+        shown = ranked[:SHOWN] + [row for row in ranked[SHOWN:] if not row["changes"]]
+        cells = [
+            [
+                ", ".join(f"{k} {v}" for k, v in row["changes"].items()) or "as it is",
+                number(row["us"]),
+                f"{row['us'] / least:.2f}",
+                str(row["registers"]),
+                str(row["spills"]),
+            ]
+            for row in shown
+        ]
+        lines += [
+            f"{kernel}, {shape}: least {number(least)} µs",
+            table(["setting", "µs", "over least", "registers", "spills"], cells),
+            "",
+        ]
+    cells = []
+    for shape in dict.fromkeys(row["shape"] for row in results["layouts"]):
+        pair = {row["layout"]: row for row in results["layouts"] if row["shape"] == shape}
+        order = ("latency", "throughput")
+        cells.append([shape, *(number(pair[x][kind]) for kind in ("wall_us", "device_us") for x in order)])
+    lines += [
+        "A step in either layout, µs:",
+        table(["", "wall, latency", "wall, throughput", "device, latency", "device, throughput"], cells),
+    ]
+    for word in ("wrong", "failed", "uncompiled"):
+        lines += [f"{word}: {row}" for row in results["kernels"] if word in row]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
+    parser.add_argument("--compile-only", action="store_true", help="for sm_90, with no GPU")
+    parser.add_argument("--output", type=Path, help="folder for tune.json")
+    parser.add_argument("--only", nargs="+", choices=[*FAMILIES, "layouts"], help="families")
+    options = parser.parse_args()
+    dry = options.dry_run
+    clock = Clock("cpu" if dry else "cuda")
+    families = {n: f for n, f in (DRY if dry else FAMILIES).items() if not options.only or n in options.only}
+    crossings = (DRY_LAYOUTS if dry else LAYOUTS) if not options.only or "layouts" in options.only else ()
+    blind = dry or options.compile_only
+    target = resources.TARGETS["sm_90"] if blind else launch.triton.runtime.driver.active.get_current_target()
+    rows: list[dict[str, Any]] = []
+    if target.backend == "cuda":
+        spawn = multiprocessing.get_context("spawn")
+        jobs = {
+            (shape._replace(B=0), family.kernels, tuple(changes.items()))  # what is compiled does not depend on B
+            for family in families.values()
+            for shape in family.shapes
+            for changes in family.settings(shape)
+        }
+        with ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+            waiting = {pool.submit(compiled, target, s, k, dict(c)): (s, c) for s, k, c in jobs}
+            for future in tqdm(waiting, desc="compiling", file=sys.stderr):
+                if said := future.result():
+                    shape, changes = waiting[future]
+                    rows.append({"shape": str(shape), "changes": dict(changes), "uncompiled": said})
+    if options.compile_only:
+        print("\n".join(map(str, rows)))
+        return 1 if rows else 0
+    count = sum(1 + len(f.settings(s)) for f in families.values() for s in f.shapes) + 2 * len(crossings)
+    with tqdm(total=count, desc="timing", file=sys.stderr) as progress:
+        for name, family in families.items():
+            rows += swept(name, family, clock, progress)
+        layouts = list(crossing(crossings, clock, progress))
+    results = {
+        "conditions": conditions(clock.device), "bandwidth": bandwidth(clock), "kernels": rows, "layouts": layouts,
+    }  # fmt: skip
+    print(report(results))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "tune.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    return 1 if any("wrong" in row or (dry and "us" not in row) for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
