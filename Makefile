@@ -1,4 +1,5 @@
-# Everything runs inside .venv, created on first use from constraints.txt.
+# Everything runs inside .venv, created on first use from constraints.txt. Other versions, in a virtual environment of
+# their own:  make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTHON=python3.10
 #   make demo      train a six-view model on scanned digits and draw the comparison
 #   make test      the suite, doctests included
 #   make test-all  the suite and what is slower, `make sanitize` included
@@ -13,6 +14,7 @@
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
 VENV   := .venv
+CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -26,11 +28,11 @@ export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || c
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	PMRL_KERNELS_NATIVE=0 PIP_CONSTRAINT=constraints.txt $(PIP) install -e '.[dev,examples]'
+	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
+	PMRL_KERNELS_NATIVE=0 PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[dev,examples]'
 	touch $@
 
 $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)

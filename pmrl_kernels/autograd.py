@@ -103,14 +103,11 @@ class SpectralSettings(NamedTuple):
 class _Spectral(Function):
     """(settings, mask, temperature, *embeddings) -> the wanted outputs."""
 
+    # (With *inputs, since Dynamo leaves ctx out where a Function is given as many inputs as forward has parameters.)
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: SpectralSettings,
-        mask: Tensor | None,
-        temperature: Tensor | None,
-        *embeddings: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        settings, mask, temperature, *embeddings = inputs
         backend, *options = settings
         call = available[backend].operators.spectral_forward
         outputs, state = call(embeddings, mask, temperature, *options)
@@ -190,15 +187,9 @@ class _Objective(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: ObjectiveSettings,
-        mask: Tensor | None,
-        temperature: Tensor | None,
-        instance_temperature: Tensor | None,
-        *embeddings: Tensor,
-    ) -> tuple[Tensor, ...]:
-        found, saved = _objective_forward(settings, mask, temperature, instance_temperature, embeddings)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        settings, mask, temperature, instance_temperature, *embeddings = inputs
+        found, saved = _objective_forward(settings, mask, temperature, instance_temperature, tuple(embeddings))
         _save_objective(ctx, settings, mask, temperature, instance_temperature, embeddings, saved)
         return found
 
@@ -265,7 +256,7 @@ def _contrast_arguments(
 ) -> tuple[Any, ...]:
     """What the contrast operators take before the temperatures."""
     group = settings.group
-    start = 0 if group is None else group.start
+    start = 0 if group is None else group.start()
     if settings.contrast == "leading":
         return u, None if group is None else columns[:, : u.shape[1]], start
     raw = settings.contrast == "raw"
@@ -397,6 +388,16 @@ def _transforming() -> bool:
     return active
 
 
+def _distinct(inputs: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """What goes to a Function: Dynamo takes no tensor twice, so while compiling repeats become views."""
+    if not torch.compiler.is_compiling():
+        return inputs
+    found: list[Tensor | None] = []
+    for x in inputs:
+        found.append(x.view_as(x) if x is not None and any(x is other for other in inputs[: len(found)]) else x)
+    return found
+
+
 def spectral(
     settings: SpectralSettings,
     mask: Tensor | None,
@@ -407,7 +408,7 @@ def spectral(
     if _transforming():
         outputs = _SpectralTransformed.apply(settings, mask, temperature, *embeddings)
         return tuple(outputs[: _outputs(settings, embeddings)])
-    result: tuple[Tensor, ...] = _Spectral.apply(settings, mask, temperature, *embeddings)
+    result: tuple[Tensor, ...] = _Spectral.apply(settings, *_distinct((mask, temperature, *embeddings)))
     return result
 
 
@@ -420,5 +421,6 @@ def objective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """alignment + weight · instance, alignment, instance: 0-d each."""
     function = _ObjectiveTransformed if _transforming() else _Objective
-    total, alignment, instance, *_ = function.apply(settings, mask, temperature, instance_temperature, *embeddings)
+    inputs = _distinct((mask, temperature, instance_temperature, *embeddings))
+    total, alignment, instance, *_ = function.apply(settings, *inputs)
     return total, alignment, instance

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import inputs
+
 _BATCHES = (2, 1032)
 """One for each way that kernels are launched (``LATENCY_BATCH`` of the Triton backend lies between)."""
 
@@ -20,7 +22,8 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
     gets it over with where waiting does no harm: before a timed step, or before all processes of a job reach their
     first collective. It calls ``function`` on random embeddings of a small and a large batch, and differentiates
     what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so another process takes less time.
-    Where nothing has to be compiled, as on a CPU, it does no more than those calls.
+    Where nothing has to be compiled, as on a CPU, it does no more than those calls. Gradients are enabled for them,
+    within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
 
     Kernels depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
     multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.
@@ -34,7 +37,9 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
         mask: an example of one, if the function is to be called with ``mask=``.
 
     Raises:
-        Whatever ``function`` raises. No gradient is accumulated anywhere.
+        TypeError: an example that is no dense tensor of an accepted dtype; a mask that is no tensor.
+        ValueError: an example on the meta device, for which there is nothing to compile: build the model first.
+        And whatever ``function`` raises. No gradient is accumulated anywhere.
 
     Example:
         >>> import torch
@@ -44,17 +49,19 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
         >>> warm_up(lambda xs: dominant_sv_loss(xs, objective="leading"), [text, video, audio])
     """
     leaves, tree = pytree.tree_flatten(embeddings)
+    inputs.examples(leaves, [] if mask is None else pytree.tree_leaves(mask))
     all_of_them = not any(x.requires_grad for x in leaves)
-    for batch in _BATCHES:
-        copies = []
-        for x in leaves:
-            generator = torch.Generator(x.device).manual_seed(0)
-            copy = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, generator=generator)
-            copies.append(copy.requires_grad_(x.requires_grad or all_of_them))
-        options = {}
-        if mask is not None:
-            options["mask"] = pytree.tree_map(lambda m, rows=batch: m.new_ones((rows, *m.shape[1:])), mask)
-        with torch.enable_grad():
+    # What is made in inference mode cannot be differentiated, not even with gradients enabled.
+    with torch.inference_mode(False), torch.enable_grad():
+        for batch in _BATCHES:
+            copies = []
+            for x in leaves:
+                generator = torch.Generator(x.device).manual_seed(0)
+                copy = torch.randn((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, generator=generator)
+                copies.append(copy.requires_grad_(x.requires_grad or all_of_them))
+            options = {}
+            if mask is not None:
+                options["mask"] = pytree.tree_map(lambda m, rows=batch: m.new_ones((rows, *m.shape[1:])), mask)
             found = function(*pytree.tree_unflatten(copies, tree), **options)
             outputs = [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.requires_grad]
             if outputs:

@@ -24,9 +24,8 @@ class Group(NamedTuple):
     sizes: tuple[int, ...]
     rank: int
 
-    @property
     def start(self) -> int:
-        """Where this process's rows begin among all rows."""
+        """Where this process's rows begin among all rows. (No property: the compiler of torch 2.10 passes those on.)"""
         return sum(self.sizes[: self.rank])
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _check_sizes(k: int, d: int, hint: str = "") -> None:
 def _uniform(tensors: tuple[Any, ...]) -> bool:
     """Whether these are what users nearly always pass; ``_check_modalities``, which takes longer, decides otherwise."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.dim() != 2:
+    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 2:  # what is nested may have no shape
         return False
     shape, dtype, device = first.shape, first.dtype, first.device
     for x in tensors:
@@ -147,7 +147,10 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
 
 
 def _under_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Whether there is such a thing on that device, the compiler of torch 2.10 and 2.11 cannot trace.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)
 
 
 def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor | None:
@@ -161,7 +164,8 @@ def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, devic
         for key in keys:
             _check_mask(mask[key], f"mask[{key!r}]", (B,), device)
         return torch.stack([mask[key] for key in keys], 1)
-    transposed = isinstance(mask, Tensor) and tuple(mask.shape) == (B, d) != (B, k)
+    shaped = isinstance(mask, Tensor) and not mask.is_nested
+    transposed = shaped and tuple(mask.shape) == (B, d) != (B, k)
     hint = f": embeddings are (B, k, d) = {(B, k, d)}; a (B, d, k) stack must be transposed" if transposed else ""
     _check_mask(mask, "mask", (B, k), device, hint)
     result: Tensor = mask
@@ -190,7 +194,20 @@ def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
     return u, mask
 
 
-def temperature(value: Any, name: str, device: torch.device) -> tuple[Tensor | None, float]:
+def examples(embeddings: Sequence[Any], masks: Sequence[Any]) -> None:
+    """Checks the tensors that ``warm_up`` makes others like."""
+    for x in embeddings:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"embeddings: got {type(x).__name__}, wanted floating-point tensors, or trees of them")
+        _check_tensor(x, "embeddings")
+        if x.is_meta:
+            raise ValueError("embeddings: got device meta, wanted one that kernels run on")
+    for x in masks:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"mask: got {type(x).__name__}, wanted bool tensors, or trees of them")
+
+
+def temperature(value: Any, name: str, device: torch.device, contrast: bool = False) -> tuple[Tensor | None, float]:
     """A temperature as (0-d tensor, unused number) or (None, number). Tensors are never read here."""
     if isinstance(value, Tensor):
         _check_tensor(value, name)
@@ -202,6 +219,9 @@ def temperature(value: Any, name: str, device: torch.device) -> tuple[Tensor | N
     number = real(value, name)
     if not number > 0:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
+    # Beyond float32's normal numbers every backend would have to say what similarities in float32 over them are.
+    if contrast and not torch.finfo(torch.float32).tiny <= number <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0 that float32 can hold")
     return None, number
 
 

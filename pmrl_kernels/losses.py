@@ -147,7 +147,7 @@ def instance_contrastive_loss(
         tensor(0.1269)
     """
     u, mask = inputs.rows(u, mask)
-    tau, fixed = inputs.temperature(temperature, "temperature", u.device)
+    tau, fixed = inputs.temperature(temperature, "temperature", u.device, contrast=True)
     contrast = "leading" if inputs.flag(normalize, "normalize") else "raw"
     name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
     spread = inputs.spread_batch(group, local_sizes, len(u), u.device)
@@ -265,7 +265,7 @@ def pmrl_loss(
     """
     batch = inputs.canonical(embeddings, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
-    tau2, fixed2 = inputs.temperature(instance_temperature, "instance_temperature", batch.device)
+    tau2, fixed2 = inputs.temperature(instance_temperature, "instance_temperature", batch.device, contrast=True)
     weight = inputs.weight(instance_weight, "instance_weight")
     normalize = inputs.flag(normalize, "normalize")
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"

@@ -6,6 +6,7 @@ what is not supported (forward mode, vmap, second derivatives) raises and never 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ from pmrl_kernels import (
     instance_contrastive_loss,
     pmrl_loss,
     singular_values,
+    warm_up,
 )
 from pmrl_kernels.backends import constants
 
@@ -200,6 +202,27 @@ def test_no_graph_where_none_is_wanted(name, backend):
         assert torch.equal(SCALARS[name](*(x.clone() for x in xs), backend=backend), expected)
     assert expected.requires_grad
     assert not SCALARS[name](*(x.detach() for x in xs), backend=backend).requires_grad
+
+
+@each_backend
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_warm_up_where_no_graph_is_wanted(mode, backend):
+    """It differentiates all the same, with examples from outside and from inside, and leaves the mode as it was."""
+    seen = []
+
+    def function(*xs: Tensor, mask: Tensor) -> Tensor:
+        loss = pmrl_loss(*xs, mask=mask, backend=backend)
+        loss.register_hook(lambda gradient: seen.append(len(xs[0])))
+        return loss
+
+    outside = modalities()
+    with mode():
+        for xs in (outside, [x.clone() for x in outside]):
+            warm_up(function, *xs, mask=torch.ones(4, 3, dtype=torch.bool))
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    assert len(seen) == 4
+    assert all(x.grad is None for x in outside)
 
 
 @each_backend
@@ -653,6 +676,38 @@ def test_compile_of_modules_with_learned_temperatures(backend, fresh_dynamo):
     assert graphs[0] > 0
     # floats of the module make the first call trace twice, so only that nothing is compiled later counts
     assert graphs == graphs[:1] * 3
+
+
+@each_backend
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "pmrl_loss-modality", "dominant_singular_triplet"])
+def test_compile_without_gradients(name, k, backend, fresh_dynamo):
+    """A step of validation. Dynamo takes a Function's ctx for an input of forward if the numbers of both agree."""
+    xs = [x.detach() for x in modalities(k)]
+    function = getattr(pmrl_kernels, name, None) or SCALARS[name]
+    for mask in (None, some_mask(len(xs[0]), k)):
+        call = functools.partial(function, mask=mask, backend=backend)
+        found = torch.compile(lambda *xs, call=call: call(*xs), backend="eager", fullgraph=True)(*xs)
+        torch.testing.assert_close(found, call(*xs), rtol=1e-12, atol=0.0)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "pmrl_loss-modality"])
+def test_compile_of_one_tensor_in_several_places(name, backend, fresh_dynamo):
+    """As two modalities, and as both temperatures."""
+
+    def call(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
+        if name == "dominant_sv_loss":
+            return dominant_sv_loss(x, x, y, temperature=tau, backend=backend)
+        contrast = name.partition("-")[2] or "leading"
+        return pmrl_loss(x, y, x, temperature=tau, instance_temperature=tau, contrast=contrast, backend=backend)
+
+    results = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        sources = (*modalities(2), torch.tensor(0.5, dtype=torch.float64, requires_grad=True))
+        loss = function(*sources)
+        results.append((loss, *torch.autograd.grad(loss, sources)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
 
 
 @each_backend

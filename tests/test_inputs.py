@@ -25,6 +25,7 @@ from pmrl_kernels import (
     instance_contrastive_loss,
     pmrl_loss,
     singular_values,
+    warm_up,
 )
 
 B, K, D = 5, 3, 7
@@ -304,6 +305,16 @@ BAD_EMBEDDINGS: dict[str, tuple[Callable[[], tuple[Any, ...]], type[Exception], 
         TypeError,
         ("embeddings", "nested", "dense"),
     ),
+    "nested strided of vectors": (
+        lambda: (torch.nested.nested_tensor([x(3), x(5)]),),
+        TypeError,
+        ("embeddings[0]", "got a nested tensor", "dense"),
+    ),
+    "nested strided among tensors": (
+        lambda: (x(2, 4), torch.nested.nested_tensor([x(3), x(5)])),
+        TypeError,
+        ("embeddings[1]", "got a nested tensor", "dense"),
+    ),
     "33 modalities": (lambda: tuple(x(2, 3) for _ in range(33)), ValueError, ("embeddings", "k = 33", "at most 32")),
     "33 in a stack": (lambda: (x(2, 33, 64),), ValueError, ("embeddings", "k = 33", "at most 32")),
     "d = 0": (lambda: (x(2, 0), x(2, 0)), ValueError, ("embeddings", "d = 0", "at least one dimension")),
@@ -349,6 +360,16 @@ BAD_MASKS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]]
         ("mask", "got device meta", "wanted cpu"),
     ),
     "sparse": (lambda: torch.ones(B, K).bool().to_sparse(), TypeError, ("mask", "sparse", "dense")),
+    "nested strided": (
+        lambda: torch.nested.nested_tensor([torch.ones(K).bool(), torch.ones(1).bool()]),
+        TypeError,
+        ("mask: got a nested tensor", "dense"),
+    ),
+    "nested strided of floats": (
+        lambda: torch.nested.nested_tensor([x(K), x(1)]),
+        TypeError,
+        ("mask: got dtype torch.float32", "torch.bool"),
+    ),
     "dict without dict": (
         lambda: {name: torch.ones(B).bool() for name in "abc"},
         TypeError,
@@ -359,6 +380,7 @@ BAD_MASKS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]]
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 @pytest.mark.parametrize(("make", "error", "parts"), BAD_MASKS.values(), ids=BAD_MASKS.keys())
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_bad_mask(function, make, error, parts, no_kernels):
     rejects(error, lambda: function(*(x() for _ in range(K)), mask=make()), *parts)
 
@@ -390,6 +412,11 @@ BAD_NAMED_MASKS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
         TypeError,
         ("mask['b']", "got dtype torch.float32", "torch.bool"),
     ),
+    "nested inside": (
+        lambda: {"a": torch.nested.nested_tensor([torch.ones(2).bool()]), "b": torch.ones(B).bool()},
+        TypeError,
+        ("mask['a']: got a nested tensor", "dense"),
+    ),
     "shape inside": (
         lambda: {"a": torch.ones(B, 1).bool(), "b": torch.ones(B).bool()},
         ValueError,
@@ -405,6 +432,7 @@ BAD_NAMED_MASKS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 @pytest.mark.parametrize(("make", "error", "parts"), BAD_NAMED_MASKS.values(), ids=BAD_NAMED_MASKS.keys())
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_bad_mask_by_name(function, make, error, parts, no_kernels):
     rejects(error, lambda: function({"a": x(), "b": x()}, mask=make()), *parts)
 
@@ -441,6 +469,14 @@ BAD_TEMPERATURES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str,
     "(B,)": (lambda: torch.ones(B), ValueError, (f"shape ({B},)", "0-d tensor")),
     "device": (lambda: torch.ones((), device="meta"), ValueError, ("got device meta", "wanted cpu")),
 }
+
+
+@pytest.mark.parametrize("number", [1e39, 1e-38, 5e-324])
+@pytest.mark.parametrize("which", ["pmrl_loss, instance", "instance_contrastive_loss"])
+def test_contrasts_take_temperatures_that_float32_can_hold(which, number, no_kernels):
+    call, name = TEMPERATURES[which]
+    with pytest.raises(ValueError, match=f"^{name}: got {re.escape(str(number))}, wanted .* that float32 can hold"):
+        call(**{name: number})
 
 
 @each_temperature
@@ -599,10 +635,12 @@ BAD_ROWS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
     "bool": (lambda: x(dtype=torch.bool), TypeError, ("u: got dtype torch.bool", FLOATS)),
     "float8": (lambda: x().to(torch.float8_e5m2), TypeError, ("u: got dtype torch.float8_e5m2", FLOATS)),
     "sparse": (lambda: x().to_sparse(), TypeError, ("u: got a torch.sparse_coo", "dense")),
+    "nested": (lambda: torch.nested.nested_tensor([x(3), x(5)]), TypeError, ("u: got a nested tensor", "dense")),
 }
 
 
 @pytest.mark.parametrize(("make", "error", "parts"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_bad_rows(make, error, parts, no_kernels):
     rejects(error, lambda: instance_contrastive_loss(make()), *parts)
 
@@ -632,6 +670,50 @@ def test_strided_rows(normalize):
     found = values_and_gradients(instance_contrastive_loss(u.T.contiguous().T, normalize=normalize), xs)
     expected = values_and_gradients(instance_contrastive_loss(u, normalize=normalize), xs)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+# ------------------------------------------------------------------------------------------------
+# The examples that warm_up takes
+# ------------------------------------------------------------------------------------------------
+
+BAD_EXAMPLES: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], tuple[str, ...]]] = {
+    "None": (lambda: {"xs": [None]}, TypeError, ("embeddings: got NoneType", "wanted floating-point tensors")),
+    "numpy": (lambda: {"xs": [np.ones((B, D))]}, TypeError, ("embeddings: got ndarray", "trees of them")),
+    "number": (lambda: {"xs": [x(), 0.05]}, TypeError, ("embeddings: got float", "wanted floating-point tensors")),
+    "numpy in a dict": (lambda: {"xs": [{"a": x(), "b": np.ones(3)}]}, TypeError, ("embeddings: got ndarray",)),
+    "int": (lambda: {"xs": [x(dtype=torch.int64)]}, TypeError, ("embeddings: got dtype torch.int64", FLOATS)),
+    "bool": (lambda: {"xs": [x(), x(dtype=torch.bool)]}, TypeError, ("embeddings: got dtype torch.bool", "mask=...")),
+    "sparse": (lambda: {"xs": [x().to_sparse()]}, TypeError, ("embeddings: got a torch.sparse_coo", "dense")),
+    "nested": (
+        lambda: {"xs": [torch.nested.nested_tensor([x(3), x(5)])]},
+        TypeError,
+        ("embeddings: got a nested tensor", "dense"),
+    ),
+    "meta": (lambda: {"xs": [x(), x(device="meta")]}, ValueError, ("embeddings: got device meta", "wanted one")),
+    "mask of numpy": (
+        lambda: {"xs": [x()], "mask": np.ones((B, 1), bool)},
+        TypeError,
+        ("mask: got ndarray", "wanted bool tensors"),
+    ),
+    "mask True": (lambda: {"xs": [x()], "mask": True}, TypeError, ("mask: got bool", "wanted bool tensors")),
+    "None in a mask": (
+        lambda: {"xs": [{"a": x()}], "mask": {"a": None}},
+        TypeError,
+        ("mask: got NoneType", "wanted bool tensors"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "parts"), BAD_EXAMPLES.values(), ids=BAD_EXAMPLES.keys())
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_bad_examples(make, error, parts):
+    """Before the function is called."""
+
+    def reached(*_: Any, **__: Any) -> None:
+        pytest.fail("the function was called with bad examples")
+
+    arguments = make()
+    rejects(error, lambda: warm_up(reached, *arguments.pop("xs"), **arguments), *parts)
 
 
 def test_messages_are_one_line():
