@@ -103,11 +103,12 @@ def survey() -> dict[str, str | None]:
 def run(*command: str) -> None:
     """Runs it and passes its output on; a failure names the first error in it."""
     lines = []
+    printable = sys.stdout.encoding or "utf-8"
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         for line in process.stdout or ():
-            sys.stdout.write(line)
+            sys.stdout.write(line.encode(printable, "replace").decode(printable))
             lines.append(line.strip())
     if process.returncode:
         at = next((i for i, line in enumerate(lines) if "error:" in line or line.startswith("CMake Error")), None)
@@ -152,7 +153,8 @@ class Build(build_ext):
             temporary = target.with_name(target.name + ".new")
             shutil.copyfile(source, temporary)
             os.replace(temporary, target)
-        (package / RECORD).write_text(outcome + "\n")
+        # What this locale cannot spell came from a path or a variable, and goes back as it came.
+        (package / RECORD).write_text(outcome + "\n", encoding="utf-8", errors="surrogateescape")
 
     def _compile(self, facts: dict[str, str | None]) -> dict[str, Path]:
         """The files built, by the name of their extension. The door is for development, so for builds in place."""

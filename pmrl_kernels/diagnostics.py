@@ -32,7 +32,7 @@ def alignment_score(
 
     Returns:
         A 0-d tensor on the embeddings' device, float32 (float64 for float64 input), without gradient: the mean over
-        the instances with at least two modalities; NaN if there are none, or where an embedding is not finite.
+        the instances with at least two modalities; NaN if there are none, or where a present embedding is not finite.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`~pmrl_kernels.dominant_sv_loss`.
@@ -48,7 +48,7 @@ def alignment_score(
     processes, present = inputs.process_group(group), _present(embeddings, mask)
     with torch.no_grad():
         sigma = spectral.dominant_singular_value(*embeddings, mask=mask, backend=backend)
-        return _mean(sigma / present.sqrt(), present >= 2, processes)
+        return _mean(sigma / present.sqrt(), (present >= 2) | sigma.isnan(), processes)
 
 
 def effective_rank(
@@ -82,7 +82,7 @@ def effective_rank(
         sigma = spectral.singular_values(*embeddings, mask=mask, backend=backend)
         share = sigma / sigma.sum(1, keepdim=True)
         entropy = torch.special.entr(share).sum(1)
-        return _mean(entropy.exp(), (present >= 2) & (sigma[:, 0] != 0), processes)
+        return _mean(entropy.exp(), ((present >= 2) & (sigma[:, 0] != 0)) | sigma[:, 0].isnan(), processes)
 
 
 def uniformity(
@@ -134,7 +134,7 @@ def _present(embeddings: tuple[Embeddings, ...], mask: Mask | None) -> Tensor:
 
 
 def _mean(x: Tensor, counted: Tensor, processes: ProcessGroup | None) -> Tensor:
-    """Over what counts, on all processes; a NaN that does counts."""
+    """Over what counts, on all processes. A NaN shows where it counts, so what holds one must."""
     sums = torch.where(counted, x, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)
     total, number = summed(sums, processes)
     return (total / number).to(x.dtype)

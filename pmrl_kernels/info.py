@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends
-from .backends import native
+from .backends import constants, native
 
 
 def _version(package: str) -> str:
@@ -19,6 +19,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _asked(name: str, variable: str, wanted: tuple[str, ...]) -> str:
+    """What the environment asks for, which only a call would refuse."""
+    told = f"{name} ({variable})"
+    return told if name in wanted else f"{told}, unknown: wanted one of {', '.join(map(repr, wanted))}"
 
 
 def report() -> str:
@@ -44,18 +50,24 @@ def report() -> str:
             lines.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
     else:
         lines.append(("cuda", "no device"))
-    for name in (*backends.available, *backends.unavailable_reasons):
+    names = (*backends.available, *backends.unavailable_reasons)
+    for name in names:
         reason = backends.unavailable_reasons.get(name)
         lines.append((f"backend {name}", "works" if reason is None else f"not available: {reason}"))
     lines.append(("native library", native.describe()))
-    default = backends.default_name
-    lines.append(("default", f"{default} (PMRL_KERNELS_BACKEND)" if default else "the fastest that works"))
+    default = "the fastest that works"
+    if backends.default_name is not None:
+        default = _asked(backends.default_name, "PMRL_KERNELS_BACKEND", names)
+        reason = backends.unavailable_reasons.get(backends.default_name)
+        default += "" if reason is None else f", not available: {reason}"
+    lines.append(("default", default))
     sums = os.environ.get("PMRL_KERNELS_SUMS")
     if sums:
-        lines.append(("sums on GPUs", f"{sums} (PMRL_KERNELS_SUMS)"))
+        lines.append(("sums on GPUs", _asked(sums, "PMRL_KERNELS_SUMS", constants.SUMS)))
     width = max(len(label) for label, _ in lines) + 2
     return "\n".join(f"{label:<{width}}{value}" for label, value in lines)
 
 
 if __name__ == "__main__":
-    print(report())
+    printable = sys.stdout.encoding
+    print(report().encode(printable, "replace").decode(printable))  # a compiler's quotes are not in every locale

@@ -370,6 +370,43 @@ def test_info_shows_the_environment_variable(monkeypatch):
     assert info.report().splitlines()[-1].split(None, 1) == ["default", "reference (PMRL_KERNELS_BACKEND)"]
 
 
+def line_of_info(label: str, **environment: str) -> str:
+    """What ``python -m pmrl_kernels.info`` says there, in a process with these variables."""
+    done = run_python("from pmrl_kernels import info; print(info.report())", **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{label}  "))
+    return line.removeprefix(label).strip()
+
+
+def test_info_remarks_on_an_unknown_name_in_the_environment():
+    """Every call without ``backend=`` then raises."""
+    told = line_of_info("default", PMRL_KERNELS_BACKEND="nonsense")
+    assert told.startswith("nonsense (PMRL_KERNELS_BACKEND), unknown: wanted one of ")
+    assert all(repr(name) in told for name in backends._PREFERENCE)
+
+
+def test_info_remarks_on_a_name_in_the_environment_that_is_not_available(monkeypatch):
+    from pmrl_kernels import info
+
+    monkeypatch.setattr(backends, "default_name", "native")
+    monkeypatch.setattr(backends, "available", {"reference": reference})
+    monkeypatch.setattr(backends, "unavailable_reasons", {"native": "no compiler was found"})
+    line = info.report().splitlines()[-1]
+    assert line.split(None, 1) == ["default", "native (PMRL_KERNELS_BACKEND), not available: no compiler was found"]
+
+
+@pytest.mark.parametrize(
+    ("sums", "told"),
+    [
+        ("float64", "float64 (PMRL_KERNELS_SUMS)"),
+        ("float32", "float32 (PMRL_KERNELS_SUMS)"),
+        ("bf16", "bf16 (PMRL_KERNELS_SUMS), unknown: wanted one of 'float64', 'float32'"),
+    ],
+)
+def test_info_shows_how_gpus_are_to_sum(sums, told):
+    assert line_of_info("sums on GPUs", PMRL_KERNELS_SUMS=sums) == told
+
+
 def test_importing_is_quiet_and_light():
     """Beyond torch itself: no output, and none of the heavy packages of the examples or of one backend."""
     code = (

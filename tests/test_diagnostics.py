@@ -157,6 +157,19 @@ def test_a_bad_row_shows(function, bad):
 
 
 @each_function
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_shows_where_it_is_alone(function, bad, backend):
+    """In the one modality that an instance has: its score would not count, but the loss is NaN there."""
+    xs = draw(5, 3, 6)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[2, 1:] = False
+    xs[2, 1:] = bad
+    assert function(xs, mask=mask, backend=backend).isfinite()
+    xs[2, 0, 3] = bad
+    assert function(xs, mask=mask, backend=backend).isnan()
+
+
+@each_function
 def test_errors(function):
     with pytest.raises(TypeError, match="group"):
         function(torch.randn(2, 3, 4), group=object())

@@ -154,6 +154,13 @@ def test_drop_in_training(drop_in, tmp_path, capsys):
     assert (tmp_path / "drop_in.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("bad", ["0", "-1", "many"])
+def test_drop_in_steps_that_make_no_run(drop_in, bad, capsys):
+    with pytest.raises(SystemExit):
+        load("examples/drop_in/train.py").main(["--steps", bad])
+    assert f"--steps: got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordinary_memory")
 def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):

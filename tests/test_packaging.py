@@ -316,7 +316,52 @@ def test_a_library_that_cannot_be_loaded(tmp_path):
     (tmp_path / "pmrl_kernels" / "libpmrl_kernels.so").write_text("a text of some length, which is no library at all")
     asked = "from pmrl_kernels import backends; print(*backends.available, backends.unavailable_reasons['native'])"
     done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True)
-    assert re.match(r"reference libpmrl_kernels\.so cannot be loaded: .*(file too short|ELF)", done.stdout), done.stderr
+    reason = r"(triton )?reference libpmrl_kernels\.so cannot be loaded: .*(file too short|ELF)"
+    assert re.match(reason, done.stdout), done.stdout + done.stderr
+
+
+# A locale of ASCII alone.
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [("GCC says «no»\n".encode(), "GCC says ?no?"), (b"GCC says \xffno\n", "GCC says ?no")],
+    ids=["UTF-8", "undecodable"],
+)
+def test_a_record_of_any_letters_in_any_locale(tmp_path, record, told):
+    """The package works, and info prints what can be printed."""
+    shutil.copytree(ROOT / "pmrl_kernels", tmp_path / "pmrl_kernels", ignore=shutil.ignore_patterns("*.so", RECORD))
+    (tmp_path / "pmrl_kernels" / RECORD).write_bytes(record)
+    command = [sys.executable, "-m", "pmrl_kernels.info"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **PLAIN}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert re.search(rf"(?m)^native library +{re.escape(told)}$", done.stdout.decode("ascii"))
+
+
+def built_in_plain(folder: Path, compiler: str) -> str:
+    """The record of a build in that locale by such a compiler, which makes nothing."""
+    pytest.importorskip("setuptools", minversion="77")
+    package = copied(folder) / "pmrl_kernels"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    variables = {**os.environ, **TOOLS, **PLAIN, "CXX": compiler, "PMRL_KERNELS_NATIVE": ""}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return (package / RECORD).read_text(encoding="utf-8")
+
+
+def test_a_record_of_any_letters_is_written_in_any_locale(tmp_path):
+    assert built_in_plain(tmp_path / "source", "«none»").endswith("(looked for «none»)\n")
+
+
+@needs_compiler
+def test_a_compiler_says_what_it_likes_in_any_locale(tmp_path):
+    """What cannot be printed is no reason to fail; that the compilation did is one to go without the library."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'a.cpp:1: error: no «such» thing'\nexit 1\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    record = built_in_plain(tmp_path / "source", str(compiler))
+    assert record.startswith("the compilation failed at installation: ")
 
 
 @needs_library

@@ -96,9 +96,15 @@ def draw(results: dict[str, dict[str, Tensor]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number from 1 on")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--double", action="store_true", help="in float64, where rounding parts no curves")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for the figure")

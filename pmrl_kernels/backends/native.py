@@ -28,7 +28,7 @@ _LANES = 16  # instances solved together, at most: the state comes in blocks of 
 
 def _record() -> str:
     """What setup.py wrote about its outcome."""
-    return _RECORD.read_text().strip() if _RECORD.exists() else "it was not built"
+    return _RECORD.read_text(encoding="utf-8", errors="replace").strip() if _RECORD.exists() else "it was not built"
 
 
 def _load() -> tuple[dict[str, str], str | None]:
