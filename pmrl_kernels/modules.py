@@ -48,10 +48,10 @@ class Temperature(nn.Module):
         if isinstance(initial, Tensor):
             raise TypeError(f"{name}: got a tensor, wanted a float (learnable=True makes it a parameter)")
         self.initial = inputs.temperature(initial, name, _CPU)[1]
-        self.minimum = inputs.real(minimum, "minimum")
+        self.minimum = inputs.weight(minimum, "minimum")
         if inputs.flag(learnable, "learnable"):
-            if not 0 <= self.minimum < self.initial:
-                raise ValueError(f"{name}: got {initial!r}, wanted more than the least value {minimum!r}, itself >= 0")
+            if not self.minimum < self.initial:
+                raise ValueError(f"{name}: got {initial!r}, wanted more than the least value {minimum!r}")
             self.log_excess = nn.Parameter(torch.tensor(math.log(self.initial - self.minimum)))
         else:
             self.register_parameter("log_excess", None)
@@ -76,7 +76,7 @@ class DominantSVLoss(nn.Module):
     Args:
         temperature: τ, a float; with ``learnable_temperature`` its initial value.
         learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`Temperature`).
-        min_temperature: least value of a learned τ.
+        min_temperature: least value of a learned τ, >= 0.
         normalize, reduction, objective, backend: as in the function.
 
     Raises:
@@ -105,7 +105,9 @@ class DominantSVLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = Temperature(temperature, learnable_temperature, min_temperature)
+        minimum = inputs.weight(min_temperature, "min_temperature")
+        learned = inputs.flag(learnable_temperature, "learnable_temperature")
+        self.temperature = Temperature(temperature, learned, minimum)
         self.normalize = inputs.flag(normalize, "normalize")
         self.reduction = inputs.one_of(reduction, "reduction", ("mean", "sum", "none"))
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
@@ -134,7 +136,7 @@ class PMRLLoss(nn.Module):
         temperature, instance_temperature: τ₁ and τ₂, floats; initial values where learned.
         learnable_temperature, learnable_instance_temperature: learn τ₁, τ₂, each kept above
             ``min_temperature`` (see :class:`Temperature`).
-        min_temperature: least value of learned temperatures.
+        min_temperature: least value of learned temperatures, >= 0.
         instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function,
             and so is ``local_sizes``, which goes to each call.
 
@@ -170,10 +172,13 @@ class PMRLLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.temperature = Temperature(temperature, learnable_temperature, min_temperature)
-        self.instance_temperature = Temperature(
-            instance_temperature, learnable_instance_temperature, min_temperature, "instance_temperature"
-        )
+        minimum = inputs.weight(min_temperature, "min_temperature")
+        learned = inputs.flag(learnable_temperature, "learnable_temperature")
+        self.temperature = Temperature(temperature, learned, minimum)
+        name = "instance_temperature"
+        learned = inputs.flag(learnable_instance_temperature, f"learnable_{name}")
+        inputs.temperature(instance_temperature, name, _CPU, contrast=True)
+        self.instance_temperature = Temperature(instance_temperature, learned, minimum, name)
         self.instance_weight = inputs.weight(instance_weight, "instance_weight")
         self.normalize = inputs.flag(normalize, "normalize")
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))

@@ -365,6 +365,8 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
     *((DominantSVLoss, "temperature", *bad) for bad in BAD_TEMPERATURES),
     *((PMRLLoss, "temperature", *bad) for bad in BAD_TEMPERATURES),
     *((PMRLLoss, "instance_temperature", *bad) for bad in BAD_TEMPERATURES),
+    (PMRLLoss, "instance_temperature", 1e-300, ValueError, "got 1e-300, wanted a finite number above 0 that float32"),
+    (PMRLLoss, "instance_temperature", 1e300, ValueError, "got 1e+300"),
     *(
         (module, *bad)
         for module in (DominantSVLoss, PMRLLoss)
@@ -373,6 +375,12 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
             ("objective", "svd", ValueError, "got 'svd'"),
             ("backend", "cuda", ValueError, "got 'cuda'"),
             ("backend", 3, ValueError, "got 3"),
+            ("min_temperature", -1, ValueError, "got -1, wanted a finite number of at least 0"),
+            ("min_temperature", math.nan, ValueError, "got nan"),
+            ("min_temperature", math.inf, ValueError, "got inf"),
+            ("min_temperature", "x", TypeError, "got str"),
+            ("min_temperature", None, TypeError, "got NoneType"),
+            ("min_temperature", torch.tensor(0.01), TypeError, "got Tensor"),
         ]
     ),
     (DominantSVLoss, "reduction", "average", ValueError, "got 'average'"),
@@ -398,7 +406,7 @@ def test_bad_argument_is_refused_when_the_module_is_made(module, argument, value
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(("initial", "minimum"), [(0.01, 0.01), (0.005, 0.01), (0.05, -0.01)])
+@pytest.mark.parametrize(("initial", "minimum"), [(0.01, 0.01), (0.005, 0.01)])
 @pytest.mark.parametrize("module", [DominantSVLoss, PMRLLoss])
 def test_learned_temperature_must_start_above_its_minimum(module, initial, minimum):
     with pytest.raises(ValueError, match=f"^temperature: got {initial}, wanted more than the least value {minimum}"):
@@ -410,17 +418,22 @@ def test_instance_temperature_must_start_above_its_minimum():
         PMRLLoss(instance_temperature=0.005, learnable_instance_temperature=True)
 
 
-@pytest.mark.parametrize(("value", "error"), [("a", TypeError), (math.nan, ValueError), (math.inf, ValueError)])
-def test_bad_minimum(value, error):
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(
+    ("value", "error"), [("a", TypeError), (math.nan, ValueError), (math.inf, ValueError), (-0.01, ValueError)]
+)
+def test_bad_minimum(value, error, learnable):
+    """Also where it is not needed: a slip should not wait for the day that the temperature is learned."""
     with pytest.raises(error, match=r"^minimum: got"):
-        Temperature(0.05, learnable=True, minimum=value)
+        Temperature(0.05, learnable=learnable, minimum=value)
 
 
 @pytest.mark.parametrize("name", ["learnable", "learnable_temperature", "learnable_instance_temperature"])
 def test_learnable_is_a_flag(name):
-    make = Temperature if name == "learnable" else PMRLLoss
-    with pytest.raises(TypeError, match=r"learnable.*got int, wanted True or False"):
-        make(0.05, **{name: 1})
+    makers = {"learnable": [Temperature], "learnable_temperature": [DominantSVLoss, PMRLLoss]}
+    for make in makers.get(name, [PMRLLoss]):
+        with pytest.raises(TypeError, match=f"^{name}: got int, wanted True or False"):
+            make(0.05, **{name: 1})
 
 
 @pytest.mark.parametrize("module", [DominantSVLoss, PMRLLoss])
