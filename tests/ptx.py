@@ -3,9 +3,10 @@
     PYTHONPATH=tests python -m pytest -p ptx tests/test_contract.py -k triton --one-in 60
 
 Triton's own interpreter runs the source; this runs what the compiler made of it for sm_90: fused multiply-adds,
-layouts, shuffles, predicated loads and stores, barriers, arguments as they are passed. As a pytest plugin it has the
-Triton backend take tensors of a CPU and runs each of its launches, one program after the other, its threads in step. It
-raises
+layouts, shuffles, predicated loads and stores, barriers. As a pytest plugin it has the Triton backend take tensors of a
+CPU and runs each of its launches, one program after the other, its threads in step. With ``TRITON_LIBCUDA_PATH`` at a
+folder with a driver compiled from data/libcuda.c, kernels are launched by Triton itself, through its launcher in C, and
+run here with what would go to the card; else they are called with the arguments that it would be given. It raises
 
 * ``MemoryFaultError`` where a thread accesses what belongs to no tensor, or is not aligned;
 * ``RaceError`` where two threads access the same byte, one of them changing it, with no barrier in between that both
@@ -22,7 +23,9 @@ ones in all bits here, which is NaN in every floating-point type, so a result th
 from __future__ import annotations
 
 import bisect
+import ctypes
 import gc
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -189,7 +192,7 @@ class Instruction(NamedTuple):
 
 class Code(NamedTuple):
     name: str
-    parameters: list[str]
+    parameters: dict[str, int]  # their bytes
     registers: dict[str, Any]  # prefix -> dtype
     instructions: list[Instruction]
     labels: dict[str, int]
@@ -200,7 +203,10 @@ def parse(text: str) -> Code:
     text = re.sub(r"//[^\n]*", "", text)
     entry = re.search(r"\.entry\s+(\w+)\((.*?)\)", text, re.DOTALL)
     body = text[text.index("{", entry.end()) :]
-    parameters = [part.split()[-1] for part in entry[2].split(",")]
+    # .param .u64 [.ptr .global .align 1] name
+    parameters = {
+        words[-1]: TYPES[words[1].lstrip(".")].itemsize for words in (part.split() for part in entry[2].split(","))
+    }
     threads = int(re.search(r"\.reqntid\s+(\d+)", text)[1])
     registers = {}
     for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+?)<", body):
@@ -885,8 +891,61 @@ def install() -> None:
         binary = binaries[kernel, key]
         execute(binary.asm["ptx"], binary.metadata.shared, programs, values)
 
-    launch._launch = here
+    folder = os.environ.get("TRITON_LIBCUDA_PATH")
+    launch._launch = here if folder is None else _through_the_launcher(folder)
     backend.rejects = lambda device, dtype, k, d: None if device.type == "cpu" else f"no {device.type} here"
+
+
+class _Grid(ctypes.Structure):
+    """The first fields of CUlaunchConfig."""
+
+    _fields_ = (*((name, ctypes.c_uint) for name in [*"XYZxyz", "shared"]), ("stream", ctypes.c_void_p))
+
+
+_Launched = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.POINTER(_Grid), ctypes.POINTER(ctypes.c_void_p))
+_STREAM = 0x57EA
+
+
+def _through_the_launcher(folder: str) -> Callable[..., None]:
+    """The backend's own way to launch, on an sm_90 that is data/libcuda.c."""
+    libcuda = ctypes.CDLL(os.path.join(folder, "libcuda.so.1"), ctypes.RTLD_GLOBAL)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch._C._cuda_getCurrentRawStream = lambda index: _STREAM
+    import triton
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from pmrl_kernels.backends.triton import launch
+
+    triton.runtime.driver.set_active(CudaDriver())
+    own, errors = launch._launch, []
+
+    def run(function: int, grid: Any, arguments: Any) -> None:
+        (binary,) = (binary for binary in launch._compiled.values() if binary.function == function)
+        ptx, at = binary.asm["ptx"], grid.contents
+        code = _codes.get(ptx) or _codes.setdefault(ptx, parse(ptx))
+        shape = (at.Y, at.Z, at.x, at.y, at.z, at.shared, at.stream)
+        if shape != (1, 1, code.threads, 1, 1, binary.metadata.shared, _STREAM):
+            raise ValueError(f"{code.name}: launched with {shape}")
+        sizes = code.parameters.values()
+        values = [int.from_bytes(ctypes.string_at(arguments[i], size), "little") for i, size in enumerate(sizes)]
+        execute(ptx, at.shared, at.X, values)
+
+    @_Launched
+    def launched(*launch: Any) -> None:
+        try:
+            run(*launch)
+        except Exception as error:  # which C would not pass on
+            errors.append(error)
+
+    libcuda.on_launch(launched)
+
+    def through_triton(*arguments: Any, kept: Any = launched) -> None:  # C does not keep it alive
+        own(*arguments)
+        if errors:
+            raise errors.pop()
+
+    return through_triton
 
 
 def pytest_load_initial_conftests() -> None:

@@ -113,6 +113,29 @@ def test_layouts_and_sums_agree(function, monkeypatch):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@each_layout
+@pytest.mark.parametrize("stacked", [False, True])
+def test_whatever_a_launch_takes(stacked, B):
+    """A mask, a temperature on the device, inputs and outputs without gradient: pointers, and None in their place."""
+    found = []
+    for backend in ("reference", "triton"):
+        xs = modalities(B, k=3, dtype=torch.float64)
+        sources = [torch.stack(xs, 1).detach().requires_grad_()] if stacked else xs
+        sources[0].requires_grad_(stacked)
+        tau = torch.full((), 0.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        mask = torch.ones(B, 3, dtype=torch.bool, device=DEVICE)
+        mask[1, 0] = mask[2, 1] = False
+        given = sources[0] if stacked else sources
+        losses = dominant_sv_loss(given, temperature=tau, mask=mask, reduction="none", backend=backend)
+        sigma, u, v = dominant_singular_triplet(given, backend=backend)
+        wanted = [x for x in sources if x.requires_grad]
+        found.append([losses.detach(), sigma.detach(), v.detach(), u.detach()])
+        found[-1] += torch.autograd.grad(losses.square().sum(), [tau, *wanted])
+        found[-1] += torch.autograd.grad(sigma.sum() + u[0].sum(), wanted)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @each_function
 @each_layout
 def test_the_same_bits_every_time(function, B):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("triton", reason="Triton has no packages for this system")
 import ptx
 import triton
 import triton.language as tl
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -139,13 +141,13 @@ def test_undefined_registers_show():
     assert torch.equal(y[1::2], torch.tensor([[7, -1, -1, 7]], dtype=torch.int16).expand(16, 4))
 
 
-def run_compiled(*arguments: str) -> int:
+def run_compiled(*arguments: str, **variables: str) -> int:
     """The number of tests that passed on compiled kernels; none may fail."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PMRL_", "TRITON_"))}
     paths = os.pathsep.join(filter(None, [str(FOLDER), str(FOLDER.parent), inherited.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "ptx", *arguments],
-        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **NO_GPU},
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **NO_GPU, **variables},
         cwd=FOLDER.parent,
         capture_output=True,
         text=True,
@@ -158,6 +160,18 @@ def run_compiled(*arguments: str) -> int:
 def test_compiled_kernels_agree():
     """Both layouts and both kinds of sums, forward and backward."""
     assert run_compiled("tests/test_gpu.py", "-k", "layouts_and_sums_agree and softmax") == 1
+
+
+def test_tritons_launcher_passes_what_kernels_take(tmp_path):
+    """Launched by Triton on a driver that has no card: grid, stream, shared memory and every argument."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler, which Triton's launcher needs too")
+    headers = Path(nvidia.__file__).parent / "include"
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", headers, FOLDER / "data" / "libcuda.c"]
+    subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
+    which = ("tests/test_gpu.py", "-k", "whatever_a_launch_takes")
+    assert run_compiled(*which, TRITON_LIBCUDA_PATH=str(tmp_path)) == 4
 
 
 @pytest.mark.slow
