@@ -126,7 +126,8 @@ def test_whatever_a_launch_takes(stacked, B):
         mask = torch.ones(B, 3, dtype=torch.bool, device=DEVICE)
         mask[1, 0] = mask[2, 1] = False
         given = sources[0] if stacked else sources
-        losses = dominant_sv_loss(given, temperature=tau, mask=mask, reduction="none", backend=backend)
+        reduction = "none" if stacked else "mean"
+        losses = dominant_sv_loss(given, temperature=tau, mask=mask, reduction=reduction, backend=backend)
         sigma, u, v = dominant_singular_triplet(given, backend=backend)
         wanted = [x for x in sources if x.requires_grad]
         found.append([losses.detach(), sigma.detach(), v.detach(), u.detach()])
