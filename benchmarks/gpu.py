@@ -8,6 +8,8 @@
 replayed CUDA graph of the same call, in which the host has no part; a formulation that cannot be captured has none.
 Before a number is printed every formulation must agree with a float64 SVD. *copy* is a device-to-device copy
 of all embeddings, and *least* the time it would take to move the least bytes: inputs twice, gradients once.
+
+What matters most is measured first, and results are written as they come: a run that is cut short is a shorter run.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import argparse
 import csv
 import functools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +44,14 @@ from tqdm import tqdm
 from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
 
 RESULTS = Path(__file__).with_name("results")
-SECONDS = 0.25  # for each number
-SLOW = 1.0  # a call that takes longer is made once
+SECONDS = 0.15  # for each number
+SLOW = 1.0  # a call that takes longer is timed once
+LONGEST = 4.0  # a call that is expected to take longer is not made
 FULL_SVD_BATCH = 256
 OURS = "triton"
 
-SHAPES = (
-    *((B, 512, 4) for B in (64, 256, 1024, 4096, 16384, 65536)),
+SHAPES = tuple((B, 512, 4) for B in (64, 256, 1024, 4096, 16384, 65536))
+MORE_SHAPES = (
     *((B, 512, k) for k in (3, 6, 8) for B in (256, 4096, 65536)),
     *((B, d, 4) for d in (128, 1024) for B in (256, 4096, 65536)),
     *((B, 512, k) for k in (16, 32) for B in (256, 4096)),
@@ -55,6 +60,7 @@ HALF_SHAPES = tuple((B, 512, 4) for B in (256, 4096, 65536))
 DRY_SHAPES = ((3, 20, 3),)
 
 Row = dict[str, Any]
+Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
 
 
 def _by_driver(driver: str | None, xs: Sequence[Tensor]) -> Tensor:
@@ -111,6 +117,15 @@ def contenders(dry: bool) -> tuple[Contender, ...]:
     )
 
 
+def _of_ours(contender: Contender) -> bool:
+    return OURS in contender.name
+
+
+def _waits(contender: Contender) -> bool:
+    """Whether it asks torch.linalg for eigenvalues or singular values, on whose outcome the host waits."""
+    return contender.loss is not None and not _of_ours(contender) and "Jacobi" not in contender.name
+
+
 def _in_pairs(xs: Sequence[Tensor]) -> Sequence[Tensor]:
     """As cards with slow float64 sum."""
     from pmrl_kernels.backends.triton import launch
@@ -146,10 +161,11 @@ class Clock(NamedTuple):
         self.wait()
         return (time.perf_counter() - start) / times
 
-    def median(self, call: Callable[[], Any]) -> float:
-        """Of five rounds that together take about SECONDS; of one call if that takes long."""
-        call()
-        once = self.seconds(call, 1)
+    def median(self, call: Callable[[], Any], once: float | None = None) -> float:
+        """Of five rounds that together take about SECONDS; of one call if that takes long, or took: ``once``."""
+        if once is None:
+            call()
+            once = self.seconds(call, 1)
         if once > SLOW:
             return once
         times = max(1, int(SECONDS / 5 / min(once, self.seconds(call, 3))))
@@ -172,13 +188,18 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
 
 def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
     call = functools.partial(contender.step, xs)
-    row: Row = {"wall_us": 1e6 * clock.median(call)}
-    if clock.device == "cuda":
+    call()
+    clock.wait()
+    gpu = clock.device == "cuda"
+    if gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        call()
-        clock.wait()
-        row["peak_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    once = clock.seconds(call, 1)
+    row: Row = {"peak_MiB": (torch.cuda.max_memory_allocated() - before) / 2**20} if gpu else {}
+    row["wall_us"] = 1e6 * clock.median(call, once)
+    if _waits(contender):
+        row["no_graph"] = "torch.linalg makes the host wait"
+    elif gpu:
         try:
             row["device_us"] = 1e6 * clock.median(captured(call))
         except RuntimeError as error:
@@ -187,32 +208,91 @@ def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
     return row
 
 
-def times(
-    shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, candidates: Sequence[Contender], clock: Clock
-) -> Iterator[Row]:
-    for B, d, k in shapes:
-        xs = embeddings(Case(B, d, k, clock.device), dtype=dtype)
-        for contender in candidates:
-            row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": contender.name}
-            half = dtype != torch.float32 and contender.loss is not None and OURS not in contender.name
-            large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
-            if half or large or (k > 8 and "compiled" in contender.name):
-                continue
-            try:
-                yield row | measured(contender, xs, clock)
-            except RuntimeError as error:
-                yield row | {"not_run": str(error).strip().splitlines()[0][:120]}
+def work(candidates: Sequence[Contender], dry: bool) -> list[Work]:
+    """In order of importance. In bfloat16 only what is ours, and the scales."""
+    if dry:
+        return [(DRY_SHAPES, torch.float32, candidates)]
+    ours = [c for c in candidates if _of_ours(c) or c.loss is None]
+    return [
+        (SHAPES, torch.float32, ours),
+        (HALF_SHAPES, torch.bfloat16, ours),
+        (SHAPES, torch.float32, [c for c in candidates if c not in ours]),
+        (MORE_SHAPES, torch.float32, candidates),
+    ]
 
 
-def gate(candidates: Sequence[Contender], clock: Clock, dry: bool) -> None:
-    """Leaves the process if a formulation does not agree with a float64 SVD, in either layout."""
+def times(wanted: Sequence[Work], clock: Clock, deadline: float) -> Iterator[Row]:
+    """``deadline`` by time.monotonic()."""
+    pace: dict[str, float] = {}  # seconds for an element of the embeddings, at the contender's last shape
+    for shapes, dtype, candidates in wanted:
+        for B, d, k in shapes:
+            xs = embeddings(Case(B, d, k, clock.device), dtype=dtype)
+            for contender in candidates:
+                name = contender.name
+                row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": name}
+                large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
+                expected = pace.get(name, 0.0) * B * d * k
+                if large or (k > 8 and "compiled" in name):
+                    continue
+                if time.monotonic() > deadline:
+                    yield row | {"not_run": "no time was left"}
+                elif expected > LONGEST:
+                    yield row | {"not_run": f"expected to take {expected:.0f} s a call"}
+                else:
+                    try:
+                        row |= measured(contender, xs, clock)
+                        pace[name] = row["wall_us"] * 1e-6 / (B * d * k)
+                    except Exception as error:  # out of memory, a kernel that does not compile: the others go on
+                        row["not_run"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+                    yield row
+
+
+def gate(candidates: Sequence[Contender], clock: Clock, dry: bool) -> tuple[list[Contender], list[str]]:
+    """The formulations that agree with a float64 SVD, and what is said of those that do not, which are not timed.
+
+    Leaves the process if one of ours is among these. Ours have to agree in both layouts.
+    """
+    kept, left_out = [], []
     for contender in candidates:
-        for B, d, k in DRY_SHAPES if dry else ((64, 128, 4), (4096, 128, 4), (64, 128, 6), (4096, 128, 8)):
-            if contender.loss is None or (contender.largest and B > FULL_SVD_BATCH):
-                continue
-            error = accuracy.agreement(contender, embeddings(Case(B, d, k, clock.device), GATE_COSINE))
-            if not error <= contender.tolerance:
-                sys.exit(f"{contender.name} is {error:.1e} from a float64 SVD at B={B},d={d},k={k}. Nothing is timed.")
+        shapes = [*DRY_SHAPES] if dry else [(64, 128, 4), (64, 128, 6)]
+        if _of_ours(contender) and not dry:
+            shapes += [(4096, 128, 4), (4096, 128, 8)]
+        errors = {}
+        for B, d, k in shapes if contender.loss is not None else ():
+            errors[B, d, k] = accuracy.agreement(contender, embeddings(Case(B, d, k, clock.device), GATE_COSINE))
+        wrong = {shape: error for shape, error in errors.items() if not error <= contender.tolerance}
+        if not wrong:
+            kept.append(contender)
+            continue
+        shape, error = next(iter(wrong.items()))
+        left_out.append(f"{contender.name} is {error:.1e} from a float64 SVD at (B, d, k) = {shape}")
+        if _of_ours(contender):
+            sys.exit(f"{left_out[-1]}. Nothing is timed.")
+    return kept, left_out
+
+
+def _prepare(name: str, B: int, d: int, k: int, dtype: torch.dtype, device: str) -> None:
+    (contender,) = (c for c in contenders(device == "cpu") if c.name == name)
+    contender.step(embeddings(Case(B, d, k, device), dtype=dtype))
+
+
+def compile_ahead(wanted: Sequence[Work], device: str) -> None:
+    """Fills Triton's cache with our kernels for all shapes, on all cores: one would take minutes."""
+    from pmrl_kernels.backends.triton import launch
+
+    small = DRY_SHAPES[0][0] if device == "cpu" else 16
+    jobs = {  # beyond 256 columns kernels are the same
+        (c.name, small if B <= launch.LATENCY_BATCH else launch.LATENCY_BATCH + 1, min(d, 256), k, dtype, device)
+        for shapes, dtype, candidates in wanted
+        for B, d, k in shapes
+        for c in candidates
+        if _of_ours(c)
+    }
+    slowest_first = sorted(jobs, key=lambda job: -job[3])
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_prepare, *job) for job in slowest_first]
+        for future in tqdm(waiting, desc="compiling", file=sys.stderr):
+            future.exception()  # it will be met again, and told, where that kernel is to be timed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,6 +403,7 @@ def report(results: dict[str, Any]) -> str:
         and OURS not in row["contender"]
     ]
     lines += [*marks(rows, bandwidth), ""]
+    lines += [f"not timed: {said}" for said in results["left_out"]]
     lines += ["Where it loses (wall): " + ("none" if not losing else "; ".join(losing))]
     lines += [
         f"not run at {row['B']}, {row['d']}, {row['k']}: {row['contender']}: {row['not_run']}"
@@ -360,6 +441,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write(results: dict[str, Any], folder: Path) -> None:
+    (folder / "gpu.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    columns = ["B", "d", "k", "dtype", "contender", "wall_us", "device_us", "peak_MiB", "no_graph", "not_run"]
+    with (folder / "gpu.csv").open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in results["conditions"].items())
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(results["time"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels interpreted")
@@ -367,36 +458,33 @@ def main() -> None:
         "--output", type=Path, help=f"folder for the results; default: {RESULTS.name}/, none for a dry run"
     )
     parser.add_argument("--once", type=int, nargs=3, metavar=("B", "d", "k"), help="two calls, and no times")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
     options = parser.parse_args()
-    dry = options.dry_run
+    dry, deadline = options.dry_run, time.monotonic() + options.limit
     clock = Clock("cpu" if dry else "cuda")
-    candidates = contenders(dry)
+    candidates: Sequence[Contender] = contenders(dry)
     if options.once:
         contender = next(c for c in candidates if c.name == OURS)
         for _ in range(2):
             contender.step(embeddings(Case(*options.once, clock.device)))
         return clock.wait()
-    gate(candidates, clock, dry)
-    rows: list[Row] = []
-    work = [(DRY_SHAPES, torch.float32)] if dry else [(SHAPES, torch.float32), (HALF_SHAPES, torch.bfloat16)]
-    with tqdm(total=sum(len(shapes) for shapes, _ in work) * len(candidates), file=sys.stderr) as progress:
-        for shapes, dtype in work:
-            for row in times(shapes, dtype, candidates, clock):
-                rows.append(row)
-                progress.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
-                progress.update()
-    results = {"conditions": conditions(clock.device), "time": rows}
-    print(report(results))
+    compile_ahead(work(candidates, dry), clock.device)
+    candidates, left_out = gate(candidates, clock, dry)
+    wanted, rows = work(candidates, dry), []
+    results = {"conditions": conditions(clock.device), "left_out": left_out, "time": rows}
     folder = options.output or (None if dry else RESULTS)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        columns = ["B", "d", "k", "dtype", "contender", "wall_us", "device_us", "peak_MiB", "no_graph", "not_run"]
-        with (folder / "gpu.csv").open("w", newline="") as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in results["conditions"].items())
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    total = sum(len(shapes) * len(some) for shapes, _, some in wanted)
+    with tqdm(total=total, file=sys.stderr) as progress:
+        for row in times(wanted, clock, deadline):
+            rows.append(row)
+            progress.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
+            progress.update()
+            if folder:
+                write(results, folder)
+    print(report(results))
+    if folder:
         try:
             draw(results, folder / "gpu.png")
         except ModuleNotFoundError as error:

@@ -371,17 +371,25 @@ def main() -> int:
         print("\n".join(map(str, rows)))
         return 1 if rows else 0
     count = sum(1 + len(f.settings(s)) for f in families.values() for s in f.shapes) + 2 * len(crossings)
-    with tqdm(total=count, desc="timing", file=sys.stderr) as progress:
-        for name, family in families.items():
-            rows += swept(name, family, clock, progress)
-        layouts = list(crossing(crossings, clock, progress))
+    layouts: list[dict[str, Any]] = []
     results = {
         "conditions": conditions(clock.device), "bandwidth": bandwidth(clock), "kernels": rows, "layouts": layouts,
     }  # fmt: skip
+
+    def keep(row: dict[str, Any], among: list[dict[str, Any]]) -> None:
+        """In a file at once: who is stopped has what was measured until then."""
+        among.append(row)
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "tune.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    with tqdm(total=count, desc="timing", file=sys.stderr) as progress:
+        for row in crossing(crossings, clock, progress):
+            keep(row, layouts)
+        for name, family in families.items():
+            for row in swept(name, family, clock, progress):
+                keep(row, rows)
     print(report(results))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "tune.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return 1 if any("wrong" in row or (dry and "us" not in row) for row in rows) else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,6 +203,54 @@ def test_what_is_aimed_at_on_a_gpu(benchmark_modules):
         "(256, 512, 4): peak memory 2.00 MiB, full SVD 300 MiB",
     ]
     assert gpu.marks(rows[:1], 1.0) == []
+
+
+class Slow:
+    """A clock of calls that take half a second for each of their instances, whatever they are."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.B = 0
+
+    def work(self, xs):
+        self.B = len(xs[0])
+
+    def wait(self):
+        pass
+
+    def seconds(self, call, times):
+        call()
+        return 0.5 * self.B
+
+    def median(self, call, once):
+        return once
+
+
+def test_no_gpu_waits_for_what_is_too_slow(benchmark_modules):
+    """The next shape is 128 times as large as the last one that was timed."""
+    import gpu
+
+    clock = Slow()
+    slow = benchmark_modules.cases.Contender("slow", "slow", work=clock.work)
+    wanted = [([(2, 4, 3), (256, 4, 3)], torch.float32, [slow])]
+    first, second = gpu.times(wanted, clock, float("inf"))
+    assert first["wall_us"] == 1e6
+    assert second["not_run"] == "expected to take 128 s a call"
+    assert [row["not_run"] for row in gpu.times(wanted, clock, 0.0)] == ["no time was left"] * 2
+
+
+def test_the_gate_of_the_gpu_benchmark(benchmark_modules):
+    """A rival that is wrong is left out and named; if we are, there is nothing to be timed."""
+    import gpu
+
+    right = benchmark_modules.cases.named("reference")
+    wrong = dataclasses.replace(right, name="rival", loss=lambda xs: right.loss(xs) * 1.01)
+    kept, left_out = gpu.gate([right, wrong], gpu.Clock("cpu"), True)
+    assert kept == [right]
+    assert re.fullmatch(r"rival is 1\.0e-02 from a float64 SVD at \(B, d, k\) = \(3, 20, 3\)", left_out[0])
+    with pytest.raises(SystemExit, match=r"triton is 1\.0e-02 from .* Nothing is timed"):
+        gpu.gate([dataclasses.replace(wrong, name="triton")], gpu.Clock("cpu"), True)
 
 
 @pytest.mark.slow
