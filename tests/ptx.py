@@ -848,10 +848,11 @@ def live_memory(where: str) -> Memory:
         if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout == torch.strided:
             try:
                 storage = x.untyped_storage()
-            except (RuntimeError, NotImplementedError):  # fake tensors and the like
+                start = storage.data_ptr() if storage.nbytes() else 0
+            except (RuntimeError, NotImplementedError):  # fake tensors, and what compiling left behind
                 continue
-            if storage.nbytes():
-                regions[storage.data_ptr()] = storage
+            if start:
+                regions[start] = storage
     return Memory([Region(start, _bytes_of(storage)) for start, storage in regions.items()], f"{where}, global memory")
 
 

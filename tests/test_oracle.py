@@ -215,7 +215,8 @@ def test_power_iteration_resolves_every_gap_that_counts(device, k, double_input,
     top, ours = reference._power_iteration(G, double_input)
     # G itself holds the gap to eps64 only: 1e-16 beside gap
     torch.testing.assert_close(ours, v, rtol=0, atol=10 * tol.EPS64 / gap)
-    torch.testing.assert_close(top, torch.full_like(top, 1 + gap), rtol=4 * tol.EPS64, atol=0)
+    rounding = max(4, k // 4) * tol.EPS64  # of sums of k products, in whatever order
+    torch.testing.assert_close(top, torch.full_like(top, 1 + gap), rtol=rounding, atol=0)
 
 
 def test_power_iteration_from_a_start_nearly_orthogonal_to_the_answer(device):
