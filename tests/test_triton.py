@@ -74,11 +74,11 @@ def test_the_contract():
 
     All of it: TRITON_INTERPRET=1 python -m pytest tests/test_contract.py -k triton
     """
-    parts = (
+    parts = (  # the longest first
+        ("tests/test_citizenship.py", "triton", "8"),
         ("tests/test_contract.py", "triton-latency", "8"),
         ("tests/test_contract.py", "triton-throughput", "8"),
         ("tests/test_contract.py", "triton-pairs", "8"),
-        ("tests/test_citizenship.py", "triton", "6"),
         ("tests/test_gpu.py", "test", "1"),
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
