@@ -1,6 +1,6 @@
 """The alignment loss on a GPU, forward + backward, beside its rivals: eager wall time, device time, memory, accuracy.
 
-    python benchmarks/gpu.py                 # everything, some five minutes
+    python benchmarks/gpu.py                 # everything; --limit SECONDS ends it sooner
     python benchmarks/gpu.py --dry-run       # toy sizes on the CPU, kernels interpreted: does the program run?
     ncu python benchmarks/gpu.py --once 65536 512 4    # two calls of that size, for a profiler to look at
 

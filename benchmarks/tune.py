@@ -1,6 +1,6 @@
 """Launch parameters of the Triton kernels on a GPU: each kernel alone under every setting, then both layouts by B.
 
-    python benchmarks/tune.py                # some three minutes
+    python benchmarks/tune.py                # everything
     python benchmarks/tune.py --dry-run      # on the CPU: compiles for sm_90, interprets at toy sizes
     python benchmarks/tune.py --compile-only # fills Triton's cache for sm_90, on a machine that need not have a GPU
 
