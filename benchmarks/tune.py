@@ -166,11 +166,9 @@ def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], changes: Chang
     resources.TARGETS.setdefault(name, target)
     with planned(changes):
         try:
-            for kernel, warps, *rest in resources.requests(
-                resources.Case(name, "alignment", shape.dtype, shape.k), shape.d
-            ):
-                if kernel.fn.__name__ in kernels:
-                    launch.compile_for(target, kernel, *rest, warps)
+            for one in resources.launches(resources.Case(name, "alignment", shape.dtype, shape.k), shape.d):
+                if one.kernel.fn.__name__ in kernels:
+                    launch.compile_for(target, one.kernel, one.compilation())
         except Exception as error:  # whatever a compiler throws: this setting is out, the others are not
             return f"{type(error).__name__}: {str(error).strip()[:200]}"
     return None
@@ -194,21 +192,21 @@ def agree(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def launches(xs: Sequence[Tensor]) -> tuple[dict[str, tuple[Any, ...]], Sequence[Tensor]]:
-    """The arguments of ``launch._launch`` in a step, by kernel, and what the step returned: kernels that write k
-    gradients hold one of them and the distances to the others, which have to stay where they are."""
-    seen: dict[str, tuple[Any, ...]] = {}
-    make = launch._launch
+def launches(xs: Sequence[Tensor]) -> tuple[dict[str, launch.Launch], Sequence[Tensor]]:
+    """The launches of a step by kernel, and what the step returned: kernels that write k gradients hold one of them and
+    the distances to the others, which have to stay where they are."""
+    seen: dict[str, launch.Launch] = {}
+    make = launch.run
 
-    def recording(kernel: Any, *arguments: Any) -> None:
-        seen[kernel.fn.__name__] = (kernel, *arguments)
-        make(kernel, *arguments)
+    def recording(one: launch.Launch) -> None:
+        seen[one.kernel.fn.__name__] = one
+        make(one)
 
-    launch._launch = recording
+    launch.run = recording
     try:
         return seen, step(xs)
     finally:
-        launch._launch = make
+        launch.run = make
 
 
 def repeated(call: Callable[[], None], clock: Clock) -> float:
@@ -228,10 +226,10 @@ def repeated(call: Callable[[], None], clock: Clock) -> float:
     return statistics.median(clock.seconds(replay, 1) for _ in range(5)) / times
 
 
-def registers(arguments: tuple[Any, ...]) -> tuple[int | None, int | None]:
+def registers(one: launch.Launch) -> tuple[int | None, int | None]:
     """Registers and spills of a kernel that was launched."""
-    kernel, key, *_ = arguments
-    binary = next((b for (k, _, other), b in launch._compiled.items() if k is kernel and other == key), None)
+    made = (one.kernel, one.compilation())
+    binary = next((b for (kernel, _, key), b in launch._compiled.items() if (kernel, key) == made), None)
     return getattr(binary, "n_regs", None), getattr(binary, "n_spills", None)
 
 
@@ -262,7 +260,7 @@ def swept(name: str, family: Family, clock: Clock, progress: tqdm) -> Iterator[d
                             continue
                         recorded, alive = launches(xs)
                         for kernel in family.kernels:
-                            call = functools.partial(launch._launch, *recorded[kernel])
+                            call = functools.partial(launch.run, recorded[kernel])
                             used, spilled = registers(recorded[kernel])
                             seconds = repeated(call, clock)
                             facts = {"registers": used, "spills": spilled, "bytes": least_bytes(kernel, shape)}

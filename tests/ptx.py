@@ -886,14 +886,14 @@ def install() -> None:
 
     target, binaries = GPUTarget("cuda", 90, 32), {}
 
-    def here(kernel: Any, key: Any, programs: int, warps: int, values: Any, parameters: Any, divisible: Any) -> None:
-        if (kernel, key) not in binaries:
-            binaries[kernel, key] = launch.compile_for(target, kernel, values, parameters, divisible, warps)
-        binary = binaries[kernel, key]
-        execute(binary.asm["ptx"], binary.metadata.shared, programs, values)
+    def here(one: launch.Launch) -> None:
+        key = (one.kernel, one.compilation())
+        if key not in binaries:
+            binaries[key] = launch.compile_for(target, *key)
+        execute(binaries[key].asm["ptx"], binaries[key].metadata.shared, one.programs, one.values)
 
     folder = os.environ.get("TRITON_LIBCUDA_PATH")
-    launch._launch = here if folder is None else _through_the_launcher(folder)
+    launch.run = here if folder is None else _through_the_launcher(folder)
     backend.rejects = lambda device, dtype, k, d: None if device.type == "cpu" else f"no {device.type} here"
 
 
@@ -919,7 +919,7 @@ def _through_the_launcher(folder: str) -> Callable[..., None]:
     from pmrl_kernels.backends.triton import launch
 
     triton.runtime.driver.set_active(CudaDriver())
-    own, errors = launch._launch, []
+    own, errors = launch.run, []
 
     def run(function: int, grid: Any, arguments: Any) -> None:
         (binary,) = (binary for binary in launch._compiled.values() if binary.function == function)
@@ -941,8 +941,8 @@ def _through_the_launcher(folder: str) -> Callable[..., None]:
 
     libcuda.on_launch(launched)
 
-    def through_triton(*arguments: Any, kept: Any = launched) -> None:  # C does not keep it alive
-        own(*arguments)
+    def through_triton(one: launch.Launch, kept: Any = launched) -> None:  # C does not keep it alive
+        own(one)
         if errors:
             raise errors.pop()
 

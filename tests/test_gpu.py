@@ -7,6 +7,7 @@ on a GPU is lost to a typing error.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -135,6 +136,17 @@ def test_whatever_a_launch_takes(stacked, B):
         found[-1] += torch.autograd.grad(sigma.sum() + u[0].sum(), wanted)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@each_layout
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.float64, (64, 100)), (torch.float32, (128, 256, 100))])
+def test_one_width_after_another(dtype, widths, B):
+    """What was compiled for one width is not run for another one, if it depends on it."""
+    for function, d in itertools.product(("triplet", "singular_values"), widths):
+        xs = modalities(B, d, k=3, dtype=dtype)
+        loss = FUNCTIONS[function](xs, backend="reference")
+        for ours, theirs in zip(step(function, xs), [loss.detach(), *torch.autograd.grad(loss, xs)], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @each_function

@@ -6,6 +6,7 @@ backends (test_contract.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,10 @@ def compiled(*arguments: str) -> str:
     return done.stdout
 
 
+def compiled_for(target: str, one: launch.Launch) -> Any:
+    return launch.compile_for(resources.TARGETS[target], one.kernel, one.compilation())
+
+
 def rows_of(text: str) -> dict[tuple[str, ...], list[int]]:
     """(target, call, dtype, k, kernel, warps) -> registers, stack, shared memory."""
     rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
@@ -113,16 +119,16 @@ def test_kernels_compile_without_spills():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_products_on_tensor_cores_compile(dtype):
     """Triton 3.6 has a layout for their operands only if it sees no narrow load behind them."""
-    for kernel, warps, *rest in resources.requests(resources.Case("sm_90", "alignment", dtype, 12, masked=True)):
-        binary = launch.compile_for(resources.TARGETS["sm_90"], kernel, *rest, warps)
-        if kernel.fn.__name__ != "reduce_kernel":
+    for one in resources.launches(resources.Case("sm_90", "alignment", dtype, 12, masked=True)):
+        binary = compiled_for("sm_90", one)
+        if one.kernel.fn.__name__ != "reduce_kernel":
             assert re.search(r"\bmma\.sync\S*f64", binary.asm["ptx"])
 
 
 def test_two_modalities_compile():
     """Triton 3.6 could not lay out the columns of 2 x 2 matrices."""
-    for kernel, warps, *rest in resources.requests(resources.Case("sm_90", "triplet", "fp32", 2)):
-        assert launch.compile_for(resources.TARGETS["sm_90"], kernel, *rest, warps).asm["cubin"]
+    for one in resources.launches(resources.Case("sm_90", "triplet", "fp32", 2)):
+        assert compiled_for("sm_90", one).asm["cubin"]
 
 
 @pytest.mark.slow
@@ -135,13 +141,13 @@ def test_resources_are_those_of_the_table():
 
 def test_binaries_take_what_launches_pass():
     """Arguments go to the compiled function as they are: what has a value, in order, tuples flattened."""
-    for kernel, warps, values, *rest in resources.requests(resources.Case("sm_90", "pmrl", "fp32", 3, masked=True)):
+    for one in resources.launches(resources.Case("sm_90", "pmrl", "fp32", 3, masked=True)):
         passed = []
-        for name, value in zip(kernel.arg_names, values, strict=False):
-            for one in value if isinstance(value, tuple) else (value,):
-                short = name in launch._SHORT and not isinstance(one, torch.Tensor)
-                passed += [] if one is None else [32 if short else 64]
-        binary = launch.compile_for(resources.TARGETS["sm_90"], kernel, values, *rest, warps)
+        for name, value in zip(one.kernel.arg_names, one.values, strict=False):
+            for part in value if isinstance(value, tuple) else (value,):
+                short = name in launch._SHORT and not isinstance(part, torch.Tensor)
+                passed += [] if part is None else [32 if short else 64]
+        binary = compiled_for("sm_90", one)
         entry = binary.asm["ptx"].partition(".entry")[2].partition(")")[0]
         taken = [int(width) for width in re.findall(r"\.param \.[a-z](\d\d)", entry)]
         assert taken == [*passed, 64, 64], "two more are Triton's own"
@@ -152,12 +158,11 @@ def test_sums_in_pairs_use_no_float64():
     per_element = r"\b(?:mul|fma|div|sqrt)[\w.]*\.f64"
     counted = {}
     for call in ("alignment", "pmrl"):
-        for kernel, warps, *rest in resources.requests(resources.Case("sm_120", call, "fp32", 3)):
-            name = kernel.fn.__name__
+        for one in resources.launches(resources.Case("sm_120", call, "fp32", 3)):
+            name = one.kernel.fn.__name__
             if name not in ("gram_kernel", "vectors_kernel", "backward_kernel"):
                 continue
-            binary = launch.compile_for(resources.TARGETS["sm_120"], kernel, *rest, warps)
-            text = binary.asm["ptx"]
+            text = compiled_for("sm_120", one).asm["ptx"]
             loops = re.findall(r"^(\$L__BB\d+_\d+):(.*?)\bbra[.\w]*\s+\1;", text, re.MULTILINE | re.DOTALL)
             assert any("fma.rn.f32" in body for _, body in loops)
             counted[name] = sum(len(re.findall(per_element, body)) for _, body in loops)
@@ -175,9 +180,8 @@ def test_the_gate_sees_spills(k, stack):
 def test_nothing_adds_floating_point_numbers_atomically():
     """It would add them in another order each time."""
     atomics = []
-    for request in resources.requests(resources.Case("sm_90", "alignment", "fp32", 3)):
-        kernel, warps, *rest = request
-        text = launch.compile_for(resources.TARGETS["sm_90"], kernel, *rest, warps).asm["ptx"]
+    for one in resources.launches(resources.Case("sm_90", "alignment", "fp32", 3)):
+        text = compiled_for("sm_90", one).asm["ptx"]
         atomics += re.findall(r"\b(?:atom|red)\.[\w.:]+", text)
     assert atomics, "the last program of solve_kernel is found by counting"
     assert not [name for name in atomics if re.search(r"\.(f|bf)\d+", name)]
@@ -197,7 +201,7 @@ OUTPUTS = {
 @pytest.fixture
 def launched(monkeypatch) -> Iterator[list[str]]:
     names: list[str] = []
-    monkeypatch.setattr(launch, "_launch", lambda kernel, *_: names.append(kernel.fn.__name__))
+    monkeypatch.setattr(launch, "run", lambda one: names.append(one.kernel.fn.__name__))
     return names
 
 
@@ -221,6 +225,75 @@ def test_launches(launched, wanted, B, forward):
     assert launched == forward
     launch.backward(xs, *options, state, outputs, [True, False, True])
     assert launched == forward + (["backward_kernel"] if B else [])
+
+
+class Compiled:
+    """In place of a compiled kernel: whether what it is launched with is what it was compiled for."""
+
+    def __init__(self, kernel: Any, compilation: launch.Compilation) -> None:
+        self.kernel, self.compilation, self.launches = kernel, compilation, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.check
+
+    def check(self, *arguments: Any, stream: int) -> None:
+        self.launches += 1
+        kinds, parameters, divisible, _ = self.compilation
+        values = arguments[: len(kinds)]
+        assert arguments[len(kinds) :] == parameters
+        for name, value, kind in zip(self.kernel.arg_names, values, kinds, strict=False):
+            self.check_one(name, value, kind, dict(divisible).get(name, 1))
+
+    def check_one(self, name: str, value: Any, kind: Any, multiple: int) -> None:
+        if isinstance(kind, tuple):
+            for part, one in zip(value, kind, strict=True):
+                self.check_one(name, part, one, multiple)
+        elif isinstance(value, torch.Tensor):
+            assert (value.dtype, value.data_ptr() % multiple) == (kind, 0), name
+        elif value is None or kind is None:
+            assert value is kind, name
+        else:
+            assert isinstance(value, kind), name
+            assert value % multiple == 0, name
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch) -> Iterator[dict[Any, Compiled]]:
+    """What is kept for later launches, of a backend that compiles and launches as on a GPU but for the kernels."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: resources.TARGETS["sm_90"]))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launch, "compile_for", lambda target, kernel, compilation: Compiled(kernel, compilation))
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    return launch._compiled
+
+
+@pytest.mark.parametrize("sums", ["float64", "float32"])
+def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, monkeypatch, sums):
+    """Kernels are kept by a key. Equal keys must mean equal sources, whatever was called before: once a width was left
+    out of it, by which backward_kernel differs, and a second width got the kernel of the first."""
+    monkeypatch.setattr(launch, "SUMS", sums)
+    for d, k, dtype, B, masked, learned, spectrum, name in itertools.product(
+        (1, 16, 64, 100, 128, 256, 512, 1024),
+        (2, 4, 12),
+        (torch.float32, torch.bfloat16, torch.float64),
+        (8, launch.LATENCY_BATCH + 8),
+        (False, True),
+        (False, True),
+        (False, True),
+        OUTPUTS,
+    ):
+        xs = [torch.empty(1, d, dtype=dtype).expand(B, d) for _ in range(k)]
+        mask = torch.ones(1, k, dtype=torch.bool).expand(B, k) if masked else None
+        tau = torch.ones(()) if learned else None
+        options = (mask, tau, 0.05, True, spectrum, OUTPUTS[name])
+        outputs, state = launch.forward(xs, *options)
+        grads = [None, *outputs[1:]] if name == "everything" and masked else outputs
+        launch.backward(xs, *options, state, grads, [True] * (k - 1) + [not masked])
+    sources = {(launch._source(kernel, made).hash(), made.warps) for kernel, _, made in compiled_kernels}
+    assert len(sources) == len(compiled_kernels) >= 300, "two keys for one source compile it twice"
+    assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
 
 
 def test_cards_with_slow_float64_sum_in_pairs(monkeypatch):
@@ -250,7 +323,7 @@ from pmrl_kernels import dominant_singular_triplet, pmrl_loss, warm_up
 from pmrl_kernels.backends.triton import launch
 
 seen = set()
-launch._launch = lambda kernel, key, *_: seen.add((kernel.fn.__name__, key))
+launch.run = lambda one: seen.add((one.kernel.fn.__name__, one.compilation()))
 
 def calls(B):
     xs = [torch.randn(B, 32, requires_grad=True) for _ in range(3)]

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -81,19 +81,11 @@ CASES = [
 ]
 
 
-class Request(NamedTuple):
-    kernel: Any
-    warps: int
-    values: tuple[Any, ...]
-    parameters: tuple[Any, ...]
-    divisible: dict[str, int]
-
-
-def requests(case: Case, d: int = 512) -> Iterator[Request]:
+def launches(case: Case, d: int = 512) -> Iterator[launch.Launch]:
     """The launches of a forward and a backward pass, in both layouts, and with sums as the target has them."""
     spectrum, wanted = CALLS[case.call]
-    recorded: list[tuple[Any, ...]] = []
-    make, launch._launch = launch._launch, lambda *launched: recorded.append(launched)
+    recorded: list[launch.Launch] = []
+    make, launch.run = launch.run, recorded.append
     sums, launch.SUMS = launch.SUMS, "float32" if launch.slow_float64(TARGETS[case.target]) else "float64"
     try:
         for B in (8, launch.LATENCY_BATCH + 8):
@@ -103,12 +95,13 @@ def requests(case: Case, d: int = 512) -> Iterator[Request]:
             outputs, state = launch.forward(xs, *options)
             launch.backward(xs, *options, state, outputs, [True] * case.k)
     finally:
-        launch._launch, launch.SUMS = make, sums
+        launch.run, launch.SUMS = make, sums
     seen = set()
-    for kernel, _, _, warps, values, parameters, divisible in recorded:
-        if (kernel, warps, parameters) not in seen:
-            seen.add((kernel, warps, parameters))
-            yield Request(kernel, warps, values, parameters, divisible)
+    for one in recorded:
+        key = (one.kernel, one.compilation())
+        if key not in seen:
+            seen.add(key)
+            yield one
 
 
 class Row(NamedTuple):
@@ -137,10 +130,9 @@ def compile_case(case: Case) -> list[Row]:
     """Raises if a kernel does not compile."""
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     rows = []
-    for request in requests(case):
-        kernel, warps, *rest = request
+    for one in launches(case):
         begin = time.perf_counter()
-        binary = launch.compile_for(TARGETS[case.target], kernel, *rest, warps)
+        binary = launch.compile_for(TARGETS[case.target], one.kernel, one.compilation())
         seconds = time.perf_counter() - begin
         if case.target.startswith("gfx"):
             text = binary.asm["amdgcn"]
@@ -149,7 +141,7 @@ def compile_case(case: Case) -> list[Row]:
             text = usage(binary.asm["cubin"])
             names = (r"REG:(\d+)", r"STACK:(\d+)")
         registers, stack = (int(re.search(name, text)[1]) for name in names)
-        rows.append(Row(case, kernel.fn.__name__, warps, registers, stack, binary.metadata.shared, seconds))
+        rows.append(Row(case, one.kernel.fn.__name__, one.warps, registers, stack, binary.metadata.shared, seconds))
     return rows
 
 

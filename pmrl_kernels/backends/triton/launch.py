@@ -120,31 +120,54 @@ def _in_pairs(index: int | None, sums: str | None) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
-def _type(value: Any, name: str) -> Any:
-    if isinstance(value, Tensor):
-        return _TYPES[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(_type(part, name) for part in value)
-    if isinstance(value, int):
-        return "i32" if name in _SHORT else "i64"
-    return "constexpr"
+class Compilation(NamedTuple):
+    """All that a compiled kernel follows from, but for the kernel and the target: ``compile_for`` sees nothing else.
 
-
-def _source(kernel: Any, values: Sequence[Any], parameters: Sequence[Any], divisible: dict[str, int]) -> ASTSource:
-    """What is compiled: arguments in order, first the values, then what is known when a kernel is compiled.
-
-    ``divisible`` says which of them are multiples of what.
+    So it is the key of what was compiled, too, and no parameter can be missing from that.
     """
+
+    kinds: tuple[Any, ...]  # of the values, see ``_kinds``
+    parameters: tuple[Any, ...]  # known when a kernel is compiled
+    divisible: tuple[tuple[str, int], ...]  # which values are multiples of what
+    warps: int
+
+
+def _kinds(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Of each value, what is compiled for it: a tensor's dtype, ``int``, None, or a tuple of these."""
+    kinds: list[Any] = []
+    for value in values:
+        if value is None:
+            kinds.append(None)
+        elif type(value) is int:
+            kinds.append(int)
+        elif isinstance(value, tuple):  # of numbers
+            kinds.append(_kinds(value) if None in value else (int,) * len(value))
+        else:
+            kinds.append(value.dtype)
+    return tuple(kinds)
+
+
+def _type(kind: Any, name: str) -> Any:
+    if isinstance(kind, tuple):
+        return tuple(_type(part, name) for part in kind)
+    if kind is int:
+        return "i32" if name in _SHORT else "i64"
+    return "constexpr" if kind is None else _TYPES[kind]
+
+
+def _source(kernel: Any, compilation: Compilation) -> ASTSource:
+    """Arguments in order, first the values, then what is known when a kernel is compiled."""
+    kinds, parameters, divisible = compilation.kinds, compilation.parameters, dict(compilation.divisible)
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for at, (name, value) in enumerate(zip(kernel.arg_names, (*values, *parameters), strict=True)):
-        if at >= len(values):
+    for at, (name, kind) in enumerate(zip(kernel.arg_names, (*kinds, *parameters), strict=True)):
+        if at >= len(kinds):
             signature[name] = "constexpr"
-            constexprs[(at,)] = value
+            constexprs[(at,)] = kind
             continue
-        signature[name] = _type(value, name)
-        for part, one in enumerate(value) if isinstance(value, tuple) else ((None, value),):
+        signature[name] = _type(kind, name)
+        for part, one in enumerate(kind) if isinstance(kind, tuple) else ((None, kind),):
             path = (at,) if part is None else (at, part)
             if one is None:
                 constexprs[path] = None
@@ -153,44 +176,42 @@ def _source(kernel: Any, values: Sequence[Any], parameters: Sequence[Any], divis
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def compile_for(
-    target: GPUTarget,
-    kernel: Any,
-    values: Sequence[Any],
-    parameters: Sequence[Any],
-    divisible: dict[str, int],
-    warps: int,
-) -> Any:
+def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any:
     """The compiled kernel; needs no GPU. Multiplications and additions are fused, whatever Triton's default is."""
-    source = _source(kernel, values, parameters, divisible)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": compilation.warps, "enable_fp_fusion": True}
     if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
-        options["maxnreg"] = min(255, 65536 // (32 * warps))
-    return triton.compile(source, target=target, options=options)
+        options["maxnreg"] = min(255, 65536 // (32 * compilation.warps))
+    return triton.compile(_source(kernel, compilation), target=target, options=options)
 
 
-_compiled: dict[Any, Any] = {}
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    values: tuple[Any, ...]
+    parameters: tuple[Any, ...]
+    divisible: dict[str, int]
+
+    def compilation(self) -> Compilation:
+        return Compilation(_kinds(self.values), self.parameters, tuple(self.divisible.items()), self.warps)
 
 
-def _launch(
-    kernel: Any,
-    key: Any,
-    programs: int,
-    warps: int,
-    values: tuple[Any, ...],
-    parameters: tuple[Any, ...],
-    divisible: dict[str, int],
-) -> None:
-    """``key`` says all that a compiled kernel depends on, but for the kernel itself and the device."""
+_compiled: dict[tuple[Any, int, Compilation], Any] = {}
+
+
+def run(launch: Launch) -> None:
+    kernel, programs, _, values, parameters, _ = launch
     if INTERPRETED:
         kernel[(programs,)](*values, *parameters)
         return
     index = torch.cuda.current_device()
-    compiled = _compiled.get((kernel, index, key))
+    key = (kernel, index, launch.compilation())
+    compiled = _compiled.get(key)
     if compiled is None:
         target = triton.runtime.driver.active.get_current_target()
-        compiled = compile_for(target, kernel, values, parameters, divisible, warps)
-        _compiled[kernel, index, key] = compiled
+        compiled = _compiled[key] = compile_for(target, *key[::2])
     compiled[(programs, 1, 1)](*values, *parameters, stream=torch._C._cuda_getCurrentRawStream(index))
 
 
@@ -322,30 +343,28 @@ def forward(
 
     rows = _rows(xs, d)
     divisible = _divisible(rows)
+    writing = divisible  # of the kernels that write u and z
     if u is not None and divisible and u.data_ptr() % 16 == 0:
-        divisible["u"] = 16
+        writing = divisible | {"u": 16}
     if z is not None:
         targets = _rows(zs, d)
         to = targets.offsets
         if divisible and targets.divisible > 1:
-            divisible |= {"z": 16, "z_offsets": targets.divisible}
+            writing = writing | {"z": 16, "z_offsets": targets.divisible}
     if mask is not None:
         mask = mask.contiguous()
     mean = bool(wanted & constants.ALIGNMENT_MEAN)
     aligns, vectors = bool(wanted & constants.ANY_ALIGNMENT), bool(wanted & (constants.U | constants.V))
     bits = _bits(fixed_temperature)
-    # All that the compiled kernels depend on.
-    learned = None if temperature is None else temperature.dtype
-    key = (p, k, dtype, len(divisible), mask is None, learned, normalize, spectrum, wanted)
     x = (first, rows.offsets, rows.strides, mask)
     algebra = (spectrum, normalize, wide, p.pairs, aligns)
     if p.latency:
         values = (*x, temperature, bits, state, alignment, sigma, v, u, z, to, values_wanted, B, d)
         parameters = (k, p.K, p.latency_rows, p.latency_block, p.vector, *algebra, vectors)
         programs = -(-B // p.latency_rows)
-        _launch(kernels.forward_kernel, key, programs, p.latency_warps, values, parameters, divisible)
+        run(Launch(kernels.forward_kernel, programs, p.latency_warps, values, parameters, writing))
         if total is not None:
-            _launch(kernels.reduce_kernel, key, 1, 4, (mask, state, total, B), (k, mean, BATCH), {})
+            run(Launch(kernels.reduce_kernel, 1, 4, (mask, state, total, B), (k, mean, BATCH), {}))
         return outputs, [state]
     programs = -(-B // p.stream_rows)
     counter = partial = None
@@ -354,14 +373,14 @@ def forward(
     stream = (k, p.stream_rows, p.block)
     values = (*x, state, counter, B, d)
     parameters = (*stream, p.vector, normalize, wide, p.pairs)
-    _launch(kernels.gram_kernel, key, programs, p.stream_warps, values, parameters, divisible)
+    run(Launch(kernels.gram_kernel, programs, p.stream_warps, values, parameters, divisible))
     values = (mask, temperature, bits, state, partial, counter, total, alignment, sigma, v, values_wanted, B, d)
     parameters = (k, p.solve_instances, p.solve_part, p.K, p.lanes, *algebra, mean, vectors, BATCH)
-    _launch(kernels.solve_kernel, key, -(-B // p.solve_instances), p.solve_warps, values, parameters, {})
+    run(Launch(kernels.solve_kernel, -(-B // p.solve_instances), p.solve_warps, values, parameters, {}))
     if u is not None or z is not None:
         values = (*x, state, u, z, to, B, d)
         parameters = (*stream, normalize, wide, p.pairs)
-        _launch(kernels.vectors_kernel, key, programs, p.stream_warps, values, parameters, divisible)
+        run(Launch(kernels.vectors_kernel, programs, p.stream_warps, values, parameters, writing))
     return outputs, [state]
 
 
@@ -425,18 +444,14 @@ def backward(
         z_offsets: tuple[int | None, ...] = (None,) * k
         out_offsets: tuple[int | None, ...] = target.offsets
         z = z_strides = None
-        aligned = 0  # which of the gradients are
         divisible = _divisible(rows)
         if divisible and target.divisible > 1:
-            aligned |= 1
             divisible |= {"out": 16, "out_offsets": target.divisible, "out_stride": target.divisible}
         if divisible and grad_u is not None and _rows([grad_u], d).divisible > 1:
-            aligned |= 2
             divisible |= {"grad_u": 16, "u_stride": 16 // grad_u.element_size()}
         if direct:
             incoming = _rows(direct, d)
             if divisible and incoming.divisible > 1:
-                aligned |= 4
                 divisible |= dict.fromkeys(("z_offsets", "z_strides"), incoming.divisible) | {"grad_z": 16}
             offsets = iter(incoming.offsets)
             z, z_offsets = direct[0], tuple([None if g is None else next(offsets) for g in grad_z])
@@ -461,21 +476,7 @@ def backward(
         )
         flags = (spectrum, normalize, wide, p.pairs, mean, bool(direct), simple)
         parameters = (k, p.K, R, block, p.vector, resident, *flags)
-        given = tuple([g is not None for g in grads])
-        key = (
-            p,
-            k,
-            dtype,
-            rows.divisible,
-            aligned,
-            mask is None,
-            learned is None,
-            given,
-            *needed,
-            wanted,
-            flags,
-        )
-        _launch(kernels.backward_kernel, key, -(-B // R), warps, values, parameters, divisible)
+        run(Launch(kernels.backward_kernel, -(-B // R), warps, values, parameters, divisible))
     for at, (g, x) in enumerate(zip(found, embeddings, strict=True)):
         if g.dtype != x.dtype:
             found[at] = g.to(x.dtype)
