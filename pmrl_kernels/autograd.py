@@ -82,6 +82,24 @@ def _final(grads: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[T
     return grads
 
 
+def _plain(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Incoming gradients as memory holds them.
+
+    A gradient that PyTorch has negated without touching memory (``.imag`` of a conjugate), or a zero without memory,
+    is made an ordinary tensor for an operator's plain arguments, but not for those in a list.
+    """
+    if torch.compiler.is_compiling():
+        return list(grads)
+    found: list[Tensor | None] = []
+    for g in grads:
+        if g is not None and g.is_neg():
+            g = g.resolve_neg()
+        elif g is not None and g._is_zerotensor():
+            g = torch.zeros(g.shape, dtype=g.dtype, device=g.device)
+        found.append(g)
+    return found
+
+
 def _call(operator: Any, *arguments: Any) -> Any:
     """The operator outside of any graph. (A backward pass is so already unless its graph is wanted: 2 µs saved.)"""
     if torch.is_grad_enabled():
@@ -121,7 +139,7 @@ class _Spectral(Function):
         embeddings, state = rest[: ctx.inputs], rest[ctx.inputs :]
         needed = ctx.needs_input_grad
         call = available[backend].operators.spectral_backward
-        found = _call(call, embeddings, mask, temperature, *options, state, grads[: ctx.outputs], needed[3:])
+        found = _call(call, embeddings, mask, temperature, *options, state, _plain(grads[: ctx.outputs]), needed[3:])
         tau = found[-1].to(temperature.dtype) if needed[2] else None
         out = [x if want else None for x, want in zip(found, needed[3:])]  # noqa: B905 (∂τ may follow)
         return (None, None, *_final((tau, *out), temperature, *embeddings, *grads))
@@ -196,7 +214,7 @@ class _Objective(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        total, alignment, instance = grads[:3]
+        total, alignment, instance = _plain(grads[:3])
         if total is None and alignment is None and instance is None:
             return (None,) * len(needed)
         settings = ctx.settings

@@ -652,6 +652,24 @@ def test_compile_of_a_stack_and_of_a_repeated_modality(backend, fresh_dynamo):
 
 
 @each_backend
+@pytest.mark.parametrize("name", COMPILED[:-1])
+def test_compile_of_stacks_of_any_shape(name, backend, fresh_dynamo):
+    """With ``dynamic=True`` k and d of a (B, k, d) stack are symbols too, as far as a backend lets them."""
+    function = SCALARS[name]
+    if name == "singular_values":
+        function = lambda x, **o: singular_values(x, **o).sin().sum()  # noqa: E731
+    elif name == "dominant_singular_triplet":
+        function = lambda x, **o: sum(part.sin().sum() for part in dominant_singular_triplet(x, **o))  # noqa: E731
+    compiled = torch.compile(lambda x: function(x, backend=backend), backend="aot_eager", fullgraph=True, dynamic=True)
+    for B, k, d in ((5, 3, 6), (3, 4, 7), (4, 5, 8)):
+        x, y = (torch.randn(B, k, d, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for _ in "xy")
+        found, expected = compiled(x.requires_grad_()), function(y.requires_grad_(), backend=backend)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        pair = (torch.autograd.grad(out, leaf)[0] for out, leaf in ((found, x), (expected, y)))
+        torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-14)
+
+
+@each_backend
 def test_compile_of_modules_with_learned_temperatures(backend, fresh_dynamo):
     """The temperatures' gradients come out of the graph too, and the module trains."""
     options = {"learnable_temperature": True, "learnable_instance_temperature": True, "backend": backend}

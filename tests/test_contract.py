@@ -629,6 +629,50 @@ def test_strides(backend, device, function):
         assert torch.equal(a, b)
 
 
+def negated_view(x: Tensor) -> Tensor:
+    """x, as a view whose memory holds −x: what ``.imag`` of a conjugate is, without a copy."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize("kind", ["negated view", "expanded", "strided", "transposed", "zero tensor"])
+def test_upstream_gradients_of_any_view(backend, device, function, kind):
+    xs = leaves([torch.randn(4, 7) for _ in range(3)], device, torch.float32)
+    out = (PER_INSTANCE | MIXING)[function](xs, backend=backend)
+    g = torch.randn(out.shape, device=device)
+    if kind == "negated view":
+        view = negated_view(g)
+    elif kind == "expanded":
+        view = torch.full((), 0.7, device=device).expand(out.shape)
+    elif kind == "strided":
+        view = torch.randn(*out.shape, 2, device=device)[..., 1]
+    elif kind == "transposed":
+        view = torch.randn(out.shape[::-1], device=device).permute(tuple(reversed(range(out.dim()))))
+    else:
+        view = torch._efficientzerotensor(tuple(out.shape), device=device)
+    copy = view.clone(memory_format=torch.contiguous_format) if kind != "zero tensor" else torch.zeros_like(out)
+    assert not copy.is_neg()
+    one, other = (torch.autograd.grad(out, xs, upstream, retain_graph=True) for upstream in (view, copy))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", ["softmax", "dominant_singular_value", "u", "leading-softmax", "modality-leading"])
+def test_negated_views_as_embeddings_and_temperatures(backend, device, function):
+    xs = [torch.randn(4, 7, device=device) for _ in range(3)]
+    tau = torch.tensor(0.3, device=device)
+    results = []
+    for make in (torch.clone, negated_view):
+        ours = [make(x).requires_grad_() for x in xs]
+        options = {} if function in ("dominant_singular_value", "u") else {"temperature": make(tau)}
+        out = (PER_INSTANCE | MIXING)[function](ours, backend=backend, **options)
+        results.append([out.detach(), *grads(out.sum(), ours)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
 def test_gradients_for_some_inputs_only(backend, device, function):
     xs = [torch.randn(4, 7, device=device) for _ in range(3)]

@@ -106,11 +106,12 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform."""
+    """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform; and what
+    makes tensors of memory that holds their negatives, or nothing where they are zero."""
     if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the rest
         return True
     for x in tensors:
-        if type(x) not in _PLAIN or (x is not None and _is_wrapped(x)):
+        if type(x) not in _PLAIN or (x is not None and (_is_wrapped(x) or x.is_neg() or x._is_zerotensor())):
             return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 

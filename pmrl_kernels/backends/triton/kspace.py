@@ -21,14 +21,15 @@ _FIELDS = ("gram", "eigenvectors", "through_alignment", "resolvent", "eigenvalue
 _FIELDS += ("exponents", "weights", "slope", "alignment", "undecided")
 
 
-def _layout(k):
+def layout(k):
+    """Where each field of a record begins, and how many numbers a record has."""
     half = k * (k + 1) // 2
     sizes = (half, k * k, half, half, k, k, k, k, k, 1, 1, 1)
     starts = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
     return dict(zip(_FIELDS, starts[:-1], strict=True)), starts[-1] + starts[-1] % 2
 
 
-_LAYOUTS = {k: _layout(k) for k in range(1, constants.MAX_MODALITIES + 1)}
+_LAYOUTS = {k: layout(k) for k in range(1, constants.MAX_MODALITIES + 1)}
 _FLOORS = {(k, wide): constants.singular_value_floor(k, wide) ** 2 for k in _LAYOUTS for wide in (False, True)}
 
 

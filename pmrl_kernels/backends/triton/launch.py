@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from .. import constants
 from . import kernels
 from .eigen import next_power_of_two
-from .kspace import draft_size, field, record_size
+from .kspace import draft_size, field, layout, record_size
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -279,7 +279,8 @@ _RECORDS = {k: record_size(k) for k in range(1, constants.MAX_MODALITIES + 1)}  
 
 def state_size(B: Any, k: int) -> Any:
     """Numbers of the state: the head, the records, three sums for each program of solve_kernel, and a counter."""
-    return HEAD + B * _RECORDS[k] + 3 * ((B + 3) // 4) + 1
+    record = _RECORDS[k] if type(k) is int else layout(k)[1]  # k is a symbol where a compiler traces a stack
+    return HEAD + B * record + 3 * ((B + 3) // 4) + 1
 
 
 def forward(
