@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import oracle
 import pytest
@@ -546,6 +547,44 @@ def test_absent_modalities_are_no_columns(backend, device, dtype, function):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def any_bytes(mask: Tensor) -> Tensor:
+    """The same mask, with bytes other than 0 and 1."""
+    shown = torch.tensor([1, 255, 2, 128], dtype=torch.uint8).repeat(mask.numel())[: mask.numel()].view(mask.shape)
+    view = (mask.cpu().to(torch.uint8) * shown).to(mask.device).view(torch.bool)
+    assert view.view(torch.uint8).max() == 255
+    return view
+
+
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "by name"])
+def test_masks_of_any_bytes(backend, device, function, layout):
+    """A bool tensor is True where its byte is not 0, also one that views an image's mask of 255."""
+    xs = leaves([torch.randn(6, 9) for _ in range(4)], device, torch.float32)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    mask = mask.to(device)
+    odd = any_bytes(mask)
+    given: Any = {"transposed": any_bytes(mask.T).T, "strided": any_bytes(mask.repeat(1, 2))[:, :4]}.get(layout, odd)
+    embeddings: Any = xs
+    if layout == "by name":
+        embeddings = dict(zip("abcd", xs, strict=True))
+        given = dict(zip("abcd", odd.unbind(1), strict=True))
+    one = (PER_INSTANCE | MIXING)[function](embeddings, mask=given, backend=backend)
+    other = (PER_INSTANCE | MIXING)[function](xs, mask=mask, backend=backend)
+    assert torch.equal(one, other)
+    for a, b in zip(grads(one.sum(), xs), grads(other.sum(), xs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_masks_of_any_bytes_for_rows(backend, device, normalize):
+    u = torch.randn(6, 9, device=device, requires_grad=True)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], device=device).bool()
+    options = {"normalize": normalize, "backend": backend}
+    one, other = (instance_contrastive_loss(u, mask=m, **options) for m in (any_bytes(mask), mask))
+    assert torch.equal(one, other)
+    assert torch.equal(*(grads(loss, [u])[0] for loss in (one, other)))
 
 
 def test_masked_alignment_is_that_of_the_subset(backend, device):

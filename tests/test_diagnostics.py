@@ -192,3 +192,11 @@ def test_no_matrix_of_instances():
     """Memory grows with B, not with its square."""
     big = 20_000  # whose square of float32 would be 1.6 GB
     assert uniformity(torch.randn(big, 8)).abs() < 0.05
+
+
+@pytest.mark.parametrize("function", [alignment_score, effective_rank, uniformity])
+def test_masks_of_any_bytes(function):
+    """A bool view of an image's mask, where present is 255."""
+    xs, mask = torch.randn(6, 4, 9), torch.rand(6, 4) < 0.6
+    odd = (mask.to(torch.uint8) * 255).view(torch.bool)
+    assert torch.equal(function(xs, mask=odd), function(xs, mask=mask))

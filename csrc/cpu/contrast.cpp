@@ -559,15 +559,15 @@ struct Modalities {
                       "pmrl_kernels: mask must be a bool tensor (B, k)");
       mask = torch::stable::contiguous(*given);
     }
-    const bool* present = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+    const uint8_t* present = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;  // not 0
     std::vector<char> valid(N, 1);
     if (!raw) valid = nonzero_rows<Element>(u);
     for (int64_t i = 0; i < N && raw && present; ++i)
-      valid[i] = std::any_of(present + i * k, present + (i + 1) * k, [](bool x) { return x; });
+      valid[i] = std::any_of(present + i * k, present + (i + 1) * k, [](uint8_t x) { return x != 0; });
     for (int64_t m = 0; m < k; ++m) {
       Flags of_z_m(N), of_u_m(N);
       for (int64_t i = 0; i < N; ++i) {
-        of_z_m.counted[i] = of_z_m.seen[i] = of_u_m.counted[i] = valid[i] && (!present || present[i * k + m]);
+        of_z_m.counted[i] = of_z_m.seen[i] = of_u_m.counted[i] = valid[i] && (!present || present[i * k + m] != 0);
         of_u_m.seen[i] = valid[i];
         number += of_z_m.counted[i];
       }

@@ -107,7 +107,7 @@ PMRL_INLINE void make_row(AnyRow& row, const Rows& x, int64_t i, double exponent
 template <class RowType>
 PMRL_INLINE bool make_rows(const Batch& b, int64_t i, const double* exponents, RowType* rows) {
   const int k = b.settings.k;
-  const bool* mask = b.mask ? b.mask + i * k : nullptr;
+  const uint8_t* mask = b.mask ? b.mask + i * k : nullptr;
   int first = 0;
   if (mask) {
     while (first < k && !mask[first]) ++first;
@@ -422,7 +422,7 @@ PMRL_INLINE void read_mask(const Batch& b, int64_t start, Block& block) {
   for (int m = 0; m < k; ++m)
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t i = start + lane;
-      block.present[m][lane] = i < b.B && (!b.mask || b.mask[i * k + m]) ? 1.0 : 0.0;
+      block.present[m][lane] = i < b.B && (!b.mask || b.mask[i * k + m] != 0) ? 1.0 : 0.0;
     }
 }
 

@@ -34,7 +34,7 @@ struct Batch {
   Settings settings;
   Dtype dtype;  // of all embeddings, or kMixed
   Rows x[kMaxModalities];
-  const bool* mask;  // (B, k), contiguous, or null
+  const uint8_t* mask;  // (B, k), contiguous, or null. Whose bytes may be any, as in a view of bytes: present is not 0
   double* state;     // (ceil(B / lanes), state_size, lanes) in a buffer that may be longer
 };
 

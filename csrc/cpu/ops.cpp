@@ -47,7 +47,7 @@ Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tens
                         mask->size(1) == k,
                     "pmrl_kernels: mask must be a bool tensor (B, k)");
     held.mask = mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask);
-    batch.mask = static_cast<const bool*>(held.mask->const_data_ptr());
+    batch.mask = static_cast<const uint8_t*>(held.mask->const_data_ptr());
   }
   batch.settings = {static_cast<int>(k),
                     static_cast<int>(batch.d < k ? batch.d : k),
@@ -100,7 +100,7 @@ double number_alignable(const Batch& batch) {
     count = 0;
     for (int64_t i = 0; i < batch.B; ++i) {
       int present = 0;
-      for (int m = 0; m < k; ++m) present += batch.mask[i * k + m];
+      for (int m = 0; m < k; ++m) present += batch.mask[i * k + m] != 0;
       count += present >= 2;
     }
   }
