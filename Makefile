@@ -2,6 +2,7 @@
 # their own:  make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTHON=python3.10
 #   make demo      train a six-view model on scanned digits and draw the comparison
 #   make test      the suite, doctests included
+#   make test-slow what is slower alone; SAMPLE=4 for a fourth of the suites in it, which one by SEED, that is the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
 #   make lint      ruff, ruff format, mypy
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
@@ -24,7 +25,10 @@ BUILT  := $(VENV)/built
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
 
-.PHONY: demo test test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
+SAMPLE ?= 1
+SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
+
+.PHONY: demo test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -47,8 +51,10 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
-test-all: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+test-slow: $(BUILT)
+	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --seed=$(SEED) $(ARGS)
+
+test-all: test test-slow
 	$(if $(filter 1,$(PMRL_KERNELS_NATIVE)),$(MAKE) sanitize)
 
 # The objects are those of `make build`. A wheel of pure Python is no answer here, whatever the reason.
@@ -58,7 +64,7 @@ wheel: $(BUILT)
 	$(BIN)/python tests/data/environments.py dist/*.whl
 
 sanitize: $(STAMP)
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/data/sanitize.py
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/data/sanitize.py --every $(SAMPLE) --seed=$(SEED)
 
 resources: $(STAMP)
 	$(BIN)/python tests/data/resources.py --write

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -49,12 +49,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="of Triton's tests, one in so many; k <= 8 from 10 on")
+    parser.addoption("--every", type=int, default=1, help="of all tests, one in so many")
+    parser.addoption(
+        "--sample", type=int, default=1, help="slow tests that run suites take so many times fewer of them"
+    )
+    parser.addoption("--seed", default="", help="which tests these are: any word, such as a commit")
     parser.addoption("--unpoisoned", action="store_true", help="leave memory uninitialised, for tools that look for it")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    return "sample: " + ", ".join(f"{name} {config.getoption(name)}" for name in ("--sample", "--every", "--seed"))
+
+
+@pytest.fixture
+def sampled(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
+    """Arguments of a pytest process that takes one in so many tests, fewer with ``--sample``; others with each seed."""
+
+    def arguments(share: int, option: str = "--one-in") -> list[str]:
+        config = request.config
+        return [option, str(share * config.getoption("--sample")), f"--seed={config.getoption('--seed')}"]
+
+    return arguments
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where kernels are interpreted, or compiled for every test, a sample must do: the same tests every time."""
-    share = config.getoption("--one-in")
+    """Where kernels are interpreted, or compiled for every test, a sample must do: with one seed always the same."""
+    share, every, seed = (config.getoption(name) for name in ("--one-in", "--every", "--seed"))
     kept = []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -62,8 +82,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         repeats = variant in ("triton-throughput", "triton-pairs") and k > 8  # the kernels of the latency layout
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
-        sampled = (k <= 8 or share < 10) and zlib.crc32(item.nodeid.encode()) % share == 0
-        if variant not in (*LAUNCHES, "triton") or (sampled and not repeats):
+        number = zlib.crc32(f"{seed}{item.nodeid}".encode())
+        chosen = (k <= 8 or share < 10) and number % share == 0
+        if number % every == 0 and (variant not in (*LAUNCHES, "triton") or (chosen and not repeats)):
             kept.append(item)
     items[:] = kept
 

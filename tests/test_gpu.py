@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pmrl_kernels import (
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
+    instance_contrastive_loss,
     pmrl_loss,
     singular_values,
 )
@@ -36,12 +38,22 @@ TOY = DEVICE == "cpu"
 BOTH = (3, 10) if TOY else (64, 4096)  # a batch for each layout
 needs_a_gpu = pytest.mark.skipif(TOY, reason="streams, capture, synchronisation and memory are a GPU's")
 
+
+def _of_rows(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of embeddings as those of the rows of one of them."""
+    mask = options.get("mask")
+    return options if mask is None else options | {"mask": mask[:, 0]}
+
+
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "softmax": lambda xs, **o: dominant_sv_loss(xs, **o),
     "leading": lambda xs, **o: dominant_sv_loss(xs, objective="leading", **o),
     "singular_values": lambda xs, **o: singular_values(xs, **o).square().sum(),
     "dominant_singular_value": lambda xs, **o: dominant_singular_value(xs, **o).sum(),
     "triplet": lambda xs, **o: sum(part.sum() for part in dominant_singular_triplet(xs, **o)),
+    "pmrl": lambda xs, **o: pmrl_loss(xs, **o),
+    "pmrl-modality": lambda xs, **o: pmrl_loss(xs, contrast="modality", temperature=1.0, **o),
+    "contrast": lambda xs, **o: instance_contrastive_loss(xs[0], **_of_rows(o)) + 0 * sum(x.sum() for x in xs[1:]),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
 each_layout = pytest.mark.parametrize("B", BOTH)
@@ -51,6 +63,8 @@ each_layout = pytest.mark.parametrize("B", BOTH)
 def both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     if TOY:
         monkeypatch.setattr(launch, "LATENCY_BATCH", 4)
+        monkeypatch.setattr(launch, "BATCH", 4)
+        monkeypatch.setattr(launch, "SHARE", 8)  # so that k > 8 takes several programs
 
 
 def modalities(
@@ -86,9 +100,27 @@ def test_the_host_never_waits(function, B, masked, no_synchronisation):
 @each_layout
 def test_a_learned_temperature_is_never_read(B, no_synchronisation):
     tau = torch.full((), 0.05, device=DEVICE, requires_grad=True)
+    tau2 = torch.full((), 0.1, device=DEVICE, requires_grad=True)
     for reduction in ("mean", "none"):
         loss = dominant_sv_loss(modalities(B), temperature=tau, reduction=reduction, backend="triton").sum()
         torch.autograd.grad(loss, tau)
+    for contrast in ("leading", "modality"):
+        options = {"temperature": tau, "instance_temperature": tau2, "contrast": contrast}
+        torch.autograd.grad(pmrl_loss(modalities(B), backend="triton", **options), (tau, tau2))
+
+
+@each_layout
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+def test_learned_temperatures_agree_with_the_reference(contrast, B):
+    found = []
+    for backend in ("triton", "reference"):
+        xs = modalities(B, k=3, dtype=torch.float64)
+        tau, tau2 = (torch.full((), x, dtype=torch.float64, device=DEVICE, requires_grad=True) for x in (0.3, 0.2))
+        options = {"temperature": tau, "instance_temperature": tau2, "contrast": contrast, "backend": backend}
+        components = pmrl_loss(xs, return_components=True, **options)
+        found.append([*components, *torch.autograd.grad(components.total, (tau, tau2, *xs))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @each_function

@@ -175,12 +175,12 @@ def test_tritons_launcher_passes_what_kernels_take(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_kernels_agree_with_the_reference():
+def test_compiled_kernels_agree_with_the_reference(sampled):
     """All functions; k = 12 on tensor cores; several widths in one process."""
     which = "layouts_and_sums_agree or agrees_with_the_reference and 12 or one_width_after_another"
-    assert run_compiled("tests/test_gpu.py", "-k", which) == 19
+    assert run_compiled("tests/test_gpu.py", "-k", which, *sampled(1, "--every")) >= 5
 
 
 @pytest.mark.slow
-def test_a_sample_of_the_contract():
-    assert run_compiled("tests/test_contract.py", "-k", "triton", "--one-in", "150") >= 15
+def test_a_sample_of_the_contract(sampled):
+    assert run_compiled("tests/test_contract.py", "-k", "triton", *sampled(150)) >= 3

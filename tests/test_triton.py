@@ -71,21 +71,21 @@ def test_a_sample_of_what_compilers_do_with_it():
 
 
 @pytest.mark.slow
-def test_the_contract():
+def test_the_contract(sampled):
     """A part of it that takes some minutes, and what torch makes of the operators.
 
     All of it: TRITON_INTERPRET=1 python -m pytest tests/test_contract.py -k triton
     """
     parts = (  # the longest first
-        ("tests/test_citizenship.py", "triton", "8"),
-        ("tests/test_contract.py", "triton-latency", "8"),
-        ("tests/test_contract.py", "triton-throughput", "8"),
-        ("tests/test_contract.py", "triton-pairs", "8"),
-        ("tests/test_gpu.py", "test", "1"),
+        ("tests/test_citizenship.py", "triton", sampled(8)),
+        ("tests/test_contract.py", "triton-latency", sampled(8)),
+        ("tests/test_contract.py", "triton-throughput", sampled(8)),
+        ("tests/test_contract.py", "triton-pairs", sampled(8)),
+        ("tests/test_gpu.py", "test", sampled(1, "--every")),
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        started = [pool.submit(run_interpreted, path, "-k", which, "--one-in", share) for path, which, share in parts]
-        assert min(one.result() for one in started) >= 40
+        started = [pool.submit(run_interpreted, path, "-k", which, *share) for path, which, share in parts]
+        assert min(one.result() for one in started) >= 5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,11 +132,14 @@ def test_two_modalities_compile():
 
 
 @pytest.mark.slow
-def test_resources_are_those_of_the_table():
+def test_resources_are_those_of_the_table(sampled):
     """A kernel that takes more than it did is seen where it is reviewed: `make resources` rewrites the table."""
-    text, written = compiled(), resources.TABLE.read_text()
+    text, written = compiled(*sampled(1, "--every")), resources.TABLE.read_text()
     assert text.splitlines()[0] == written.splitlines()[0], "another version of Triton: rewrite the table"
-    assert rows_of(text) == rows_of(written)
+    rows, table = rows_of(text), rows_of(written)
+    cases = {key[:4] for key in rows}
+    assert rows == {key: row for key, row in table.items() if key[:4] in cases}
+    assert len(cases) >= 5
 
 
 def test_binaries_take_what_launches_pass():
@@ -227,6 +230,18 @@ def test_launches(launched, wanted, B, forward):
     assert launched == forward + (["backward_kernel"] if B else [])
 
 
+def test_a_large_batch_is_summed_by_several_programs(monkeypatch):
+    """Also for k > 8, where no solve_kernel does it on its way."""
+    launched: dict[str, launch.Launch] = {}
+    monkeypatch.setattr(launch, "run", lambda one: launched.update({one.kernel.fn.__name__: one}))
+    for B, programs in ((launch.SHARE, 1), (launch.SHARE + 1, 2), (65536, 64)):
+        launch.forward([torch.empty(B, 4) for _ in range(12)], None, None, 0.05, True, True, OUTPUTS["alignment"])
+        one = launched["reduce_kernel"]
+        values = dict(zip(one.kernel.arg_names, one.values, strict=False))
+        assert one.programs == programs
+        assert (values["counter"] is None) == (values["partial"] is None) == (programs == 1)
+
+
 class Compiled:
     """In place of a compiled kernel: whether what it is launched with is what it was compiled for."""
 
@@ -266,6 +281,7 @@ def compiled_kernels(monkeypatch) -> Iterator[dict[Any, Compiled]]:
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return launch._compiled
 
 
@@ -294,6 +310,20 @@ def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, mo
     sources = {(launch._source(kernel, made).hash(), made.warps) for kernel, _, made in compiled_kernels}
     assert len(sources) == len(compiled_kernels) >= 300, "two keys for one source compile it twice"
     assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
+
+
+def test_a_first_call_while_a_graph_is_captured(compiled_kernels, monkeypatch):
+    """To load a kernel would end the capture. What is there already runs."""
+    xs = [torch.empty(8, 16) for _ in range(3)]
+    options = (None, None, 0.05, True, True, OUTPUTS["alignment"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"forward_kernel is not compiled .* call pmrl_kernels\.warm_up"):
+        launch.forward(xs, *options)
+    assert not compiled_kernels
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch.forward(xs, *options)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launch.forward(xs, *options)
 
 
 def test_cards_with_slow_float64_sum_in_pairs(monkeypatch):

@@ -1,5 +1,7 @@
 """The kernels' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
+With --every N, one in N of them, which ones by --seed.
+
 Builds in build/sanitize and lays the package out anew in build/sanitize/checkout, tests and sources beside it. What a
 test or a process that it starts imports there is the sanitized build; the checkout's own stays as it is.
 
@@ -8,6 +10,7 @@ Any finding ends the process that made it, with a report on stderr.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -87,6 +90,10 @@ def run_tests(isa: str | None, options: list[str]) -> tuple[bool, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="one test in so many, other ones for each instruction set")
+    parser.add_argument("--seed", default="", help="which ones: any word, such as a commit")
+    options = parser.parse_args()
     start = time.monotonic()
     build()
     lay_out()
@@ -105,7 +112,8 @@ def main() -> None:
     for isa in isas:
         # The other instruction sets, which some tests start processes for, have their turn here.
         chosen = ["-m", "not slow", "-k", "native and not every_instruction_set"]
-        jobs[isa] = (isa, [*(f"tests/{name}" for name in TESTS), *chosen])
+        sample = ["--every", str(options.every), f"--seed={options.seed}{isa if options.every > 1 else ''}"]
+        jobs[isa] = (isa, [*(f"tests/{name}" for name in TESTS), *chosen, *sample])
     failed = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = {pool.submit(run_tests, *job): name for name, job in jobs.items()}

@@ -218,30 +218,38 @@ def solve_kernel(
         slopes += tl.where(one < B, slope, 0.0)
         counts += (alignable & (one < B)).to(tl.float64)
     if total is not None:
-        program = tl.program_id(0)
-        programs = tl.num_programs(0)
-        tl.store(partial + 3 * program, sum_of(losses))
-        tl.store(partial + 3 * program + 1, sum_of(slopes))
-        tl.store(partial + 3 * program + 2, sum_of(counts))
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
-            tl.debug_barrier()
-            all_losses = tl.zeros([BATCH], tl.float64)
-            all_slopes = tl.zeros([BATCH], tl.float64)
-            all_counts = tl.zeros([BATCH], tl.float64)
-            for begin in range(0, programs, BATCH):
-                at = begin + tl.arange(0, BATCH)
-                inside = at < programs
-                all_losses += tl.load(partial + 3 * at, mask=inside, other=0.0, volatile=True)
-                all_slopes += tl.load(partial + 3 * at + 1, mask=inside, other=0.0, volatile=True)
-                all_counts += tl.load(partial + 3 * at + 2, mask=inside, other=0.0, volatile=True)
-            write_total(state, total, tl.sum(all_losses, 0), tl.sum(all_slopes, 0), tl.sum(all_counts, 0), MEAN)
+        add_up(
+            sum_of(losses), sum_of(slopes), sum_of(counts), state, partial, counter, total, MEAN, BATCH
+        )  # fmt: skip
 
 
 @triton.jit
 def sum_of(x):
     """Of a block [N, 1, 1]."""
     return tl.sum(tl.sum(tl.sum(x, 2), 1), 0)
+
+
+@triton.jit
+def add_up(losses, slopes, counts, state, partial, counter, total, MEAN: tl.constexpr, BATCH: tl.constexpr):
+    """Leaves this program's sums in ``partial``; the last program to finish adds up everyone's, in their order."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tl.store(partial + 3 * program, losses)
+    tl.store(partial + 3 * program + 1, slopes)
+    tl.store(partial + 3 * program + 2, counts)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1:
+        tl.debug_barrier()
+        all_losses = tl.zeros([BATCH], tl.float64)
+        all_slopes = tl.zeros([BATCH], tl.float64)
+        all_counts = tl.zeros([BATCH], tl.float64)
+        for begin in range(0, programs, BATCH):
+            at = begin + tl.arange(0, BATCH)
+            inside = at < programs
+            all_losses += tl.load(partial + 3 * at, mask=inside, other=0.0, volatile=True)
+            all_slopes += tl.load(partial + 3 * at + 1, mask=inside, other=0.0, volatile=True)
+            all_counts += tl.load(partial + 3 * at + 2, mask=inside, other=0.0, volatile=True)
+        write_total(state, total, tl.sum(all_losses, 0), tl.sum(all_slopes, 0), tl.sum(all_counts, 0), MEAN)
 
 
 @triton.jit
@@ -255,12 +263,19 @@ def write_total(state, total, losses, slopes, count, MEAN: tl.constexpr):
 
 
 @triton.jit
-def reduce_kernel(mask, state, total, B, k: tl.constexpr, MEAN: tl.constexpr, BATCH: tl.constexpr):
-    """Sum or mean of the alignment terms in the records of the batch, in one program."""
+def reduce_kernel(
+    mask, state, partial, counter, total, B, k: tl.constexpr, MEAN: tl.constexpr, BATCH: tl.constexpr,
+    SHARE: tl.constexpr,
+):  # fmt: skip
+    """Sum or mean of the alignment terms in the records of the batch, SHARE of them by each program.
+
+    With a counter there are several, and the last one to finish adds up what each has left in ``partial``.
+    """
     losses = tl.zeros([BATCH], tl.float64)
     slopes = tl.zeros([BATCH], tl.float64)
     counts = tl.zeros([BATCH], tl.float64)
-    for start in range(0, B, BATCH):
+    first = tl.program_id(0) * SHARE
+    for start in range(first, tl.minimum(first + SHARE, B), BATCH):
         instance = (start + tl.arange(0, BATCH)).to(tl.int64)
         there = instance < B
         records = state + HEAD + instance * record_size(k)
@@ -270,7 +285,12 @@ def reduce_kernel(mask, state, total, B, k: tl.constexpr, MEAN: tl.constexpr, BA
         for m in tl.static_range(k):
             number += present_modality(mask, instance, there, m, k).to(tl.int32)
         counts += (number >= 2).to(tl.float64)
-    write_total(state, total, tl.sum(losses, 0), tl.sum(slopes, 0), tl.sum(counts, 0), MEAN)
+    if counter is None:
+        write_total(state, total, tl.sum(losses, 0), tl.sum(slopes, 0), tl.sum(counts, 0), MEAN)
+    else:
+        add_up(
+            tl.sum(losses, 0), tl.sum(slopes, 0), tl.sum(counts, 0), state, partial, counter, total, MEAN, BATCH
+        )  # fmt: skip
 
 
 @triton.jit
@@ -290,8 +310,8 @@ def vectors_kernel(
 
 @triton.jit
 def forward_kernel(
-    x, offsets, strides, mask, tau, tau_bits, state, alignment, sigma, v, u, z, z_offsets, values_wanted, B, d,
-    k: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    x, offsets, strides, mask, tau, tau_bits, state, counter, alignment, sigma, v, u, z, z_offsets, values_wanted, B,
+    d, k: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     SPECTRUM: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
     ALIGNMENT: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
@@ -299,6 +319,9 @@ def forward_kernel(
     instance = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = instance < B
     records = state + HEAD + instance * record_size(k)
+    if counter is not None:
+        if tl.program_id(0) == 0:
+            tl.store(counter, 0)
     if K >= 16:
         one = tl.program_id(0).to(tl.int64)
         record = state + HEAD + one * record_size(k)

@@ -63,6 +63,7 @@ LATENCY_BATCH = 1024
 """Up to this B one program per instance has the lower latency; beyond, the solve is better spread over lanes."""
 
 BATCH = 256  # numbers that the last step of a sum over the batch takes at a time
+SHARE = 1024  # instances whose terms one program of reduce_kernel adds up, a multiple of BATCH
 
 
 @functools.cache
@@ -210,6 +211,11 @@ def run(launch: Launch) -> None:
     key = (kernel, index, launch.compilation())
     compiled = _compiled.get(key)
     if compiled is None:
+        if torch.cuda.is_current_stream_capturing():  # a kernel is loaded, which ends a capture with an obscure error
+            raise RuntimeError(
+                f"pmrl_kernels: {kernel.fn.__name__} is not compiled for such a call yet, and cannot be while a CUDA "
+                "graph is captured; call pmrl_kernels.warm_up, or the same function on such embeddings, before that"
+            )
         target = triton.runtime.driver.active.get_current_target()
         compiled = _compiled[key] = compile_for(target, *key[::2])
     compiled[(programs, 1, 1)](*values, *parameters, stream=torch._C._cuda_getCurrentRawStream(index))
@@ -359,18 +365,19 @@ def forward(
     bits = _bits(fixed_temperature)
     x = (first, rows.offsets, rows.strides, mask)
     algebra = (spectrum, normalize, wide, p.pairs, aligns)
+    counter = partial = None
+    if total is not None and (not p.latency or B > SHARE):
+        counter, partial = state[-1:].view(torch.int32), state[HEAD + B * p.record :]
     if p.latency:
-        values = (*x, temperature, bits, state, alignment, sigma, v, u, z, to, values_wanted, B, d)
+        values = (*x, temperature, bits, state, counter, alignment, sigma, v, u, z, to, values_wanted, B, d)
         parameters = (k, p.K, p.latency_rows, p.latency_block, p.vector, *algebra, vectors)
         programs = -(-B // p.latency_rows)
         run(Launch(kernels.forward_kernel, programs, p.latency_warps, values, parameters, writing))
         if total is not None:
-            run(Launch(kernels.reduce_kernel, 1, 4, (mask, state, total, B), (k, mean, BATCH), {}))
+            values = (mask, state, partial, counter, total, B)
+            run(Launch(kernels.reduce_kernel, -(-B // SHARE), 4, values, (k, mean, BATCH, SHARE), {}))
         return outputs, [state]
     programs = -(-B // p.stream_rows)
-    counter = partial = None
-    if total is not None:
-        counter, partial = state[-1:].view(torch.int32), state[HEAD + B * p.record :]
     stream = (k, p.stream_rows, p.block)
     values = (*x, state, counter, B, d)
     parameters = (*stream, p.vector, normalize, wide, p.pairs)
