@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -16,13 +19,19 @@ from pmrl_kernels import (
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
+    instance_contrastive_loss,
     pmrl_loss,
     singular_values,
 )
 
+# PMRL_TESTS_EXAMPLES=5000 searches for longer, elsewhere each time.
+EXAMPLES = int(os.environ.get("PMRL_TESTS_EXAMPLES", 60))
 # Fixtures that only set global switches are safe to share between examples.
 lenient = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=EXAMPLES == 60,
 )
 BACKENDS = pytest.mark.parametrize("backend", CPU_BACKENDS)
 
@@ -191,3 +200,53 @@ def test_pmrl_is_finite_and_its_parts_add_up(backend, batch, contrast):
     for m, g in enumerate(gradients(total, xs)):
         assert g.isfinite().all()
         assert not g[~mask[:, m]].any()
+
+
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "softmax": lambda xs, **o: (dominant_sv_loss(xs, reduction="none", **o),),
+    "leading": lambda xs, **o: (dominant_sv_loss(xs, objective="leading", **o),),
+    "values": lambda xs, **o: (singular_values(xs, **o),),
+    "triplet": lambda xs, **o: dominant_singular_triplet(xs, **o),
+    "pmrl": lambda xs, **o: pmrl_loss(xs, return_components=True, **o),
+    "pmrl-modality": lambda xs, **o: pmrl_loss(xs, contrast="modality", return_components=True, **o),
+    "contrast": lambda xs, mask, **o: (instance_contrastive_loss(xs[0], mask=mask[:, 0], **o),),
+    "raw contrast": lambda xs, mask, **o: (instance_contrastive_loss(xs[0], 1e30, False, mask[:, 0], **o),),
+}
+
+
+def seen_as(x: Tensor, kind: str) -> Tensor:
+    """The same numbers, as some view of other memory."""
+    if kind == "negated":
+        view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    elif kind == "strided":
+        view = torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    elif kind == "transposed":
+        view = x.permute(tuple(reversed(range(x.dim())))).contiguous().permute(tuple(reversed(range(x.dim()))))
+    else:
+        view = x.clone()
+    assert torch.equal(view, x) or not x.isfinite().all()
+    return view
+
+
+KINDS = st.sampled_from(["plain", "negated", "strided", "transposed"])
+
+
+@BACKENDS
+@lenient
+@given(batch=masked_batches(), function=st.sampled_from(sorted(FUNCTIONS)), data=st.data())
+def test_bytes_and_views_mean_the_numbers_they_stand_for(backend, batch, function, data):
+    """Masks of any bytes, embeddings and upstream gradients of any memory: the same bits as of ordinary tensors."""
+    xs, mask = batch
+    numbers = st.lists(st.integers(1, 255), min_size=mask.numel(), max_size=mask.numel())
+    odd = (mask * torch.tensor(data.draw(numbers), dtype=torch.uint8).view(mask.shape)).view(torch.bool)
+    views = [seen_as(x.detach(), data.draw(KINDS)).requires_grad_() for x in xs]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    options: dict[str, Any] = {"backend": backend}
+    one, other = FUNCTIONS[function](xs, mask=mask, **options), FUNCTIONS[function](views, mask=odd, **options)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in one]
+    odd_upstream = [seen_as(g, data.draw(KINDS)) for g in upstream]
+    found = torch.autograd.grad(one, xs, upstream, allow_unused=True)
+    odd_found = torch.autograd.grad(other, views, odd_upstream, allow_unused=True)
+    for a, b in zip((*one, *found), (*other, *odd_found), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))

@@ -17,16 +17,17 @@ from .eigen import NEARLY_PEAK, eigenvalue_gap, jacobi_tiles, product, reciproca
 # The record of an instance
 # ------------------------------------------------------------------------------------------------
 
-_FIELDS = ("gram", "eigenvectors", "through_alignment", "resolvent", "eigenvalues", "leading", "inverse_norms")
-_FIELDS += ("exponents", "weights", "slope", "alignment", "undecided")
+_FIELDS = ("gram", "eigenvectors", "through_alignment", "eigenvalues", "leading", "inverse_norms", "exponents")
+_FIELDS += ("weights", "slope", "alignment", "undecided")
 
 
 def layout(k):
     """Where each field of a record begins, and how many numbers a record has."""
     half = k * (k + 1) // 2
-    sizes = (half, k * k, half, half, k, k, k, k, k, 1, 1, 1)
+    sizes = (half, k * k, half, k, k, k, k, k, 1, 1, 1)
     starts = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
-    return dict(zip(_FIELDS, starts[:-1], strict=True)), starts[-1] + starts[-1] % 2
+    fields = dict(zip(_FIELDS, starts[:-1], strict=True))
+    return fields | {"resolvent": fields["eigenvectors"]}, starts[-1] + starts[-1] % 2
 
 
 _LAYOUTS = {k: layout(k) for k in range(1, constants.MAX_MODALITIES + 1)}
@@ -40,7 +41,8 @@ def field(k, name):
     gram               upper triangle of the Gram matrix, of normalised columns where they are to be
     eigenvectors       V, row by row (with the spectrum, and in ties)
     through_alignment  upper triangle of C for a gradient of 1 of the alignment term
-    resolvent          upper triangle of Σ_j v_j v_jᵀ / (λ₁ − λ_j), over what is not tied (without the spectrum)
+    resolvent          upper triangle of Σ_j v_j v_jᵀ / (λ₁ − λ_j), over what is not tied (without the spectrum, where
+                       nobody needs V again once this is made of it)
     eigenvalues        λ_j of V's columns, in no order, 0 beyond min(d, k_i); or λ₁
     leading            v₁
     inverse_norms      1/n, 0 for zero vectors
