@@ -549,6 +549,22 @@ def test_absent_modalities_are_no_columns(backend, device, dtype, function):
             assert torch.equal(a, b)
 
 
+def test_inputs_of_absent_modalities_reach_an_encoder(backend, device):
+    """docs/recipes.md: the loss sends exact zeros back, but 0 · NaN is NaN in an encoder's weights."""
+    encoder = torch.nn.Linear(5, 9).to(device)
+    other, inputs = torch.randn(4, 9, device=device), torch.randn(4, 5, device=device)
+    mask = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 1]], device=device).bool()
+    absent = ~mask[:, :1]
+
+    def step(given: Tensor) -> Tensor:
+        loss = pmrl_loss(encoder(given), other, mask=mask, backend=backend)
+        assert loss.isfinite()
+        return grads(loss, [encoder.weight])[0]
+
+    assert step(inputs.masked_fill(absent, torch.nan)).isnan().any()
+    assert torch.equal(step(inputs.masked_fill(absent, 0.0)), step(inputs.masked_fill(absent, 1.0)))
+
+
 def any_bytes(mask: Tensor) -> Tensor:
     """The same mask, with bytes other than 0 and 1."""
     shown = torch.tensor([1, 255, 2, 128], dtype=torch.uint8).repeat(mask.numel())[: mask.numel()].view(mask.shape)
