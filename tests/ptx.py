@@ -241,7 +241,7 @@ def _decoded(statement: str, line: str) -> Instruction:
         raise NotImplementedError(statement)
     negated, predicate, opcode, rest = found.groups()
     arguments = [a.strip() for a in re.split(r",(?![^{\[]*[}\]])", rest)] if rest else []
-    name, *parts = opcode.split(".")
+    name, *parts = opcode.replace("::cta", "").split(".")  # this block's shared memory: there is no other one here
     if name in ("bra", "ret") or opcode in ("bar.sync", "bar.warp.sync"):
         target = arguments[0] if name == "bra" else None
         name = "warp" if opcode == "bar.warp.sync" else name
