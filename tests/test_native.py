@@ -224,6 +224,18 @@ def everything(
     return [*outputs, *grads, *plain]
 
 
+@pytest.mark.parametrize("rows", [1, 31, 33, 192, 1447, 1449, 2047, 2048, 2049])
+def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
+    """What is kept for the backward pass, and up to how many similarities, is written in two languages."""
+    u = torch.nn.functional.normalize(torch.randn(rows, 3), dim=1)
+    for columns in (None, torch.cat([u, u[:1]])):
+        arguments = (u, columns, 0, None, 0.5)
+        assert OPS.instance_forward(*arguments)[2].shape == native._instance_forward_shapes(*arguments)[2].shape
+    for z, columns in (([u], []), ([u, u], []), ([u], [u, u])):
+        arguments = (z, u, None, columns, None, 0, False, None, 0.5)
+        assert OPS.modality_forward(*arguments)[2].shape == native._modality_forward_shapes(*arguments)[2].shape
+
+
 def test_operators_read_masks_of_any_bytes():
     """They may be called with what inputs.py has not read: a mask's bytes are 0 or not."""
     xs, mask = [x.detach() for x in modalities(4, 37, 19, torch.float32)], some_mask(37, 4)

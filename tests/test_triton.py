@@ -29,6 +29,7 @@ sys.path.insert(0, str(DATA))
 
 import resources  # noqa: E402
 
+from pmrl_kernels import compilation  # noqa: E402
 from pmrl_kernels.backends import constants, reference, triton  # noqa: E402
 from pmrl_kernels.backends.triton import kspace, launch  # noqa: E402
 
@@ -376,6 +377,12 @@ print(len(before), len(seen))
     assert done.returncode == 0, done.stderr[-2000:]
     compiled_before, needed = map(int, done.stdout.split())
     assert compiled_before == needed >= 8
+
+
+def test_warm_up_takes_a_batch_of_each_kind():
+    small, large = compilation._BATCHES
+    assert small <= min(launch.LATENCY_BATCH, launch.SHARE)
+    assert large > max(launch.LATENCY_BATCH, launch.SHARE)
 
 
 def test_shapes_without_running(launched):
