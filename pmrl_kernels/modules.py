@@ -27,7 +27,10 @@ class Temperature(nn.Module):
 
     The parameter ρ can take any value and τ stays positive. The least value matters: the alignment loss
     falls whenever its temperature does (and so does the contrast of leading vectors), so without one a
-    learned τ drifts towards 0. See docs/recipes.md.
+    learned τ drifts towards 0. See docs/recipes.md, also on weight decay and on sharding.
+
+    ρ has the shape (1,), since what shards parameters (FSDP) takes none without dimensions. States in which it has
+    none, as earlier versions saved it, load.
 
     Args:
         initial: τ at the start, a float above ``minimum``.
@@ -52,18 +55,37 @@ class Temperature(nn.Module):
         if inputs.flag(learnable, "learnable"):
             if not self.minimum < self.initial:
                 raise ValueError(f"{name}: got {initial!r}, wanted more than the least value {minimum!r}")
-            self.log_excess = nn.Parameter(torch.tensor(math.log(self.initial - self.minimum)))
+            self.log_excess = nn.Parameter(torch.empty(1))
+            self.reset_parameters()
         else:
             self.register_parameter("log_excess", None)
 
+    def reset_parameters(self) -> None:
+        """τ as at the start. What makes models on the meta device calls this once there is memory."""
+        if self.log_excess is not None:
+            nn.init.constant_(self.log_excess, math.log(self.initial - self.minimum))
+
     def forward(self) -> Tensor | float:
-        """τ: a 0-d tensor if it is learned, else a float."""
+        """τ: a 0-d tensor if it is learned, else a float. RuntimeError where only a shard of ρ is at hand."""
         if self.log_excess is None:
             return self.initial
+        # A DTensor, or what is left of a parameter where FSDP1 keeps it elsewhere.
+        if hasattr(self.log_excess, "full_tensor") or self.log_excess.numel() != 1:
+            raise RuntimeError(
+                "log_excess: got a shard of it, wanted the whole parameter; call the loss within the forward pass of "
+                "the module that fully_shard was given, or give it the loss too (docs/recipes.md, Learned temperatures)"
+            )
         # Where the bounds bite, the loss is flat in ρ already; without them τ could become Inf, or 0. A
         # float16 module's exp would overflow long before.
         rho = self.log_excess.to(torch.promote_types(self.log_excess.dtype, torch.float32))
-        return self.minimum + rho.clamp(-30.0, 30.0).exp()
+        return self.minimum + rho.reshape(()).clamp(-30.0, 30.0).exp()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Earlier versions had a parameter without dimensions. (The other way round PyTorch sees to it.)
+        saved = state_dict.get(f"{prefix}log_excess")
+        if isinstance(saved, Tensor) and saved.dim() == 0:
+            state_dict[f"{prefix}log_excess"] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         learned = f", learnable=True, minimum={self.minimum}" if self.log_excess is not None else ""

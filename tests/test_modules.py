@@ -9,7 +9,9 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,7 +176,7 @@ def test_gradient_of_a_learned_temperature(make, names, mask):
             up = loss(xs, mask=mask) if rho.copy_(start + step) is rho else None
             down = loss(xs, mask=mask) if rho.copy_(start - step) is rho else None
             rho.copy_(start)
-        torch.testing.assert_close(rho.grad, (up - down) / (2 * step), rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(rho.grad[0], (up - down) / (2 * step), rtol=1e-6, atol=1e-10)
         assert rho.grad != 0
 
 
@@ -283,6 +285,119 @@ def test_copies_compute_the_same_and_share_nothing(make, names, copied):
     moved(twin)
     assert torch.equal(loss(xs), before)
     assert repr(twin) == repr(loss)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@each_learner
+def test_a_state_saved_for_parameters_without_dimensions_loads(make, names, assign):
+    """As version 0.1.0 saved them; also as part of a model, and what was saved stays as it is."""
+    loss = moved(make())
+    old = {name: value.reshape(()) for name, value in loss.state_dict().items()}
+    assert set(old) == set(names)
+    fresh, model = make(), torch.nn.ModuleDict({"loss": make()})
+    fresh.load_state_dict(old, assign=assign)
+    model.load_state_dict({f"loss.{name}": value for name, value in old.items()}, assign=assign)
+    for twin in (fresh, model["loss"]):
+        assert all(twin.get_parameter(name).shape == (1,) for name in names)
+        assert torch.equal(twin(modalities()), loss(modalities()))
+    assert all(value.shape == () for value in old.values())
+
+
+def test_a_state_of_another_shape_is_refused():
+    with pytest.raises(RuntimeError, match=r"size mismatch for temperature\.log_excess"):
+        DominantSVLoss(learnable_temperature=True).load_state_dict({"temperature.log_excess": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(torch.optim.Adam, {"amsgrad": True}), (torch.optim.SGD, {"momentum": 0.9})],
+    ids=["Adam", "SGD"],
+)
+def test_an_old_state_of_an_optimizer_as_the_recipes_have_it(make, options):
+    """PyTorch takes it unseen, and its next step fails."""
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(3, 3), "loss": DominantSVLoss(learnable_temperature=True)})
+    optimizer = make(model.parameters(), lr=0.1, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.3)
+    optimizer.step()
+    expected = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(expected)
+    state = saved["state"][2]
+    state.update({key: x.reshape(()) for key, x in state.items()})  # as it was when the parameter was 0-d
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    with pytest.raises(RuntimeError, match="broadcast shape"):
+        optimizer.step()
+    exec(block("optimizer.state.items()"), {"optimizer": optimizer, "saved": saved})
+    for index, state in expected["state"].items():
+        for key, value in state.items():
+            assert torch.equal(optimizer.state_dict()["state"][index][key], value)
+    optimizer.step()
+
+
+@each_learner
+def test_made_on_meta_and_initialised_later(make, names):
+    """As FSDP and torchtitan do it; without reset_parameters the memory would hold anything (here: NaN)."""
+    with torch.device("meta"):
+        loss = make()
+    assert all(loss.get_parameter(name).is_meta for name in names)
+    loss.to_empty(device="cpu")
+    for module in loss.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(loss(modalities()), make()(modalities()))
+    assert loss.state_dict() == make().state_dict()
+
+
+@each_learner
+def test_reset_parameters_starts_over(make, names):
+    loss = moved(make())
+    for module in loss.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(loss(modalities()), make()(modalities()))
+    assert all(parameter.requires_grad for parameter in loss.parameters())
+    Temperature(0.05).reset_parameters()  # nothing to do
+
+
+def test_a_parameter_has_a_dimension_and_its_temperature_has_none():
+    """Sharding (FSDP) takes no parameter without dimensions; functions take a temperature with none."""
+    tau = Temperature(0.05, learnable=True)
+    assert tau.log_excess.shape == (1,)
+    assert tau().shape == ()
+
+
+def test_a_parameter_of_which_nothing_is_at_hand():
+    """As FSDP1 leaves it between forward passes on all processes but one."""
+    tau = Temperature(0.05, learnable=True)
+    tau.log_excess = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"^log_excess: got a shard of it, wanted the whole parameter"):
+        tau()
+
+
+def block(name: str) -> str:
+    """A block of docs/recipes.md, by a word that is in it."""
+    text = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    (found,) = [x for x in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if name in x]
+    return found
+
+
+def test_weight_decay_as_the_recipes_have_it():
+    """It would pull ρ towards 0, τ towards 1 + τ_min; in a group of its own ρ stays where gradients leave it."""
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(3, 3), "loss": PMRLLoss(learnable_temperature=True)})
+    names: dict[str, Any] = {"model": model, "torch": torch}
+    exec(block("weight_decay"), names)
+    pulled = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
+    rho = model["loss"].temperature.log_excess
+    for optimizer, stays in ((names["optimizer"], True), (pulled, False)):
+        before = {name: x.detach().clone() for name, x in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert torch.equal(rho, before["loss.temperature.log_excess"]) == stays
+        assert model["head"].weight.norm() < before["head.weight"].norm()
+    assert rho.abs() < before["loss.temperature.log_excess"].abs()
+    listed = [x for group in names["optimizer"].param_groups for x in group["params"]]
+    assert {id(x) for x in listed} == {id(x) for x in model.parameters()}
 
 
 def test_state_dict_of_a_fixed_module_fits_no_learned_one():
