@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def alignment_score(
-    *embeddings: Embeddings, mask: Mask | None = None, group: ProcessGroup | None = None, backend: str | None = None
+    *embeddings: Embeddings,
+    mask: Mask | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""How far the modalities of an instance agree: the mean of :math:`\sigma_1/\sqrt{k_i}`.
 
@@ -26,16 +29,17 @@ def alignment_score(
 
     Args:
         embeddings, mask, backend: as in :func:`~pmrl_kernels.dominant_sv_loss`. Embeddings are normalised.
-        group: a ``torch.distributed`` group of processes, whose batches together are the batch; every one of them
-            must call, and all get the same number. None: this process's batch alone. (In ``torch.distributed`` None
-            means all processes.)
+        group: a ``torch.distributed`` group of processes, whose batches together are the batch, or "world" for all
+            processes, whose group is looked up by each call; every one of them must call, and all get the same number.
+            None: this process's batch alone. (In ``torch.distributed`` None means all processes.)
 
     Returns:
         A 0-d tensor on the embeddings' device, float32 (float64 for float64 input), without gradient: the mean over
         the instances with at least two modalities; NaN if there are none, or where a present embedding is not finite.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in :func:`~pmrl_kernels.dominant_sv_loss`.
+        TypeError, ValueError, RuntimeError: as in :func:`~pmrl_kernels.dominant_sv_loss`; ValueError too for
+            ``group="world"`` before ``torch.distributed.init_process_group``.
 
     Source: PMRL (arXiv 2507.17343), section 3: full alignment is σ₁ = √k.
 
@@ -52,7 +56,10 @@ def alignment_score(
 
 
 def effective_rank(
-    *embeddings: Embeddings, mask: Mask | None = None, group: ProcessGroup | None = None, backend: str | None = None
+    *embeddings: Embeddings,
+    mask: Mask | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""How many directions the modalities of an instance take: the mean of :math:`\exp(-\sum_j p_j \log p_j)`.
 
@@ -86,7 +93,10 @@ def effective_rank(
 
 
 def uniformity(
-    *embeddings: Embeddings, mask: Mask | None = None, group: ProcessGroup | None = None, backend: str | None = None
+    *embeddings: Embeddings,
+    mask: Mask | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""How close instances are to one another: the mean of :math:`u_i^\top u_j` over all pairs i ≠ j.
 
@@ -105,7 +115,8 @@ def uniformity(
         As :func:`alignment_score`; the mean is over pairs of instances that have a u, NaN if there is none.
 
     Raises:
-        As :func:`alignment_score`.
+        As :func:`alignment_score`; ValueError too on every process of a group whose processes differ in d. They tell
+        one another first, which the host waits for.
 
     Source: docs/mathematics.md, "Instance term".
 
@@ -118,6 +129,7 @@ def uniformity(
     processes = inputs.process_group(group)
     with torch.no_grad():
         sigma, u, _ = spectral.dominant_singular_triplet(*embeddings, mask=mask, backend=backend)
+        inputs.same_width(processes, u.shape[1], u.device)
         sums = (sigma != 0).sum(dtype=torch.float64), u.sum(0, dtype=torch.float64), u.double().square().sum()
         n, total, diagonal = summed(sums, processes)
         pairs = torch.where(n < 2, torch.nan, n * (n - 1))

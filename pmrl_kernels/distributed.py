@@ -45,11 +45,13 @@ class Group(NamedTuple):
         return torch.cat([x[:size] for x, size in zip(everyone.split(largest), self.sizes, strict=True)])
 
 
-def batch_sizes(processes: ProcessGroup, B: int, device: torch.device) -> tuple[int, ...]:
-    """The number of rows of every process of the group. The host waits for it."""
-    sizes = torch.empty(dist.get_world_size(processes), dtype=torch.int64, device=device)
-    _all_gather(sizes, torch.full((1,), B, dtype=torch.int64, device=device), processes)
-    return tuple(sizes.tolist())
+def exchanged(processes: ProcessGroup, numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(W, n) int64: the n numbers of every process of the group. One collective."""
+    # A sum with zeros, and no gather: with gloo, a compiled gather does not meet an eager one of another process.
+    everyone = torch.zeros((dist.get_world_size(processes), len(numbers)), dtype=torch.int64, device=device)
+    everyone[dist.get_rank(processes)] = torch.tensor(numbers, dtype=torch.int64, device=device)
+    dist.all_reduce(everyone, group=processes)
+    return everyone
 
 
 def summed(numbers: Sequence[Tensor], processes: ProcessGroup | None) -> list[Tensor]:

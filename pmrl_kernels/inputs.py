@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .backends import constants
-from .distributed import Group, batch_sizes
+from .distributed import Group, exchanged
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -269,30 +269,48 @@ def one_of(value: Any, name: str, wanted: tuple[str, ...]) -> str:
     return value
 
 
-def process_group(group: Any) -> ProcessGroup | None:
-    """None, or a group of processes that this one belongs to."""
+def named_group(group: Any) -> ProcessGroup | Literal["world"] | None:
+    """None, a group of processes that this one belongs to, or "world", which a call looks up."""
     if group is None:
         return None
+    if isinstance(group, str) and group == "world":
+        return "world"
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group: got one that this process does not belong to, wanted one that it does, or None")
-        raise TypeError(f"group: got {type(group).__name__}, wanted a torch.distributed.ProcessGroup or None")
+        got = repr(group) if isinstance(group, str) else type(group).__name__
+        raise TypeError(f'group: got {got}, wanted a torch.distributed.ProcessGroup, "world" or None')
     return group
 
 
-def spread_batch(group: Any, local_sizes: Any, B: int, device: torch.device) -> Group | None:
+def process_group(group: Any) -> ProcessGroup | None:
+    """The same with "world" looked up: all processes, of which there is no group before it is initialised."""
+    named = named_group(group)
+    if not isinstance(named, str):
+        return named
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            'group: got "world" where no process group is initialised, wanted a call of '
+            "torch.distributed.init_process_group before this one (or None for this process alone)"
+        )
+    everyone: ProcessGroup | None = dist.group.WORLD
+    return everyone
+
+
+def spread_batch(group: Any, local_sizes: Any, batch: Batch, contrast: str, name: str = "embeddings") -> Group | None:
     """How a batch spreads over the processes of a group; None where there is no group.
 
-    Asks the others how many rows they have, unless ``local_sizes`` says it.
+    Asks the others how many rows they have, and whether what they are about to gather has the same shape, unless
+    ``local_sizes`` tells: then nothing is asked.
     """
     processes = process_group(group)
     if processes is None:
         if local_sizes is not None:
             raise ValueError(f"local_sizes: got {local_sizes!r}, wanted None where there is no group")
         return None
-    world, rank = dist.get_world_size(processes), dist.get_rank(processes)
+    B, world, rank = batch.B, dist.get_world_size(processes), dist.get_rank(processes)
     if local_sizes is None:
-        return Group(processes, (B,) if world == 1 else batch_sizes(processes, B, device), rank)
+        return Group(processes, (B,) if world == 1 else _sizes(processes, batch, contrast, name), rank)
     if not isinstance(local_sizes, (list, tuple)) or not all(_is_count(size) for size in local_sizes):
         raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} ints, the rows of each process")
     if len(local_sizes) != world:
@@ -302,6 +320,46 @@ def spread_batch(group: Any, local_sizes: Any, B: int, device: torch.device) -> 
     if local_sizes[rank] != B:
         raise ValueError(f"local_sizes[{rank}]: got {local_sizes[rank]}, wanted {B}, the rows of this process")
     return Group(processes, tuple(local_sizes), rank)
+
+
+_CONTRASTS = ("leading", "modality", "raw")
+
+
+def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> tuple[int, ...]:
+    """The number of rows of every process, once all have the same of what decides the shape of a row on the wire."""
+    numbers = (batch.B, _CONTRASTS.index(contrast), batch.k, batch.d, _DTYPES.index(batch.dtype))
+    sizes, contrasts, k, d, dtypes = zip(*exchanged(processes, numbers, batch.device).tolist(), strict=True)
+    if _CONTRASTS.index("raw") in contrasts:
+        _same("normalize", [str(_CONTRASTS[c] != "raw") for c in contrasts])
+    _same("contrast", [repr(_CONTRASTS[c]) for c in contrasts])
+    if contrast == "modality":
+        _same(name, [f"k = {n}" for n in k])
+    _same(name, [f"d = {n}" for n in d])
+    wide = ["64-bit" if _DTYPES[i] == torch.float64 or contrast == "raw" else "32-bit" for i in dtypes]
+    _same(name, [f"dtype {_DTYPES[i]}" for i in dtypes], wide)
+    return sizes
+
+
+def same_width(processes: ProcessGroup | None, d: int, device: torch.device) -> None:
+    """That every process of a group sums vectors of this many numbers. The host waits for it."""
+    if processes is None or dist.get_world_size(processes) == 1:
+        return
+    everyone = exchanged(processes, [d], device)
+    # Compiled code cannot look, but takes part: the others may not be compiled.
+    if not torch.compiler.is_compiling():
+        _same("embeddings", [f"d = {n}" for n in everyone[:, 0].tolist()])
+
+
+def _same(name: str, values: Sequence[str], keys: Sequence[str] | None = None) -> None:
+    """Raises where processes have different values of something (or different keys, where those decide)."""
+    if len(set(values if keys is None else keys)) == 1:
+        return
+    got = []
+    for value in dict.fromkeys(values):
+        ranks = [str(rank) for rank, other in enumerate(values) if other == value]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        got.append(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:8])}{more}")
+    raise ValueError(f"{name}: got {' and '.join(got)}, wanted the same on every process of the group")
 
 
 def _is_count(size: Any) -> bool:

@@ -108,7 +108,7 @@ def instance_contrastive_loss(
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     mask: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
     local_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -133,7 +133,8 @@ def instance_contrastive_loss(
         float64 input).
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; ValueError too on
+            every process of a group whose processes differ in d, ``normalize`` or dtype, as in :func:`pmrl_loss`.
 
     Gradient:
         Exact, zero for rows left out. The rows are mixed, so a NaN in one that takes part makes the loss
@@ -150,11 +151,12 @@ def instance_contrastive_loss(
     tau, fixed = inputs.temperature(temperature, "temperature", u.device, contrast=True)
     contrast = "leading" if inputs.flag(normalize, "normalize") else "raw"
     name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
-    spread = inputs.spread_batch(group, local_sizes, len(u), u.device)
     # A normalised row is the leading vector of an instance of one modality.
+    column = None if mask is None else mask[:, None]
+    batch = inputs.Batch((u,), column, len(u), 1, u.shape[1], u.device, u.dtype)
+    spread = inputs.spread_batch(group, local_sizes, batch, contrast, "u")
     spectral = autograd.SpectralSettings(name, 1.0, True, False, constants.ALIGNMENT_SUM | constants.U)
     settings = autograd.ObjectiveSettings(spectral, contrast, fixed, 1.0, spread)
-    column = None if mask is None else mask[:, None]
     return autograd.objective(settings, column, None, tau, (u,))[2]
 
 
@@ -168,7 +170,7 @@ def pmrl_loss(
     normalize: bool = ...,
     objective: str = ...,
     contrast: str = ...,
-    group: ProcessGroup | None = ...,
+    group: ProcessGroup | Literal["world"] | None = ...,
     local_sizes: Sequence[int] | None = ...,
     return_components: Literal[False] = ...,
     backend: str | None = ...,
@@ -185,7 +187,7 @@ def pmrl_loss(
     normalize: bool = ...,
     objective: str = ...,
     contrast: str = ...,
-    group: ProcessGroup | None = ...,
+    group: ProcessGroup | Literal["world"] | None = ...,
     local_sizes: Sequence[int] | None = ...,
     return_components: Literal[True],
     backend: str | None = ...,
@@ -201,7 +203,7 @@ def pmrl_loss(
     normalize: bool = True,
     objective: str = "softmax",
     contrast: str = "leading",
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
     local_sizes: Sequence[int] | None = None,
     return_components: bool = False,
     backend: str | None = None,
@@ -226,17 +228,20 @@ def pmrl_loss(
         instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor.
         instance_weight: weight of the contrastive term, a float of at least 0 that float32 can hold.
         contrast: "leading" or "modality".
-        group: a ``torch.distributed`` group of processes whose batches together are the batch; see below.
-            None: this process's batch alone. (In ``torch.distributed`` None means all processes.)
-        local_sizes: how many rows each process of the group has, in the order of ranks. Without it the
-            processes tell one another first, which the host waits for.
+        group: a ``torch.distributed`` group of processes whose batches together are the batch, or "world" for
+            all processes, whose group is looked up by each call; see below. None: this process's batch alone.
+            (In ``torch.distributed`` None means all processes.)
+        local_sizes: how many rows each process of the group has, in the order of ranks; from all processes or
+            from none. Without it the processes tell one another first, which the host waits for.
         return_components: return the named tuple (total, alignment, instance) instead of the total.
 
     Returns:
         A 0-d tensor or a :class:`PMRLComponents` of three; float32 (float64 for float64 input).
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; ValueError too
+            for ``group="world"`` before ``torch.distributed.init_process_group``, and on every process of a
+            group whose processes differ in what they gather (see below).
 
     Gradient:
         Through the singular values, through u and, with ``contrast="modality"``, directly into the
@@ -247,12 +252,14 @@ def pmrl_loss(
 
     Over processes:
         Every process of ``group`` calls with its own rows, of any number, 0 included, and with the same
-        options; their dtype and d are the same everywhere. Leading vectors are gathered, with
-        ``contrast="modality"`` embeddings too, and each process returns W times its share of the loss, W being
-        the number of processes: the mean over processes is the loss of the whole batch, and the gradients
-        that ``DistributedDataParallel`` averages are its gradients, however the batch was split. The backward
-        pass runs no collective. It takes for granted that all processes get the same gradient from above, as
-        they do from ``loss.backward()``; do not scale the loss by something that differs between them.
+        options; their d and the dtype of results are the same everywhere, and with ``contrast="modality"`` k is
+        too. Where these or ``contrast`` differ, every process raises a ValueError that says which rank has what;
+        with ``local_sizes`` nothing is exchanged beforehand, and the gather aborts or hangs. Leading vectors are
+        gathered, with ``contrast="modality"`` embeddings too, and each process returns W times its share of the
+        loss, W being the number of processes: the mean over processes is the loss of the whole batch, and the
+        gradients that ``DistributedDataParallel`` averages are its gradients, however the batch was split. The
+        backward pass runs no collective. It takes for granted that all processes get the same gradient from
+        above, as they do from ``loss.backward()``; do not scale the loss by something that differs between them.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 
@@ -273,7 +280,7 @@ def pmrl_loss(
     return_components = inputs.flag(return_components, "return_components")
     name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
 
-    spread = inputs.spread_batch(group, local_sizes, batch.B, batch.device)
+    spread = inputs.spread_batch(group, local_sizes, batch, contrast)
     alignment_flag = constants.ALIGNMENT_MEAN if spread is None else constants.ALIGNMENT_SUM
     wanted = alignment_flag | constants.U | (constants.Z if contrast == "modality" else 0)
     spectral = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,8 @@ class PMRLLoss(nn.Module):
         instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function,
             and so is ``local_sizes``, which goes to each call.
 
-    A deep copy shares ``group``. A module with one cannot be pickled; its ``state_dict()`` can.
+    A deep copy shares ``group``. A module with a ``torch.distributed`` group cannot be pickled, one with
+    ``group="world"`` can, and can be made before ``init_process_group``; a ``state_dict()`` always can.
 
     Raises:
         TypeError, ValueError, NotImplementedError: a bad argument, when the module is made.
@@ -189,7 +190,7 @@ class PMRLLoss(nn.Module):
         normalize: bool = True,
         objective: str = "softmax",
         contrast: str = "leading",
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | Literal["world"] | None = None,
         return_components: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -205,7 +206,7 @@ class PMRLLoss(nn.Module):
         self.normalize = inputs.flag(normalize, "normalize")
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
         self.contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
-        self.group = inputs.process_group(group)
+        self.group = inputs.named_group(group)
         self.return_components = inputs.flag(return_components, "return_components")
         self.backend = check_name(backend)
 
@@ -238,10 +239,10 @@ class PMRLLoss(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.group is not None:
+        if not (self.group is None or isinstance(self.group, str)):
             raise pickle.PicklingError(
                 "group: got a module with one to pickle, wanted one without, since a group of processes cannot be "
-                "saved or sent; save its state_dict() instead"
+                'saved or sent; save its state_dict() instead, or make it with group="world", which can'
             )
         return self._state()
 
@@ -250,7 +251,9 @@ class PMRLLoss(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
 
     def extra_repr(self) -> str:
-        spread = "" if self.group is None else f", group of {self.group.size()}"
+        spread = f", group={self.group!r}" if isinstance(self.group, str) else ""
+        if not (self.group is None or isinstance(self.group, str)):
+            spread = f", group of {self.group.size()}"
         return (
             f"instance_weight={self.instance_weight}, normalize={self.normalize}, "
             f"objective={self.objective!r}, contrast={self.contrast!r}{spread}"

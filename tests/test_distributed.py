@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import socket
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pmrl_kernels import PMRLLoss, instance_contrastive_loss, pmrl_loss, uniformity
+from pmrl_kernels import PMRLLoss, inputs, instance_contrastive_loss, pmrl_loss, uniformity
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 HERE = Path(__file__).parent
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def single() -> dict[str, list[Tensor]]:
     """What one process finds, without a group."""
-    return worker.everything(slice(0, worker.B), 1, None, None)
+    return worker.everything(slice(0, worker.B), None, None)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
@@ -65,7 +66,7 @@ def free_port() -> int:
 GRADIENTS = worker.K + 2  # of the embeddings and the two temperatures, for each output
 
 
-@pytest.mark.parametrize("case", [*worker.CASES, "float32"])
+@pytest.mark.parametrize("case", [*worker.CASES, "float32", "world"])
 def test_split_batches(world, single, case):
     """The mean over processes is the value, and what DDP averages is the gradient."""
     eps = 3e-6 if case == "float32" else 1e-12
@@ -79,10 +80,11 @@ def test_split_batches(world, single, case):
             close(sum(x[first + t] for x in parts) / len(parts), whole[first + t], 10 * eps)
 
 
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "raw"])
-@pytest.mark.parametrize("backend", worker.BACKENDS)
-def test_split_instance_contrast(world, single, backend, normalize):
-    name = f"instance-{backend}-{normalize}"
+INSTANCE = [f"instance-{backend}-{normalize}" for backend in worker.BACKENDS for normalize in (True, False)]
+
+
+@pytest.mark.parametrize("name", [*INSTANCE, "instance-world"])
+def test_split_instance_contrast(world, single, name):
     parts, (loss, x, tau) = [found[name] for found in world], single[name]
     close(sum(p[0] for p in parts) / len(parts), loss)
     close(torch.cat([p[1] for p in parts]) / len(parts), x)
@@ -97,6 +99,14 @@ def test_parameters_of_a_ddp_model(world, single):
     close(sum(found["model"][0] for found in world) / len(world), single["model"][0])
 
 
+@pytest.mark.parametrize("what", worker.SHARDED)
+def test_sharded_parameters(world, single, what):
+    """Temperatures too: their gradients are those of one process, and after steps everyone holds the same."""
+    for found in world:
+        for a, b in zip(found[f"sharded-{what}"], single[f"sharded-{what}"], strict=True):
+            close(a, b)
+
+
 @pytest.mark.parametrize("sizes", ["known", "asked"])
 def test_compiled(world, single, sizes):
     """One graph where sizes are known; where processes have to ask, the graph breaks there."""
@@ -108,9 +118,67 @@ def test_compiled(world, single, sizes):
 
 @pytest.mark.parametrize("name", worker.DIAGNOSTICS)
 def test_diagnostics_of_everyone(world, single, name):
-    """The same number on every process."""
+    """The same number on every process, however the group is told, and where one of them has it compiled."""
     for found in world:
-        close(found[name][0], single[name][0])
+        for value in found[name]:
+            close(value, single[name][0])
+
+
+REFUSALS = {
+    "d": ("embeddings: got d = 5", "d = 6"),
+    "d of u": ("u: got d = 5", "d = 6"),
+    "d, compiled": ("embeddings: got d = 5", "d = 6"),
+    "d, uniformity": ("embeddings: got d = 5", "d = 6"),
+    "k": ("embeddings: got k = 3", "k = 4"),
+    "dtype": ("embeddings: got dtype torch.float32", "dtype torch.float64"),
+    "dtype of u": ("u: got dtype torch.float32", "dtype torch.float64"),
+    "contrast": ("contrast: got 'leading'", "'modality'"),
+    "normalize": ("normalize: got True", "False"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_processes_that_differ_are_told_so(world, what):
+    """All of them, before a collective whose shapes would not fit, which aborts or hangs."""
+    if len(world) == 1:
+        assert "refusals" not in world[0]  # there is nobody to differ from
+        return
+    ranks = "rank 0" if len(world) == 2 else "ranks 0, 1"
+    most, one = REFUSALS[what]
+    wanted = "wanted the same on every process of the group"
+    for found in world:
+        assert found["refusals"][what] == f"ValueError: {most} on {ranks} and {one} on rank {len(world) - 1}, {wanted}"
+
+
+def test_many_processes_are_not_all_listed():
+    with pytest.raises(ValueError, match="got d = 5 on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 91 more and d = 6 on rank 99,"):
+        inputs._same("embeddings", ["d = 5"] * 99 + ["d = 6"])
+
+
+def test_a_loss_called_beside_its_sharded_model(world):
+    for found in world[: len(world) if len(world) > 1 else 0]:
+        assert found["refusals"]["sharded"].startswith("RuntimeError: log_excess: got a shard of it, wanted the whole")
+
+
+def test_processes_may_differ_in_what_does_not_go_round(world):
+    """The number of modalities beside leading vectors (as if masked), and dtypes whose results are of one dtype."""
+    if len(world) == 1:
+        return
+    xs, mask = worker.batch()
+    mask[:] = True
+    last = worker.SIZES[len(world)][-1]
+    mask[:-last, -1] = False
+    short = torch.stack(xs, 1).float()
+    short[-last:] = short[-last:].bfloat16().float()
+    u = xs[0].clone()
+    u[:-last] = u[:-last].float().double()
+    expected = [
+        pmrl_loss(xs, mask=mask, temperature=0.5),
+        pmrl_loss(short, temperature=0.5),
+        instance_contrastive_loss(u, 0.4, False),
+    ]
+    for i, (value, eps) in enumerate(zip(expected, (1e-12, 3e-6, 1e-6), strict=True)):
+        close(sum(found["allowed"][i] for found in world) / len(world), value, eps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,7 +194,7 @@ def group(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_no_process_group_is_this_process_alone(world):
-    assert dist.group.WORLD is None  # so passing it before there is one means the same
+    assert dist.group.WORLD is None  # so passing it before there is one means the same; "world" does not
     xs, mask = worker.batch()
     first = 0
     for found, size in zip(world, worker.SIZES[len(world)], strict=True):
@@ -173,16 +241,45 @@ else:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("bad", ["world", 0, object()])
+def test_the_world_is_looked_up_by_every_call(tmp_path):
+    """A module made before there are processes, or loaded by another one, contrasts all of those there are then."""
+    x = torch.randn(4, 3, 5)
+    loss = PMRLLoss(group="world", contrast="modality")
+    functions = (pmrl_loss, *worker.DIAGNOSTICS.values())
+    calls = [lambda: loss(x), lambda: instance_contrastive_loss(x[:, 0], group="world")]
+    calls += [functools.partial(function, x, group="world") for function in functions]
+
+    def refused() -> None:
+        for call in calls:
+            with pytest.raises(ValueError, match=r'^group: got "world" .* torch\.distributed\.init_process_group'):
+                call()
+
+    refused()
+    for turn in range(2):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{turn}", rank=0, world_size=1)
+        try:
+            for twin in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+                assert twin.group == "world"
+                assert torch.equal(twin(x), pmrl_loss(x, contrast="modality"))
+                assert "group='world'" in repr(twin)
+            for call in calls:
+                call()
+        finally:
+            dist.destroy_process_group()
+        refused()
+
+
+@pytest.mark.parametrize("bad", ["everyone", 0, object()])
 def test_other_things_are_no_group(bad):
     x = torch.randn(4, 5)
+    wanted = r'^group: got .*, wanted a torch\.distributed\.ProcessGroup, "world" or None'
     for call in (
         lambda: pmrl_loss(x, x, group=bad),
         lambda: instance_contrastive_loss(x, group=bad),
         lambda: PMRLLoss(group=bad),
         lambda: uniformity(x, group=bad),
     ):
-        with pytest.raises(TypeError, match=r"^group: got .*, wanted a torch\.distributed\.ProcessGroup or None"):
+        with pytest.raises(TypeError, match=wanted):
             call()
 
 

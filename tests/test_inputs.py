@@ -564,7 +564,8 @@ BAD_OPTIONS: dict[str, list[tuple[Any, type[Exception], tuple[str, ...]]]] = {
         (torch.tensor(1.0), TypeError, ("got Tensor", "finite number")),
     ],
     "group": [
-        ("world", TypeError, ("got str", "wanted a torch.distributed.ProcessGroup or None")),
+        ("World", TypeError, ("got 'World'", 'wanted a torch.distributed.ProcessGroup, "world" or None')),
+        ("world", ValueError, ('got "world" where no process group is initialised', "init_process_group")),
         (0, TypeError, ("got int", "or None")),
         (False, TypeError, ("got bool", "or None")),
     ],

@@ -506,7 +506,7 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
     (PMRLLoss, "instance_weight", math.nan, ValueError, "got nan"),
     (PMRLLoss, "instance_weight", True, TypeError, "got bool"),
     (PMRLLoss, "instance_weight", "1", TypeError, "got str"),
-    (PMRLLoss, "group", "world", TypeError, "got str"),
+    (PMRLLoss, "group", "everyone", TypeError, "got 'everyone'"),
 ]
 
 
