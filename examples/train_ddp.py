@@ -3,7 +3,8 @@
     python examples/train_ddp.py                                   one process
     torchrun --nproc-per-node 2 examples/train_ddp.py              two, by gloo on CPUs, by NCCL where each has a GPU
     torchrun ... examples/train_ddp.py --compile --autocast        compiled, in bfloat16 where autocast says so
-    torchrun ... examples/train_ddp.py --checkpoint run.pt         saves there, and goes on from there if it exists
+    torchrun ... examples/train_ddp.py --checkpoint run.pt         saves there, and goes on from there if it exists;
+                                                                   only the first process needs to see the file
 
 Step i draws the same global batch in every process, and each takes its share of the rows, uneven ones where the batch
 does not divide. The loss contrasts the whole batch (``group=``), so the curve does not depend on how many processes
@@ -29,6 +30,7 @@ from pmrl_kernels import PMRLLoss, alignment_score, uniformity
 WIDTHS = {"text": 48, "video": 80, "audio": 40}
 LATENT, DIM = 16, 64
 NOISE, MISSING = 0.3, 0.15
+RECIPE = ("batch", "seed", "contrast", "autocast")  # options that a run goes on with; the others may change on the way
 
 
 class Batch(NamedTuple):
@@ -81,11 +83,32 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+def saved_run(options: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """What the checkpoint holds, if there is one. The first process looks and tells the others, who may be on other
+    hosts, or look a moment later: all go on from the same step."""
+    found: list[Any] = [None]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and options.checkpoint and options.checkpoint.exists():
+        found = [torch.load(options.checkpoint, map_location="cpu", weights_only=True)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    (saved,) = found
+    if saved is not None:
+        theirs = saved.get("recipe", {})
+        differing = [name for name, value in recipe.items() if theirs.get(name, "unknown") != value]
+        if differing:
+            told = ", ".join(f"--{name} {theirs.get(name, 'unknown')} there, {recipe[name]} here" for name in differing)
+            raise SystemExit(
+                f"{options.checkpoint} is of another recipe: {told}; resume as it began, or save elsewhere"
+            )
+    return saved
+
+
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """The loss of every step, and two scores of the last batch."""
     spread = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
-    group = dist.group.WORLD if spread else None
+    group = "world" if spread else None
     device = torch.device("cpu")
     if torch.cuda.is_available() and (not spread or dist.get_backend() == "nccl"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -101,8 +124,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     optimiser = torch.optim.Adam(model.parameters(), 1e-3)
 
     history: list[float] = []
-    if options.checkpoint and options.checkpoint.exists():
-        saved = torch.load(options.checkpoint, map_location=device, weights_only=True)
+    recipe = {name: getattr(options, name) for name in RECIPE}
+    saved = saved_run(options, recipe)
+    if saved is not None:
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
@@ -132,7 +156,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             progress.set_postfix(loss=f"{history[-1]:.4f}")
             if options.checkpoint and rank == 0:
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "history": history}
-                save(options.checkpoint, state)
+                save(options.checkpoint, {"recipe": recipe, **state})
             if spread:
                 dist.barrier()  # nobody goes on, or ends, before the checkpoint is there
 

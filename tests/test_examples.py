@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -178,18 +179,16 @@ def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
 SMALL = ["--batch", "21", "--save-every", "3"]
 
 
-def ddp(world: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world}",
-    ]
+def ddp(world: int, *arguments: str, folders: Path | None = None, fails: bool = False) -> Any:
+    """Runs it by torchrun; with ``folders``, each process in a folder of its own there, as on a host of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    if folders is not None:
+        enter = 'mkdir -p "$0/$RANK" && cd "$0/$RANK" && exec "$@"'
+        command += ["--no-python", "sh", "-c", enter, str(folders), sys.executable]
     done = subprocess.run(
         [*command, str(ROOT / "examples/train_ddp.py"), *SMALL, *arguments], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
     assert "FutureWarning" not in done.stderr
     return done
 
@@ -217,6 +216,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ordinary_memory, tmp_path, ca
     assert "in 8 steps" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(ordinary_memory, tmp_path):
+    """It says which option differs, and the checkpoint stays; what is no part of the recipe may change."""
+    main = load("examples/train_ddp.py").main
+    path = tmp_path / "run.pt"
+    run = ["--batch", "21", "--checkpoint", str(path)]
+    main([*run, "--steps", "2"])
+    before = path.read_bytes()
+    for other, told in (
+        (["--contrast", "leading"], "--contrast modality there, leading here"),
+        (["--batch", "20", "--seed", "3"], "--batch 21 there, 20 here, --seed 0 there, 3 here"),
+        (["--autocast"], "--autocast False there, True here"),
+    ):
+        with pytest.raises(SystemExit, match=rf"run\.pt is of another recipe: {told};"):
+            main([*run, "--steps", "4", *other])
+        assert path.read_bytes() == before
+    assert len(main([*run, "--steps", "3", "--save-every", "1", "--compile", "eager"])["loss"]) == 3
+    saved = torch.load(path)
+    del saved["recipe"]
+    torch.save(saved, path)
+    with pytest.raises(SystemExit, match="--batch unknown there, 21 here"):
+        main([*run, "--steps", "4"])
+
+
 @pytest.mark.parametrize("option", ["--steps", "--batch", "--save-every"])
 @pytest.mark.parametrize("bad", ["0", "-3", "many"])
 def test_numbers_that_make_no_run(option, bad, capsys):
@@ -229,14 +251,18 @@ def test_numbers_that_make_no_run(option, bad, capsys):
 def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
     """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""
     alone = load("examples/train_ddp.py").main([*SMALL, "--steps", "6", "--contrast", contrast])
-    whole, halves = str(tmp_path / "whole.pt"), str(tmp_path / "halves.pt")
+    whole = str(tmp_path / "whole.pt")
     done = ddp(2, "--steps", "6", "--contrast", contrast, "--checkpoint", whole)
     assert done.stderr.count("0/6 [00:00<?, ?it/s]") == 1
     assert torch.load(whole)["history"] == pytest.approx(alone["loss"], rel=1e-4)
     if contrast == "modality":
-        ddp(2, "--steps", "3", "--checkpoint", halves)
-        ddp(2, "--steps", "6", "--checkpoint", halves)
-        assert same(torch.load(whole), torch.load(halves))
+        # Only the first process has a checkpoint, and it is what all go on from.
+        ddp(2, "--steps", "3", "--checkpoint", "halves.pt", folders=tmp_path)
+        ddp(2, "--steps", "6", "--checkpoint", "halves.pt", folders=tmp_path)
+        assert [path.parent.name for path in tmp_path.rglob("halves.pt")] == ["0"]
+        assert same(torch.load(whole), torch.load(tmp_path / "0" / "halves.pt"))
+        done = ddp(2, "--steps", "9", "--seed", "1", "--checkpoint", "halves.pt", folders=tmp_path, fails=True)
+        assert "halves.pt is of another recipe: --seed 0 there, 1 here" in done.stderr
 
 
 def test_processes_compiled_under_autocast(ordinary_memory, tmp_path):
