@@ -87,7 +87,7 @@ def _uniform(tensors: tuple[Any, ...]) -> bool:
 
 
 def _check_modalities(tensors: tuple[Any, ...], names: list[str]) -> None:
-    """k tensors (B, d) of one shape and device, and of one dtype except under autocast."""
+    """k tensors (B, d) of one shape and device."""
     first, k = tensors[0], len(tensors)
     for x, name in zip(tensors, names, strict=True):
         _check_tensor(x, name)
@@ -99,11 +99,6 @@ def _check_modalities(tensors: tuple[Any, ...], names: list[str]) -> None:
             raise ValueError(f"{name}: got shape {_shape(x)}, wanted {_shape(first)} as {names[0]} has it")
         if x.device != first.device:
             raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
-        if x.dtype != first.dtype and not _under_autocast(first.device.type):
-            raise TypeError(
-                f"{name}: got dtype {x.dtype}, wanted {first.dtype} as {names[0]} has it "
-                "(mixed dtypes are accepted under torch.autocast)"
-            )
 
 
 def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
@@ -144,13 +139,6 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
         B, d = first.shape
         _check_sizes(k, d)
     return Batch(tensors, _mask(mask, keys, B, k, d, first.device), B, k, d, first.device, dtype)
-
-
-def _under_autocast(device_type: str) -> bool:
-    # Whether there is such a thing on that device, the compiler of torch 2.10 and 2.11 cannot trace.
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
-        return False
-    return torch.is_autocast_enabled(device_type)
 
 
 def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor | None:

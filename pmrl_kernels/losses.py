@@ -52,8 +52,8 @@ def dominant_sv_loss(
     Args:
         embeddings: k tensors (B, d), one per modality; or one list, tuple or dict of them; or one tensor
             (B, k, d). float32, bfloat16, float16 or float64; 1 <= k <= 32, d >= 1. A (B, d, k) stack, as in
-            the PMRL authors' code, is passed as ``Z.transpose(1, 2)``. Under autocast the modalities'
-            dtypes may differ.
+            the PMRL authors' code, is passed as ``Z.transpose(1, 2)``. The modalities' dtypes may differ:
+            each is read as it is, and gets its gradient in its own.
         temperature: τ > 0, in the unit of the singular values: a float, or a 0-d tensor on the embeddings'
             device, which gets a gradient if it requires one and is never read by the host. How to choose it:
             docs/recipes.md.
@@ -66,7 +66,7 @@ def dominant_sv_loss(
         backend: "reference", "native" or "triton"; None takes the fastest that works.
 
     Returns:
-        A 0-d tensor, or (B,) with ``reduction="none"``; float32 (float64 for float64 input).
+        A 0-d tensor, or (B,) with ``reduction="none"``; float32 (float64 if any embedding is float64).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. A temperature
@@ -236,7 +236,7 @@ def pmrl_loss(
         return_components: return the named tuple (total, alignment, instance) instead of the total.
 
     Returns:
-        A 0-d tensor or a :class:`PMRLComponents` of three; float32 (float64 for float64 input).
+        A 0-d tensor or a :class:`PMRLComponents` of three; float32 (float64 if any embedding is float64).
 
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`dominant_sv_loss`; ValueError too

@@ -33,7 +33,7 @@ def singular_values(
 
     Args:
         embeddings: k tensors (B, d), one per modality; or one list, tuple or dict of them; or one tensor
-            (B, k, d). float32, bfloat16, float16 or float64; 1 <= k <= 32, d >= 1.
+            (B, k, d). float32, bfloat16, float16 or float64, which may differ; 1 <= k <= 32, d >= 1.
         mask: bool (B, k), True = present (a dict of (B,) where embeddings are a dict). An absent modality
             is no column at all.
         normalize: divide every embedding by its norm first. Unlike in ``torch.linalg`` this is the
@@ -41,7 +41,7 @@ def singular_values(
         backend: "reference", "native" or "triton"; None takes the fastest that works.
 
     Returns:
-        (B, min(d, k)), float32 (float64 for float64 input), in the unit of the embeddings' norms. Instances
+        (B, min(d, k)), float32 (float64 if any embedding is float64), in the unit of the embeddings' norms. Instances
         with fewer than k modalities have min(d, k_i) singular values, followed by zeros.
 
     Raises:
@@ -82,7 +82,7 @@ def dominant_singular_value(
         embeddings, mask, normalize, backend: as in :func:`singular_values`.
 
     Returns:
-        (B,), float32 (float64 for float64 input); 0 for an instance without modalities.
+        (B,), float32 (float64 if any embedding is float64); 0 for an instance without modalities.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`singular_values`.
@@ -116,7 +116,7 @@ def dominant_singular_triplet(
         embeddings, mask, normalize, backend: as in :func:`singular_values`.
 
     Returns:
-        ``DominantTriplet(sigma (B,), u (B, d), v (B, k))``, float32 (float64 for float64 input). v is 0 at
+        ``DominantTriplet(sigma (B,), u (B, d), v (B, k))``, float32 (float64 if any embedding is float64). v is 0 at
         absent modalities; an instance with σ₁ = 0 has u = 0 and v = 0.
 
     Raises:

@@ -26,12 +26,15 @@ import pmrl_kernels
 from pmrl_kernels import (
     DominantSVLoss,
     PMRLLoss,
+    alignment_score,
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
+    effective_rank,
     instance_contrastive_loss,
     pmrl_loss,
     singular_values,
+    uniformity,
     warm_up,
 )
 from pmrl_kernels.backends import constants
@@ -504,14 +507,18 @@ each_mixture = pytest.mark.parametrize(
 SEVERAL = [name for name in SCALARS if name != "instance_contrastive_loss"]
 
 
+each_place = pytest.mark.parametrize("enabled", [True, False], ids=["autocast", "outside"])
+
+
 @each_backend
+@each_place
 @each_mixture
 @pytest.mark.parametrize("name", SEVERAL)
-def test_autocast_takes_mixed_dtypes(name, dtypes, backend):
-    """And computes on their exact values: as without autocast on embeddings upcast to float32."""
+def test_mixed_dtypes(name, dtypes, enabled, backend):
+    """Computed on their exact values, as of embeddings upcast to float32; within autocast and after it."""
     xs = mixed(dtypes)
     upcast = [x.detach().float().requires_grad_() for x in xs]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         found = SCALARS[name](*xs, backend=backend)
     expected = SCALARS[name](*upcast, backend=backend)
     assert found.dtype == torch.float32
@@ -526,12 +533,13 @@ def test_autocast_takes_mixed_dtypes(name, dtypes, backend):
 
 
 @each_backend
+@each_place
 @pytest.mark.parametrize("name", SEVERAL)
-def test_autocast_with_float64_beside_less(name, backend):
+def test_float64_beside_less(name, enabled, backend):
     """The widest input decides: the output is float64."""
     xs = mixed((torch.float32, torch.float64, torch.bfloat16))
     upcast = [x.detach().double().requires_grad_() for x in xs]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         found = SCALARS[name](*xs, backend=backend)
     expected = SCALARS[name](*upcast, backend=backend)
     assert found.dtype == torch.float64
@@ -541,17 +549,19 @@ def test_autocast_with_float64_beside_less(name, backend):
 
 
 @each_backend
-@pytest.mark.parametrize("name", SEVERAL)
-def test_mixed_dtypes_outside_autocast_are_an_error(name, backend):
-    xs = mixed(MIXED[0])
-    with pytest.raises(TypeError, match=r"embeddings\[1\]: got dtype torch.bfloat16, wanted torch.float32"):
-        SCALARS[name](*xs, backend=backend)
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.autocast("cpu", enabled=False),
-        pytest.raises(TypeError, match="autocast"),
-    ):
-        SCALARS[name](*xs, backend=backend)
+def test_modules_and_diagnostics_take_mixed_dtypes(backend):
+    """An encoder in float32 beside one in bfloat16, and whatever is done with their embeddings."""
+    text, audio = torch.nn.Linear(6, 8), torch.nn.Linear(6, 8, dtype=torch.bfloat16)
+    xs = [text(torch.randn(5, 6)), audio(torch.randn(5, 6, dtype=torch.bfloat16))]
+    for module in (DominantSVLoss(backend=backend), PMRLLoss(contrast="modality", backend=backend)):
+        module(xs).backward(retain_graph=True)
+    assert text.weight.grad.dtype == torch.float32
+    assert audio.weight.grad.dtype == torch.bfloat16
+    assert audio.weight.grad.any()
+    for diagnostic in (alignment_score, effective_rank, uniformity):
+        found = diagnostic(xs, backend=backend)
+        torch.testing.assert_close(found, diagnostic([x.float() for x in xs], backend=backend))
+    warm_up(functools.partial(pmrl_loss, backend=backend), *xs)
 
 
 @each_backend
@@ -729,15 +739,17 @@ def test_compile_of_one_tensor_in_several_places(name, backend, fresh_dynamo):
 
 
 @each_backend
-def test_compile_under_autocast(backend, fresh_dynamo):
+@each_place
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+def test_compile_of_mixed_dtypes(contrast, enabled, backend, fresh_dynamo):
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(*xs: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return pmrl_loss(*xs, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return pmrl_loss(*xs, contrast=contrast, backend=backend)
 
     xs = mixed(MIXED[0])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = pmrl_loss(*xs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        expected = pmrl_loss(*xs, contrast=contrast, backend=backend)
     found = compiled(*xs)
     assert torch.equal(found, expected)
     assert_same_bits(gradients(found, xs), gradients(expected, xs))
@@ -837,6 +849,19 @@ def test_fake_tensors(name, dtype, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("name", SEVERAL)
+def test_fake_tensors_of_mixed_dtypes(name, backend):
+    with FakeTensorMode():
+        for wide in (torch.float32, torch.float64):
+            dtypes = (torch.bfloat16, wide, torch.float16)
+            xs = [torch.randn(4, 6, dtype=dtype, requires_grad=True) for dtype in dtypes]
+            loss = SCALARS[name](*xs, backend=backend)
+            assert loss.dtype == wide
+            loss.backward()
+            assert [(x.grad.shape, x.grad.dtype) for x in xs] == [((4, 6), dtype) for dtype in dtypes]
+
+
+@each_backend
 def test_fake_tensors_with_everything_learned_and_masked(backend):
     with FakeTensorMode():
         xs = [torch.randn(4, 6, requires_grad=True) for _ in range(3)]
@@ -867,6 +892,9 @@ def spectral_samples() -> Iterator[tuple[Any, ...]]:
     tau = torch.tensor(0.5)
     for dtype in DTYPES:
         yield data(3, 4, 6, dtype), None, None, 0.5, True, True, constants.ALIGNMENT_MEAN
+    for wide in (torch.float32, torch.float64):
+        mixture = [x.to(dtype) for x, dtype in zip(data(3, 4, 6), (torch.bfloat16, wide, torch.float16), strict=True)]
+        yield mixture, some_mask(4, 3), tau, 1.0, True, True, ALL
     yield data(3, 4, 6), some_mask(4, 3), tau, 1.0, True, True, ALL
     yield data(3, 4, 6), None, tau, 1.0, False, True, ALL - constants.V
     yield data(5, 4, 3, torch.float32), some_mask(4, 5), None, 0.5, False, False, constants.ALIGNMENT | constants.U

@@ -177,6 +177,45 @@ def test_a_loss_scaler_keeps_gradients_that_would_vanish(backend, device):
     assert sum(int((g == 0).sum()) for g in scaled) < sum(int((g == 0).sum()) for g in plain)
 
 
+@pytest.mark.parametrize("first", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [2, 3, 4, 9])
+@pytest.mark.parametrize("function", PER_INSTANCE | MIXING)
+def test_mixed_dtypes(backend, device, function, k, first):
+    """As of the same numbers in one dtype, float64 if any is; each gradient in its input's dtype, if it is wanted.
+
+    For k = 2 every pair, for more some of the mixtures, others for each function.
+    """
+    generator = torch.Generator().manual_seed(sum(map(ord, function)) + k)
+    rests = [(x,) for x in DTYPES]
+    if k > 2:
+        rests = [tuple(DTYPES[i] for i in torch.randint(4, (k - 1,), generator=generator)) for _ in range(4)]
+    for rest in rests:
+        dtypes = (first, *rest)
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        xs = [torch.randn(5, 11, generator=generator).to(device, dtype) for dtype in dtypes]
+        mask = torch.rand(5, k, generator=generator) < 0.8
+        mask = mask.to(device) if torch.rand((), generator=generator) < 0.5 else None
+        wanted = torch.rand(k, generator=generator) < 0.7
+        wanted[int(torch.randint(k, (), generator=generator))] = True
+        options = {"mask": mask, "normalize": bool(torch.rand((), generator=generator) < 0.7), "backend": backend}
+        results = []
+        for leaves_ in ([x.clone() for x in xs], [x.to(wide, copy=True) for x in xs]):
+            for x, want in zip(leaves_, wanted, strict=True):
+                x.requires_grad_(bool(want))
+            out = (PER_INSTANCE | MIXING)[function](leaves_, **options)
+            weights = torch.linspace(0.5, 1, out.numel(), device=device).reshape(out.shape).to(out.dtype)
+            results.append((out, torch.autograd.grad(out, [x for x in leaves_ if x.requires_grad], weights)))
+        (out, found), (expected, exact) = results
+        assert out.dtype == expected.dtype == wide
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+        needed = [dtype for dtype, want in zip(dtypes, wanted, strict=True) if want]
+        assert [g.dtype for g in found] == needed
+        scale = max(float(g.abs().max()) for g in exact)
+        for g, h, dtype in zip(found, exact, needed, strict=True):
+            rounding = tol.HALF_GRADIENT.get(dtype, 0.0)
+            torch.testing.assert_close(g.to(wide), h, rtol=rounding + 1e-4, atol=1e-5 * scale + tol.LEAST_HALF)
+
+
 @pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
 @pytest.mark.parametrize("function", PER_INSTANCE)
 def test_bad_upstream_gradients_pass_through(backend, device, function, upstream):

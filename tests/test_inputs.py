@@ -182,6 +182,18 @@ def test_full_mask_changes_nothing(function):
     )
 
 
+@each_function
+@pytest.mark.parametrize("form", ["list", "tuple", "dict"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float64)], ids=str)
+def test_dtypes_may_differ_in_every_form(function, form, dtypes):
+    """The one beside the other, as embeddings of encoders in different precision are."""
+    xs = [x.detach().to(dtypes[m % 2]).requires_grad_() for m, x in enumerate(modalities())]
+    expected = values_and_gradients(function(*xs, mask=some_mask()), xs)
+    found = values_and_gradients(function(*FORMS[form](xs), mask=some_mask()), xs)
+    assert [x.dtype for x in found[-K:]] == [x.dtype for x in xs]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("tau", [1, np.float32(0.5), np.float64(0.5)], ids=["int", "float32", "float64"])
 def test_numbers_that_are_temperatures(tau):
     xs = modalities()
@@ -273,19 +285,19 @@ BAD_EMBEDDINGS: dict[str, tuple[Callable[[], tuple[Any, ...]], type[Exception], 
         ValueError,
         ("embeddings[1]", "got device meta", "wanted cpu", "embeddings[0]"),
     ),
-    "other dtype": (
-        lambda: (x(), x(dtype=torch.bfloat16)),
-        TypeError,
-        ("embeddings[1]", "got dtype torch.bfloat16", "wanted torch.float32", "autocast"),
-    ),
-    "other dtype on a device without autocast": (
-        lambda: (x(device="meta"), x(dtype=torch.bfloat16, device="meta")),
-        TypeError,
-        ("embeddings[1]", "got dtype torch.bfloat16", "wanted torch.float32"),
-    ),
     "int64": (lambda: (x(dtype=torch.int64),), TypeError, ("embeddings[0]", "got dtype torch.int64", FLOATS)),
     "int8 stack": (lambda: (x(2, 3, 4, dtype=torch.int8),), TypeError, ("embeddings", "torch.int8", FLOATS)),
     "int among floats": (lambda: (x(), x(dtype=torch.int32)), TypeError, ("embeddings[1]", "torch.int32", FLOATS)),
+    "complex among mixed floats": (
+        lambda: (x(), x(dtype=torch.float64), x(dtype=torch.complex64)),
+        TypeError,
+        ("embeddings[2]", "got dtype torch.complex64", FLOATS),
+    ),
+    "float8 among mixed floats": (
+        lambda: ({"text": x(dtype=torch.bfloat16), "audio": x(), "video": x().to(torch.float8_e5m2)},),
+        TypeError,
+        ("embeddings['video']", "got dtype torch.float8_e5m2", FLOATS),
+    ),
     "complex": (lambda: (x(dtype=torch.complex64),), TypeError, ("embeddings[0]", "torch.complex64", FLOATS)),
     "bool": (lambda: (x(dtype=torch.bool),), TypeError, ("embeddings[0]", "got dtype torch.bool", FLOATS)),
     "float8": (

@@ -258,7 +258,7 @@ def _rows(tensors: Sequence[Tensor], d: int) -> _Rows:
 
 
 def _canonical(embeddings: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Of one dtype, with contiguous rows. Dtypes are mixed under autocast only, and are made one by a copy."""
+    """Of one dtype, with contiguous rows. Mixed dtypes are made one by a copy."""
     dtype = embeddings[0].dtype
     for x in embeddings:
         if x.dtype != dtype or x.stride(-1) != 1:
