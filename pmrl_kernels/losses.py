@@ -70,7 +70,8 @@ def dominant_sv_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. A temperature
-            *tensor* that is not finite and positive cannot raise without stalling a GPU: it gives NaN.
+            *tensor* that is not finite and positive cannot raise without stalling a GPU: it gives NaN, with
+            its own gradient and those of all present embeddings, whatever the batch.
         RuntimeError: a backend asked for by name that cannot run.
         NotImplementedError: forward-mode or second derivatives.
 
@@ -121,7 +122,8 @@ def instance_contrastive_loss(
     Args:
         u: (B, d), one vector per instance, such as the leading singular vectors of
             :func:`~pmrl_kernels.dominant_singular_triplet`.
-        temperature: τ > 0, a float or a 0-d tensor (see :func:`dominant_sv_loss`).
+        temperature: τ > 0, a float or a 0-d tensor (see :func:`dominant_sv_loss`), one of float32's normal
+            numbers, 1.2e-38 to 3.4e38, whatever the dtypes.
         normalize: divide every row by its norm first. With False the rows enter as they are.
         mask: bool (B,), True = the row takes part. Rows without a direction (zero vectors, with
             ``normalize=True``) are left out as well, on both sides.
@@ -225,7 +227,8 @@ def pmrl_loss(
     Args:
         embeddings, mask, normalize, objective, backend: as in :func:`dominant_sv_loss`.
         temperature: τ₁ of the alignment term (unused with ``objective="leading"``).
-        instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor.
+        instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor, as in
+            :func:`instance_contrastive_loss`.
         instance_weight: weight of the contrastive term, a float of at least 0 that float32 can hold.
         contrast: "leading" or "modality".
         group: a ``torch.distributed`` group of processes whose batches together are the batch, or "world" for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -534,6 +535,65 @@ def test_instance_contrast_of_bad_rows(backend, device, normalize):
     assert not gradient[3].any()
 
 
+CONTRASTS: dict[str, Callable[..., Tensor]] = {
+    f"{name} of {k}": lambda *x, f=function, k=k, **o: f(x[:k], return_components=True, **o).instance
+    for name, function in MIXING.items()
+    for k in (1, 3)
+}
+CONTRASTS["instance_contrastive_loss"] = lambda x, *_, mask=None, instance_temperature=0.1, **o: (
+    instance_contrastive_loss(x, instance_temperature, mask=None if mask is None else mask.any(1), **o)
+)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("function", CONTRASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bad_row_that_is_compared_with_nothing(backend, device, dtype, function, normalize, bad):
+    """The only one that takes part has nobody to be told from, and no similarity shows what is wrong with it."""
+    raw = function == "instance_contrastive_loss" and not normalize  # where a zero row is a row like any other
+    for left in ("alone", "masked", "beside zeros"):
+        B, row = (1, 0) if left == "alone" else (3, 1)
+        others = torch.arange(B) != row
+        xs = [torch.randn(B, 5) for _ in range(3)]
+        xs[0][row, 2] = bad
+        mask = None
+        if left == "masked":
+            mask = ~others[:, None].expand(B, 3 if function.endswith("3") else 1).to(device)
+        elif left == "beside zeros":
+            xs = [x.masked_fill(others[:, None], 0.0) for x in xs]
+        xs = leaves(xs, device, dtype)
+        tau = torch.tensor(0.2, device=device, requires_grad=True)
+        options = {"normalize": normalize, "mask": mask, "instance_temperature": tau, "backend": backend}
+        loss = CONTRASTS[function](*xs, **options)
+        assert loss.isnan(), left
+        *found, slope = torch.autograd.grad(loss, [*xs, tau], allow_unused=True)
+        assert slope.isnan(), left
+        for g in found:
+            if g is not None:
+                assert g[row].isnan().all(), left
+                assert g[others].isnan().all() if raw and left == "beside zeros" else not g[others].any(), left
+
+
+@pytest.mark.parametrize(("bad", "upstream"), [(float("nan"), 1.0), (0.5, float("inf")), (0.5, float("nan"))])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("function", CONTRASTS)
+def test_zero_vectors_get_zeros_beside_anything(backend, device, function, normalize, bad, upstream):
+    """An instance without a direction is left out of the contrast, whatever the others or the upstream gradient are."""
+    if function == "instance_contrastive_loss" and not normalize:
+        return  # there it takes part
+    xs = [torch.randn(4, 5) for _ in range(3)]
+    xs[0][2, 1] = bad
+    for x in xs:
+        x[1] = 0
+    xs = leaves(xs, device, torch.float32)
+    loss = CONTRASTS[function](*xs, normalize=normalize, backend=backend)
+    for g in torch.autograd.grad(loss, xs, torch.full_like(loss, upstream), allow_unused=True):
+        if g is not None:
+            assert not g[1].any()
+            assert not g[[0, 2, 3]].isfinite().any()
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e38])
 def test_instance_contrast_of_extreme_norms(backend, device, scale):
     u = torch.randn(6, 8, device=device)
@@ -1041,13 +1101,89 @@ def test_no_upstream_gradient_at_all_gives_zeros(backend, device, function):
         assert gradient is None or not gradient.any()
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
-def test_bad_temperature_tensors_show_where_nothing_is_compared(backend, device, bad):
-    """One modality, one instance, one dimension: no exponential is formed, and the result must be NaN all the same."""
-    tau = torch.tensor(bad, device=device)
-    x = torch.randn(1, 4, device=device)
-    assert dominant_sv_loss(x, temperature=tau, reduction="sum", backend=backend).isnan()
-    assert dominant_sv_loss(x[:, :1], x[:, :1], temperature=tau, backend=backend).isnan()
-    assert instance_contrastive_loss(x, temperature=tau, backend=backend).isnan()
-    for contrast in ("leading", "modality"):
-        assert pmrl_loss(x, x, instance_temperature=tau, contrast=contrast, backend=backend).isnan()
+# ---- temperatures in tensors --------------------------------------------------------------------
+
+BAD_TEMPERATURES = [(0.0, torch.float32), (-1.0, torch.float16), (math.nan, torch.bfloat16), (math.inf, torch.float64)]
+# float32 has no normal numbers for these, only subnormal ones for the last.
+OUT_OF_RANGE = [(1e46, torch.float64), (1e-300, torch.float64), (1e-40, torch.float32), (1e-40, torch.bfloat16)]
+TINY = torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 4), (2, 2, 1), (5, 3, 4)], ids=str)
+@pytest.mark.parametrize(("value", "tau_dtype"), BAD_TEMPERATURES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bad_temperatures_of_the_alignment(backend, device, dtype, value, tau_dtype, shape):
+    """NaN, with ∂/∂τ and the gradients of all that is present, whether anything is compared or not."""
+    B, k, d = shape
+    xs = leaves([torch.randn(B, d) for _ in range(k)], device, dtype)
+    mask = torch.ones(B, k, dtype=torch.bool, device=device)
+    mask[1:2, 1:] = False
+    mask[2:3] = False
+    for m, reduction in ((None, "none"), (mask, "none"), (None, "mean"), (mask, "sum")):
+        tau = torch.tensor(value, dtype=tau_dtype, device=device, requires_grad=True)
+        loss = dominant_sv_loss(xs, temperature=tau, mask=m, reduction=reduction, backend=backend)
+        assert loss.isnan().all()
+        *found, slope = torch.autograd.grad(loss.sum(), [*xs, tau])
+        assert slope.isnan() or loss.numel() == 0  # of no losses at all
+        for i, g in enumerate(found):
+            here = torch.ones_like(mask[:, i]) if m is None else m[:, i]
+            assert g[here].isnan().all()
+            assert not g[~here].any()
+
+
+@pytest.mark.parametrize("function", CONTRASTS)
+@pytest.mark.parametrize(("value", "tau_dtype"), BAD_TEMPERATURES + OUT_OF_RANGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bad_temperatures_of_a_contrast(backend, device, dtype, value, tau_dtype, function):
+    """As of the alignment. What is refused of a Python number, since it is no normal one in float32, is bad too."""
+    for B, d in ((0, 4), (1, 4), (5, 4), (2, 1)):
+        xs = leaves([torch.randn(B, d) for _ in range(3)], device, dtype)
+        tau = torch.tensor(value, dtype=tau_dtype, device=device, requires_grad=True)
+        loss = CONTRASTS[function](*xs, instance_temperature=tau, backend=backend)
+        assert loss.isnan(), (B, d)
+        *found, slope = torch.autograd.grad(loss, [*xs, tau], allow_unused=True)
+        assert slope.isnan(), (B, d)
+        assert all(g is None or g.isnan().all() for g in found), (B, d)
+
+
+@pytest.mark.parametrize("function", CONTRASTS)
+@pytest.mark.parametrize(
+    ("value", "tau_dtype"),
+    [
+        *((TINY, torch.float32), (TINY, torch.bfloat16), (1e-30, torch.float64), (2.0**-24, torch.float16)),
+        *((3e38, torch.float32), (torch.finfo(torch.bfloat16).max, torch.bfloat16), (65504.0, torch.float16)),
+    ],
+    ids=str,
+)
+def test_temperature_tensors_of_a_contrast_mean_their_numbers(backend, device, value, tau_dtype, function):
+    """Up to the ends of float32's normal numbers; float16's subnormal ones are among those."""
+    xs = leaves([torch.randn(5, 4) for _ in range(3)], device, torch.float32)
+    tau = torch.tensor(value, dtype=tau_dtype, device=device, requires_grad=True)
+    results = []
+    for given in (tau, float(tau)):
+        loss = CONTRASTS[function](*xs, instance_temperature=given, backend=backend)
+        found = torch.autograd.grad(loss, xs, torch.full_like(loss, min(value, 1e30)), allow_unused=True)
+        results.append([loss, *(g for g in found if g is not None)])
+    assert all(not x.isnan().any() for x in results[0])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [1e46, 1e300, 1e-300, 1e-310, 5e-324])
+def test_temperatures_of_the_alignment_have_all_of_float64(backend, device, dtype, value):
+    """A tensor is its number. Large ones make all singular values equal, small ones the largest all there is."""
+    xs = leaves([torch.randn(4, 5) for _ in range(3)], device, dtype)
+    tau = torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True)
+    loss, same = (dominant_sv_loss(xs, temperature=t, backend=backend) for t in (tau, value))
+    assert torch.equal(loss, same)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(3) if value > 1 else 0.0), rtol=1e-6, atol=0)
+    *found, slope = torch.autograd.grad(loss, [*xs, tau])
+    assert finite(*found)
+    assert 0 <= slope <= 1 / value**0.5
+    # Of a tie, whose loss depends on no temperature. Its gradient is of the order of 1/τ.
+    pair = leaves([torch.eye(5)[:1], torch.eye(5)[1:2]], device, dtype)
+    loss = dominant_sv_loss(pair, temperature=tau, backend=backend)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
+    *found, slope = torch.autograd.grad(loss, [*pair, tau])
+    assert slope == 0
+    assert finite(*found) or value < (1e-38 if dtype == torch.float32 else 1e-308)

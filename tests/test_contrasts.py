@@ -299,6 +299,35 @@ def test_a_bad_vector_shows_everywhere(backend, bad):
     assert all(x.isnan().all() for x in (loss, h))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sizes", [(0, 1), (0, 1, 0), (0, 3), (2, 3)], ids=str)
+def test_a_bad_vector_of_one_process_shows_on_all(backend, sizes, bad):
+    """On one that has no rows, and where it is the only row of the world. One process's ∂/∂τ is of its own rows."""
+    ops, one, tau = operators(backend), torch.ones(()), torch.tensor(0.3)
+    z, u, _ = case(2, sum(sizes), 6, FLOAT32)
+    z[1][-1, 2], u[-1, 3] = bad, torch.nan
+    ends = list(itertools.accumulate(sizes))
+    parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    shares = [ops.instance_forward(u[rows], u, rows.start, tau, 1.0) for rows in parts]
+    losses = torch.cat([x[1] for x in shares])
+    for rows, (loss, _, state) in zip(parts, shares, strict=True):
+        h, slope = ops.instance_backward(u[rows], u, rows.start, tau, 1.0, losses, state, one)
+        assert all(x.isnan().all() for x in (loss, h, slope))
+
+    mask = torch.ones(len(u), 2, dtype=torch.bool)
+    for raw, present in ((False, None), (False, mask), (True, None)):
+        arguments = [
+            ([x[r] for x in z], u[r], None if present is None else present[r], [u, *z], present, r.start, raw, tau, 1.0)
+            for r in parts
+        ]
+        shares = [ops.modality_forward(*x) for x in arguments]
+        losses = torch.cat([x[1] for x in shares], 2)
+        for given, (loss, _, state) in zip(arguments, shares, strict=True):
+            _, h, slope = ops.modality_backward(*given, losses, state, one)
+            assert all(x.isnan().all() for x in (loss, h, slope))
+
+
 @pytest.mark.parametrize("tau", [0.02, 0.05, 0.1])
 def test_float32_is_as_good_as_cross_entropy(backend, tau):
     """Of rows that nearly repeat one another, where a loss depends on rounding most."""

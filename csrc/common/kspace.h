@@ -211,15 +211,16 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
     Vector<K, Real> sigma, gaps, p, g;
     for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.values.at[j]);
     const Real total = Real(1.0) + softmax_weights(sigma, c, s, gaps, p);
-    g.at[0] = in.sigma.at[0];
+    g.at[0] = in.sigma.at[0] + Real(s.tau - s.tau);  // as in `alignment`
     for (int j = 1; j < k; ++j) {
       p.at[j] = p.at[j] / total;
       const Real pull = in.alignment * p.at[j] / Real(s.tau);
       g.at[j] = in.sigma.at[j] + pull;
       g.at[0] = g.at[0] - pull;  // rather than (p_1 - 1) / tau, which cancels
       // where p underflows to 0 beside an infinite gap, their product tends to 0
-      out.slope = out.slope + select(p.at[j] == Real(0.0), p.at[j], pull * gaps.at[j]);
+      out.slope = out.slope + select(p.at[j] == Real(0.0), p.at[j], p.at[j] * gaps.at[j]);
     }
+    out.slope = in.alignment * out.slope / Real(s.tau);  // 1 / tau need not be finite where gaps are 0
     through_spectrum(g, E, v, s, A, radial);
   } else {
     for (int i = 0; i < k; ++i) {

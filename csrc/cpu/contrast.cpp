@@ -368,9 +368,19 @@ void check_kind(const Tensor& u) {
                   "pmrl_kernels: u must be (B, d), float32 or float64");
 }
 
+// One of float32's normal numbers, whatever the embeddings are: what inputs.py asks of a Python number.
+double read_temperature_of_contrast(const std::optional<Tensor>& tensor, double fixed) {
+  using limits = std::numeric_limits<float>;
+  return read_temperature(tensor, fixed, limits::min(), limits::max());
+}
+
 void check_place(int64_t start, int64_t n, int64_t N) {
   STD_TORCH_CHECK(start >= 0 && start + n <= N, "pmrl_kernels: u must lie within the columns");
 }
+
+// What a mean divides by: how many count, at least 1, so that nothing gives 0. NaN where one of those is not finite,
+// which no similarity may show.
+double divisor(double number) { return number < 1 ? 1 : number; }
 
 // The incoming gradient times 1/(number tau), and what of it is left for afterwards: a scaler's gradient, or one over a
 // small tau, need not fit into float32 where its product with G does.
@@ -458,7 +468,7 @@ struct Instances {
   int64_t n, N, d, start;
   double temperature;
   Flags flags;
-  int64_t number = 0;
+  double number = 0;
   Side<Element> a, b;
   Mode mode;
 
@@ -474,6 +484,10 @@ struct Instances {
     b.positive.assign(b.n, Element(1));
     a = mode == Mode::kTriangle ? b : make_side<Element>(columns, flags, start, start + n, start, start + n);
     a.positive.resize(a.n, Element(1));
+    // What is not finite makes all similarities with it NaN. Here there is none of a row with another one.
+    for (int64_t j = 0; j < b.n && (a.n == 0 || b.n == 1); ++j)
+      for (int64_t c = 0; c < d; ++c) number += b.data[j * b.stride + c] * Element(0);
+    number = divisor(number);
   }
 
   Contrast<Element> contrast() const {
@@ -492,7 +506,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_of_instances(const Instances<Element>
   in.contrast().forward(in.a, in.b, found, none, in.saved() ? saved : nullptr, in.saved());
   for (int64_t i = 0; i < in.a.n; ++i)
     static_cast<double*>(losses.mutable_data_ptr())[in.a.origin(i, in.start) - in.start] = found[i];
-  const double mean = total_of(found) / std::max<int64_t>(1, in.number) * (in.temperature / in.temperature);
+  const double mean = total_of(found) / in.number * (in.temperature / in.temperature);
   return {scalar<Element>(in.u, mean), losses, state};
 }
 
@@ -507,7 +521,7 @@ std::tuple<Tensor, Tensor> backward_of_instances(Instances<Element>& in, bool sl
   const double* values = static_cast<const double*>(contiguous.const_data_ptr());
   read_losses(in.a, in.start, in.flags, values);
   read_losses(in.b, 0, in.flags, values);
-  const Scale scale(grad, static_cast<double>(std::max<int64_t>(1, in.number)), in.temperature);
+  const Scale scale(grad, in.number, in.temperature);
   const Element* saved = in.saved() ? static_cast<const Element*>(state.const_data_ptr()) : nullptr;
   const bool direct = in.flags.all && scale.afterwards == 1.0;
   Tensor out = direct ? make(in.u, {in.n, in.d}, scalar_type<Element>()) : zeros<Element>(in.u, {in.n, in.d});
@@ -534,7 +548,6 @@ struct Modalities {
   int64_t n, N, d, k, start;
   double temperature;
   std::vector<Flags> of_z, of_u;
-  int64_t number = 0;
   const Element* positives = nullptr;  // (k, N)
   const Element* bounds = nullptr;     // (k,): no similarity is larger; Inf where there is no bound
 
@@ -569,7 +582,6 @@ struct Modalities {
       for (int64_t i = 0; i < N; ++i) {
         of_z_m.counted[i] = of_z_m.seen[i] = of_u_m.counted[i] = valid[i] && (!present || present[i * k + m] != 0);
         of_u_m.seen[i] = valid[i];
-        number += of_z_m.counted[i];
       }
       of_z_m.settle();
       of_u_m.settle();
@@ -638,7 +650,13 @@ struct Modalities {
   int64_t directions() const { return everyone ? 1 : 2; }
   // For each modality and direction.
   int64_t saved() const { return directions() * k * n * N <= kSavedSize ? saved_size(Mode::kBoth, n, N) : 0; }
-  double pairs() const { return 2.0 * static_cast<double>(std::max<int64_t>(1, number)); }
+  double pairs() const {
+    double number = 0;
+    for (int64_t m = 0; m < k; ++m)
+      for (int64_t i = 0; i < N; ++i)
+        if (of_z[m].counted[i]) number += 1 + 0 * positives[m * N + i];
+    return 2 * divisor(number);
+  }
 };
 
 template <class Element>
@@ -725,7 +743,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> backward_of_modalities(Modalitie
 std::tuple<Tensor, Tensor, Tensor> instance_forward(Tensor u, std::optional<Tensor> columns, int64_t start,
                                                     std::optional<Tensor> temperature, double fixed_temperature) {
   check_kind(u);
-  const double tau = read_temperature(temperature, fixed_temperature);
+  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
   if (u.scalar_type() == ScalarType::Double) return forward_of_instances(Instances<double>(u, columns, start, tau));
   return forward_of_instances(Instances<float>(u, columns, start, tau));
 }
@@ -734,7 +752,7 @@ std::tuple<Tensor, Tensor> instance_backward(Tensor u, std::optional<Tensor> col
                                              std::optional<Tensor> temperature, double fixed_temperature,
                                              Tensor losses, Tensor state, Tensor grad) {
   check_kind(u);
-  const double tau = read_temperature(temperature, fixed_temperature);
+  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
   const bool slope = temperature.has_value();
   if (u.scalar_type() == ScalarType::Double) {
     Instances<double> in(u, columns, start, tau);
@@ -749,7 +767,7 @@ std::tuple<Tensor, Tensor, Tensor> modality_forward(std::vector<Tensor> z, Tenso
                                                     int64_t start, bool raw, std::optional<Tensor> temperature,
                                                     double fixed_temperature) {
   check_kind(u);
-  const double tau = read_temperature(temperature, fixed_temperature);
+  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
   if (u.scalar_type() == ScalarType::Double)
     return forward_of_modalities(Modalities<double>(z, u, mask, columns, columns_mask, start, raw, tau));
   return forward_of_modalities(Modalities<float>(z, u, mask, columns, columns_mask, start, raw, tau));
@@ -760,7 +778,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> modality_backward(
     std::optional<Tensor> columns_mask, int64_t start, bool raw, std::optional<Tensor> temperature,
     double fixed_temperature, Tensor losses, Tensor state, Tensor grad) {
   check_kind(u);
-  const double tau = read_temperature(temperature, fixed_temperature);
+  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
   const bool slope = temperature.has_value();
   if (u.scalar_type() == ScalarType::Double)
     return backward_of_modalities(Modalities<double>(z, u, mask, columns, columns_mask, start, raw, tau), slope, losses,

@@ -15,6 +15,12 @@ struct Held {
   std::optional<Tensor> mask;
 };
 
+// Any positive number that float64 has.
+double read_temperature_of_alignment(const std::optional<Tensor>& tensor, double fixed) {
+  using limits = std::numeric_limits<double>;
+  return read_temperature(tensor, fixed, limits::denorm_min(), limits::max());
+}
+
 Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
                  const std::optional<Tensor>& temperature, double fixed_temperature, bool normalize, bool spectrum,
                  Held& held) {
@@ -51,7 +57,7 @@ Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tens
   }
   batch.settings = {static_cast<int>(k),
                     static_cast<int>(batch.d < k ? batch.d : k),
-                    read_temperature(temperature, fixed_temperature),
+                    read_temperature_of_alignment(temperature, fixed_temperature),
                     normalize,
                     spectrum,
                     wide};
@@ -91,6 +97,9 @@ void check_wanted(int64_t wanted) {
   STD_TORCH_CHECK(wanted >= 0 && wanted < 2 * kZ && (alignment & (alignment - 1)) == 0,
                   "pmrl_kernels: wanted must be a sum of flags with one reduction at most, got ", wanted);
 }
+
+// What a sum over the alignment terms begins with: a bad temperature shows even where there is no instance.
+double nothing(const Settings& s) { return s.spectrum ? s.tau - s.tau : 0.0; }
 
 // How many instances a mean over the alignment terms counts; at least 1, so that nothing gives 0.
 double number_alignable(const Batch& batch) {
@@ -149,7 +158,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   torch::stable::parallel_for(0, count, grain(f.batch, run),
                               [&](int64_t begin, int64_t end) { run.forward(f, begin, end); });
   if (reduced) {
-    double total = 0;
+    double total = nothing(s);
     for (double x : totals) total += x;  // block by block, whatever thread took it
     if (wanted & kAlignmentMean) total /= number_alignable(f.batch);
     if (s.wide)
@@ -218,7 +227,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
     torch::stable::parallel_for(0, count, grain(g.batch, run),
                                 [&](int64_t begin, int64_t end) { run.backward(g, begin, end); });
     if (temperature) {
-      double total = 0;
+      double total = g.alignment.data ? nothing(s) : 0.0;
       for (double x : slopes) total += x;
       found.push_back(make(held.embeddings[0], {}, ScalarType::Double));
       *static_cast<double*>(found.back().mutable_data_ptr()) = total;

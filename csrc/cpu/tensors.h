@@ -45,8 +45,8 @@ inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, Sca
   return Tensor(handle);
 }
 
-// A number in a 0-d tensor, NaN if it is not finite and positive. Nothing waits for it: this is a CPU.
-inline double read_temperature(const std::optional<Tensor>& tensor, double fixed) {
+// A number in a 0-d tensor, NaN if it is not within these bounds. Nothing waits for it: this is a CPU.
+inline double read_temperature(const std::optional<Tensor>& tensor, double fixed, double least, double largest) {
   if (!tensor) return fixed;
   STD_TORCH_CHECK(tensor->dim() == 0, "pmrl_kernels: temperature must be 0-d");
   double tau = std::numeric_limits<double>::quiet_NaN();
@@ -57,7 +57,7 @@ inline double read_temperature(const std::optional<Tensor>& tensor, double fixed
     default:
       tau = *static_cast<const double*>(torch::stable::to(*tensor, ScalarType::Double).const_data_ptr());
   }
-  return std::isfinite(tau) && tau > 0 ? tau : std::numeric_limits<double>::quiet_NaN();
+  return least <= tau && tau <= largest ? tau : std::numeric_limits<double>::quiet_NaN();
 }
 
 // Rows need their last dimension contiguous; anything else is copied, that one tensor alone.

@@ -57,11 +57,17 @@ def _output_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def _temperature(tensor: Tensor | None, value: float) -> Tensor | float:
-    """A tensor is never read by the host, so a bad one cannot raise: it turns the result into NaN."""
+def _temperature(tensor: Tensor | None, value: float, contrast: bool = False) -> Tensor | float:
+    """A tensor is never read by the host, so a bad one cannot raise: it turns the result into NaN.
+
+    What ``inputs.py`` refuses of a Python number is bad, so of a contrast whatever is no normal number in float32.
+    """
     if tensor is None:
         return value
-    return torch.where((tensor > 0) & tensor.isfinite(), tensor.double(), torch.nan)
+    tau = tensor.double()
+    limits = torch.finfo(torch.float32)
+    good = (tau >= limits.tiny) & (tau <= limits.max) if contrast else (tau > 0) & tau.isfinite()
+    return torch.where(good, tau, torch.nan)
 
 
 def _scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
@@ -339,6 +345,8 @@ def spectral_forward(
         alignment = alignment.masked_fill(sigma[:, 0].isnan(), torch.nan)
         if not wanted & constants.ALIGNMENT:
             alignment = alignment.sum()
+            if spectrum and temperature is not None:
+                alignment = alignment * (tau / tau)  # and where there is no instance
         if wanted & constants.ALIGNMENT_MEAN:
             alignment = alignment / _number_alignable(alignable, B)
         outputs.append(alignment.to(out))
@@ -431,8 +439,9 @@ def spectral_backward(
             pull = grad_alignment * p / tau
             # g₁ = −Σ g_j rather than (p₁ − 1)/τ, which cancels
             g = g + torch.cat([-pull[:, 1:].sum(1, keepdim=True), pull[:, 1:]], 1)
+            g = g + (tau - tau)  # a bad τ shows even where there is no logit
             # where p underflows to 0 beside an infinite gap, their product tends to 0
-            grad_temperature = (grad_alignment * torch.where(p == 0, 0.0, p * gaps) / tau).sum()
+            grad_temperature = (grad_alignment * torch.where(p == 0, 0.0, p * gaps)).sum() / tau
         A = _through_spectrum(g, eigenvalues, matrix, v, double_input)
     else:
         A = torch.zeros_like(matrix)
@@ -630,11 +639,25 @@ def _slope(P: Tensor, losses: Tensor) -> Tensor:
     return slope.sum(dtype=torch.float64)
 
 
+def _divisor(counted: Tensor, positive: Tensor) -> Tensor:
+    """What a mean over rows divides by (0-d float64): how many count, at least 1, so that nothing gives 0.
+
+    NaN where the similarity of one of those with its partner is: a row that is compared with no other, or is another
+    process's, shows what is not finite nowhere else.
+    """
+    return counted.sum().clamp_min(1) + torch.where(counted, positive * 0, 0.0).sum(dtype=torch.float64)
+
+
+def _where_seen(x: Tensor, side: _Side) -> Tensor:
+    """0 for the rows that are left out, whatever the others, or a gradient that came in, make of the rest."""
+    return x if side.seen is None else x.masked_fill(~side.seen[:, None], 0.0)
+
+
 def _unit_side(u: Tensor) -> tuple[_Side, Tensor]:
     """Unit rows, their similarity with themselves 1 by definition; zero rows have no direction and are left out."""
     valid = (u != 0).any(1)
-    mask = _unless_all(valid)
-    return _Side(u, torch.ones_like(u[:, 0]), mask, mask), valid.sum().clamp_min(1)
+    mask, positive = _unless_all(valid), 1 + 0 * u.sum(1)
+    return _Side(u, positive, mask, mask), _divisor(valid, positive)
 
 
 def instance_forward(
@@ -653,7 +676,7 @@ def instance_forward(
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _unit_side(u if columns is None else columns)
         own = everyone.at(slice(start, start + len(u)))
-        tau = _temperature(temperature, fixed_temperature)
+        tau = _temperature(temperature, fixed_temperature, contrast=True)
         losses = _softplus(_log_sums(own, everyone, start, tau, False)[0])
         if own.counted is not None:
             losses = losses.masked_fill(~own.counted, 0.0)
@@ -678,12 +701,12 @@ def instance_backward(
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _unit_side(u if columns is None else columns)
         rows = slice(start, start + len(u))
-        tau = _temperature(temperature, fixed_temperature)
+        tau = _temperature(temperature, fixed_temperature, contrast=True)
         scale = grad.double() / number / tau
         sides = everyone.at(rows), everyone
         pulled, _, slope = _pulled(*sides, losses[rows], losses, start, tau, both=False, slope=temperature is not None)
         # a scaler's upstream gradient need not fit the output's dtype
-        return (pulled.double() * scale).to(u.dtype), -slope * scale
+        return _where_seen((pulled.double() * scale).to(u.dtype), sides[0]), -slope * scale
 
 
 class _Modality(NamedTuple):
@@ -698,18 +721,19 @@ def _modality_sides(z: Sequence[Tensor], u: Tensor, mask: Tensor | None, raw: bo
     valid = (u != 0).any(1)
     if raw:
         valid = torch.ones_like(valid) if mask is None else mask.any(1)
-    sides, number = [], torch.zeros((), dtype=torch.int64, device=u.device)
+    sides, counted, positives = [], [], []
     for m, z_m in enumerate(z):
         present = valid if mask is None else valid & mask[:, m]
         if mask is not None:
             z_m = z_m.masked_fill(~mask[:, m, None], 0.0)
         positive = (z_m * u).sum(1)
         positive = positive.masked_fill(~positive.isfinite(), torch.nan)  # an Inf must not turn into weight 0
-        number += present.sum()
+        counted.append(present)
+        positives.append(positive)
         here = _unless_all(present)
         seen = here if mask is None else _unless_all(valid)
         sides.append(_Modality(_Side(z_m, positive, here, here), _Side(u, positive, here, seen)))
-    return sides, number.clamp_min(1)
+    return sides, _divisor(torch.cat(counted), torch.cat(positives))
 
 
 def _modality_everyone(
@@ -754,7 +778,7 @@ def modality_forward(
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _modality_everyone(z, u, mask, columns, columns_mask, raw)
         rows = slice(start, start + len(u))
-        tau = _temperature(temperature, fixed_temperature)
+        tau = _temperature(temperature, fixed_temperature, contrast=True)
         losses = u.new_empty((2, len(z), len(u)))
         for m, (of_z, of_u) in enumerate(everyone):
             forth, back = _log_sums(of_z.at(rows), of_u, start, tau, not columns)
@@ -791,7 +815,7 @@ def modality_backward(
     with torch.autocast(u.device.type, enabled=False):
         everyone, number = _modality_everyone(z, u, mask, columns, columns_mask, raw)
         rows = slice(start, start + len(u))
-        tau = _temperature(temperature, fixed_temperature)
+        tau = _temperature(temperature, fixed_temperature, contrast=True)
         scale = grad.double() / (2 * number) / tau
         slopes = temperature is not None
         grad_u = torch.zeros_like(u)
@@ -804,8 +828,9 @@ def modality_backward(
                 from_u, _, slope = _pulled(of_u.at(rows), of_z, back[rows], forth, start, tau, False, slopes)
                 grad_temperature -= slope
             grad_u += from_u
-            grad_z.append((from_z.double() * scale).to(u.dtype))
-        return grad_z, (grad_u.double() * scale).to(u.dtype), grad_temperature * scale
+            grad_z.append(_where_seen((from_z.double() * scale).to(u.dtype), of_z.at(rows)))
+        grad_u = _where_seen((grad_u.double() * scale).to(u.dtype), everyone[0].u.at(rows))
+        return grad_z, grad_u, grad_temperature * scale
 
 
 # ------------------------------------------------------------------------------------------------

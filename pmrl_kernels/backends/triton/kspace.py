@@ -353,7 +353,7 @@ def finish_forward(
             p = tl.where(alignable, p / (1.0 + total), 0.0)
             pull = p / tau
             # where p underflows to 0 beside an infinite gap, their product tends to 0
-            slope = tl.sum(tl.where(p == 0, 0.0, product(pull, gaps)), 2, keep_dims=True)
+            slope = tl.sum(tl.where(p == 0, 0.0, product(p, gaps)), 2, keep_dims=True) / tau
             g = tl.where(first, -tl.sum(pull, 2, keep_dims=True), pull)  # rather than (p_1 - 1) / tau, which cancels
             weights, first_weight = spectral_weights(g, values, sigma_j, top, first, k, WIDE)
             A, radial = through_spectrum(

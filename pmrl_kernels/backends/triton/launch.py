@@ -270,6 +270,11 @@ def _canonical(embeddings: Sequence[Tensor]) -> Sequence[Tensor]:
     return [_dense(x.to(dtype)) for x in embeddings]
 
 
+def _nothing(temperature: Tensor) -> Tensor:
+    """What a sum over no instances is: 0, but a bad temperature shows there too."""
+    return torch.where((temperature > 0) & temperature.isfinite(), 0.0, torch.nan).double()
+
+
 def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]  # type: ignore[no-any-return]
 
@@ -345,7 +350,7 @@ def forward(
         z = zs[0]
     if B == 0:
         if total is not None:
-            total.zero_()
+            total.zero_() if temperature is None or not spectrum else total.copy_(_nothing(temperature))
         return outputs, [state]
 
     rows = _rows(xs, d)
@@ -444,7 +449,9 @@ def backward(
     slope = None
     if temperature is not None:
         slope = torch.zeros((), dtype=torch.float64, device=device)
-        if B > 0 and grad_alignment is not None and spectrum and not (summed and to):
+        if B == 0 and grad_alignment is not None and spectrum:
+            slope = _nothing(temperature)
+        elif B > 0 and grad_alignment is not None and spectrum and not (summed and to):
             slopes = state[0][HEAD : HEAD + B * p.record].view(B, p.record)[:, field(k, "slope")]
             slope = (grad_alignment.double() * (slopes / state[0][0] if mean else slopes)).sum()
     if to:
