@@ -21,6 +21,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _float32_products() -> str:
+    """How PyTorch may multiply float32 matrices, which contrasts have it do, and nothing else here."""
+    on_cpus = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    told = {"CPUs": on_cpus, "GPUs": torch.backends.cuda.matmul.fp32_precision}
+    reduced = ", ".join(f"{how} on {where}" for where, how in told.items() if how not in ("none", "ieee"))
+    return f"may be in {reduced}, where contrasts are less exact (docs/contract.md)" if reduced else "in float32"
+
+
 def _asked(name: str, variable: str, wanted: tuple[str, ...]) -> str:
     """What the environment asks for, which only a call would refuse."""
     told = f"{name} ({variable})"
@@ -43,6 +51,7 @@ def report() -> str:
         ),
         ("triton", _version("triton") if importlib.util.find_spec("triton") else "not installed"),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
+        ("float32 products", _float32_products()),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -378,6 +378,29 @@ def line_of_info(label: str, **environment: str) -> str:
     return line.removeprefix(label).strip()
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("pass", "in float32"),
+        ("torch.set_float32_matmul_precision('highest')", "in float32"),
+        ("torch.set_float32_matmul_precision('high')", "may be in tf32 on CPUs, tf32 on GPUs, where contrasts are"),
+        ("torch.set_float32_matmul_precision('medium')", "may be in bf16 on CPUs, tf32 on GPUs, where contrasts are"),
+        ("torch.backends.fp32_precision = 'tf32'", "may be in tf32 on CPUs, tf32 on GPUs, where contrasts are"),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "may be in bf16 on CPUs, where contrasts are"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "may be in tf32 on GPUs, where contrasts are"),
+        ("torch.backends.fp32_precision = 'ieee'", "in float32"),
+    ],
+)
+def test_info_shows_how_float32_matrices_are_multiplied(setting, told):
+    """A setting of the process, so of one that makes it and asks."""
+    done = run_python(f"import torch; {setting}; from pmrl_kernels import info; print(info.report())")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("float32 products  "))
+    line = line.removeprefix("float32 products").strip()
+    assert line.startswith(told)
+    assert line == "in float32" or line.endswith("less exact (docs/contract.md)")
+
+
 def test_info_remarks_on_an_unknown_name_in_the_environment():
     """Every call without ``backend=`` then raises."""
     told = line_of_info("default", PMRL_KERNELS_BACKEND="nonsense")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from pmrl_kernels import backends, instance_contrastive_loss
+from pmrl_kernels import backends, dominant_singular_triplet, instance_contrastive_loss, pmrl_loss
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 # One row, packs and tiles nearly full, several tiles; the last is too large for its similarities to be kept.
@@ -350,6 +350,39 @@ def test_float32_is_as_good_as_cross_entropy(backend, tau):
     ours, theirs = error(instance_contrastive_loss(x, tau, backend=backend)), error(plain(x))
     assert ours[0] <= theirs[0] + 2e-7 / tau * float(exact)
     assert ours[1] <= 2 * theirs[1]
+
+
+@pytest.fixture
+def matmul_precision():
+    """Of the process, and put back: "none" and "ieee" are the same."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+def test_reduced_precision_of_float32_products(backend, matmul_precision, contrast, allowed):
+    """PyTorch may then round factors to bfloat16, where a processor multiplies such: in float32 contrasts alone."""
+    generator = torch.Generator().manual_seed(0)
+    shared, *xs = torch.randn(4, 256, 64, generator=generator, dtype=FLOAT64)
+    xs = [shared + 0.3 * x for x in xs]
+
+    def run(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """What must be the same to the bit, and what need not be: values, and gradients of the contrast."""
+        leaves = [x.to(dtype).requires_grad_() for x in xs]
+        parts = pmrl_loss(leaves, contrast=contrast, return_components=True, backend=backend)
+        slopes = torch.autograd.grad(parts.alignment, leaves, retain_graph=True)
+        products = [parts.instance, *torch.autograd.grad(parts.instance, leaves)]
+        others = [parts.alignment, *slopes, *dominant_singular_triplet(leaves, backend=backend)]
+        return ([*others, *products], []) if dtype == FLOAT64 else (others, products)
+
+    before = [run(dtype) for dtype in (FLOAT32, FLOAT64)]
+    matmul_precision(allowed)
+    after = [run(dtype) for dtype in (FLOAT32, FLOAT64)]
+    for (same, near), (exact, expected) in zip(after, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(same, exact, strict=True))
+        for a, b in zip(near, expected, strict=True):
+            assert float((a - b).detach().norm()) <= 2**-8 / 0.1 * float(b.detach().norm())
 
 
 BAD_ARGUMENTS = {
