@@ -231,6 +231,25 @@ def test_tiny_temperatures(backend, tau):
         assert all(x.isfinite().all() for x in (*H, h))
 
 
+@pytest.mark.parametrize("tau", [1e2, 1e6, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_slopes_at_large_temperatures(backend, dtype, tau):
+    """Where all probabilities are alike, ∂/∂τ is −Σ(s − s⁺)/(Nτ)²: of differences, not of their exponentials."""
+    ops, B, one = operators(backend), 60, torch.ones(())
+    (z,), u, _ = case(1, B, 9, dtype)
+    t = torch.tensor(tau, dtype=FLOAT64)
+    wide, others = [x.double() for x in (z, u)], 1 - torch.eye(B, dtype=FLOAT64)
+    _, losses, state = ops.instance_forward(u, None, 0, t, 1.0)
+    _, slope = ops.instance_backward(u, None, 0, t, 1.0, losses, state, one)
+    expected = ((1 - wide[1] @ wide[1].T) * others).sum() / (B * tau) ** 2
+    torch.testing.assert_close(slope, expected, rtol=1e-5 + 2 / tau, atol=0)
+    _, losses, state = ops.modality_forward([z], u, None, [], None, 0, False, t, 1.0)
+    _, _, slope = ops.modality_backward([z], u, None, [], None, 0, False, t, 1.0, losses, state, one)
+    s = wide[0] @ wide[1].T
+    expected = ((s.diagonal()[:, None] + s.diagonal() - 2 * s) * others).sum() / (B * tau) ** 2 / 2
+    torch.testing.assert_close(slope, expected, rtol=1e-4 + 20 / tau, atol=0)
+
+
 @pytest.mark.parametrize("tau", [1.0, 1e-4])
 @pytest.mark.parametrize("scale", [10.0, 1e5, 1e9, 1e16])
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)

@@ -609,17 +609,17 @@ def _pulled(
         allowed = _both(part.counted, b.seen)
         G = _probabilities(similarity, part.positive[:, None], rows[:, None], tau, allowed, first)
         if slope:
-            total += _slope(G, rows[:, None])
+            total += _slope(G, similarity, part.positive[:, None])
         R = _probabilities(similarity, b.positive, theirs, tau, _both(part.seen, b.counted), first)
         if slope and both:
-            total += _slope(R, theirs)
+            total += _slope(R, similarity, b.positive)
         G += R
         partners = slice(first, first + len(rows))
         G.diagonal(first).copy_(torch.expm1(-rows) + torch.expm1(-theirs[partners]))
         from_rows[tile] = G @ b.vectors
         if from_columns is not None:
             from_columns += G.T @ part.vectors
-    return from_rows, from_columns, total
+    return from_rows, from_columns, total / tau
 
 
 def _probabilities(
@@ -633,10 +633,9 @@ def _probabilities(
     return P
 
 
-def _slope(P: Tensor, losses: Tensor) -> Tensor:
-    """Σ P·δ with δ = log P + ℓ, the negative of ∂Σℓ/∂τ · τ."""
-    slope: Tensor = torch.special.xlogy(P, P) + P * losses
-    return slope.sum(dtype=torch.float64)
+def _slope(P: Tensor, similarity: Tensor, positive: Tensor) -> Tensor:
+    """τ Σ P·δ, the negative of ∂Σℓ/∂τ · τ². (log P + ℓ is δ too, but for large τ the rounding of two numbers.)"""
+    return torch.where(P == 0, 0.0, P * (similarity - positive)).sum(dtype=torch.float64)
 
 
 def _divisor(counted: Tensor, positive: Tensor) -> Tensor:
