@@ -220,7 +220,8 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       // where p underflows to 0 beside an infinite gap, their product tends to 0
       out.slope = out.slope + select(p.at[j] == Real(0.0), p.at[j], p.at[j] * gaps.at[j]);
     }
-    out.slope = in.alignment * out.slope / Real(s.tau);  // 1 / tau need not be finite where gaps are 0
+    // 1 / tau need not be finite where gaps are 0; NaN where the term is, which need not have a logit.
+    out.slope = in.alignment * out.slope / Real(s.tau) + (top - top);
     through_spectrum(g, E, v, s, A, radial);
   } else {
     for (int i = 0; i < k; ++i) {

@@ -442,6 +442,7 @@ def spectral_backward(
             g = g + (tau - tau)  # a bad τ shows even where there is no logit
             # where p underflows to 0 beside an infinite gap, their product tends to 0
             grad_temperature = (grad_alignment * torch.where(p == 0, 0.0, p * gaps)).sum() / tau
+            grad_temperature = grad_temperature + (0 * sigma[:, 0]).sum()  # NaN where the term is
         A = _through_spectrum(g, eigenvalues, matrix, v, double_input)
     else:
         A = torch.zeros_like(matrix)

@@ -354,7 +354,7 @@ def finish_forward(
             pull = p / tau
             # where p underflows to 0 beside an infinite gap, their product tends to 0
             slope = tl.sum(tl.where(p == 0, 0.0, product(p, gaps)), 2, keep_dims=True) / tau
-            slope = tl.where(alignable, slope + zero_or_nan(top), slope)  # no p tells of a NaN, which has no rank
+            slope += zero_or_nan(top)  # no p tells of a NaN, which has no rank
             g = tl.where(first, -tl.sum(pull, 2, keep_dims=True), pull)  # rather than (p_1 - 1) / tau, which cancels
             weights, first_weight = spectral_weights(g, values, sigma_j, top, first, k, WIDE)
             A, radial = through_spectrum(
