@@ -59,7 +59,17 @@ def _check_tensor(x: Any, name: str) -> None:
     _check_dense(x, name)
 
 
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, found without the seconds that importing that takes."""
+    return type(x) is not Tensor and hasattr(x, "full_tensor")
+
+
 def _check_dense(x: Tensor, name: str) -> None:
+    if _is_distributed(x):
+        raise TypeError(
+            f"{name}: got a DTensor, wanted a plain tensor: x.to_local() has this process's rows, which group= "
+            "contrasts with everyone's, and x.full_tensor() has all of them"
+        )
     if x.is_nested or x.layout != torch.strided:
         kind = "nested" if x.layout == torch.strided else x.layout
         raise TypeError(f"{name}: got a {kind} tensor, wanted a dense (strided) one")
@@ -81,7 +91,7 @@ def _uniform(tensors: tuple[Any, ...]) -> bool:
     for x in tensors:
         if not isinstance(x, Tensor) or x.dtype != dtype or x.is_nested or x.layout != torch.strided:
             return False
-        if x.shape != shape or x.device != device:
+        if x.shape != shape or x.device != device or _is_distributed(x):
             return False
     return dtype in _DTYPES
 

@@ -747,3 +747,30 @@ def test_likely_slips_are_named():
         dominant_sv_loss([a, b], torch.ones(5, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask: got shape \(5, 3\).*\(B, d, k\) stack must be transposed"):
         dominant_sv_loss(torch.ones(5, 8, 3), mask=torch.ones(5, 3, dtype=torch.bool))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_distributed_tensors_are_refused_with_a_hint():
+    """Their rows are spread over processes, which is what group= is for. Kernels would see this process's alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        spread = DTensor.from_local(x(4, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+        calls = {
+            "embeddings[0]": lambda: dominant_sv_loss(spread, spread),
+            "embeddings[1]": lambda: pmrl_loss(x(8, 3), spread),
+            "embeddings": lambda: singular_values(spread[:, None]),
+            "u": lambda: instance_contrastive_loss(spread),
+            "temperature": lambda: dominant_sv_loss(x(8, 3), x(8, 3), temperature=spread.sum()),
+            "mask": lambda: instance_contrastive_loss(x(8, 3), mask=spread[:, 0] > 0),
+        }
+        for name, call in calls.items():
+            with pytest.raises(
+                TypeError, match=re.escape(f"{name}: got a DTensor, wanted a plain tensor: x.to_local()")
+            ):
+                call()
+    finally:
+        torch.distributed.destroy_process_group()
