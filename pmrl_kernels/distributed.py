@@ -45,13 +45,13 @@ class Group(NamedTuple):
         return torch.cat([x[:size] for x, size in zip(everyone.split(largest), self.sizes, strict=True)])
 
 
-def exchanged(processes: ProcessGroup, numbers: Sequence[int], device: torch.device) -> Tensor:
-    """(W, n) int64: the n numbers of every process of the group. One collective."""
-    # A sum with zeros, and no gather: with gloo, a compiled gather does not meet an eager one of another process.
-    everyone = torch.zeros((dist.get_world_size(processes), len(numbers)), dtype=torch.int64, device=device)
-    everyone[dist.get_rank(processes)] = torch.tensor(numbers, dtype=torch.int64, device=device)
-    dist.all_reduce(everyone, group=processes)
-    return everyone
+def exchanged(processes: ProcessGroup, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The numbers of every process of the group. One collective, for which the host waits."""
+    own = torch.tensor([numbers], dtype=torch.int64, device=device)
+    everyone = own.new_empty((dist.get_world_size(processes), len(numbers)))
+    _all_gather(everyone, own, processes)
+    found: list[list[int]] = everyone.tolist()
+    return found
 
 
 def summed(numbers: Sequence[Tensor], processes: ProcessGroup | None) -> list[Tensor]:

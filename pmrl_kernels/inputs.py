@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends import constants
-from .distributed import Group, exchanged
+from .distributed import Group, exchanged, summed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -326,7 +326,10 @@ _CONTRASTS = ("leading", "modality", "raw")
 def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> tuple[int, ...]:
     """The number of rows of every process, once all have the same of what decides the shape of a row on the wire."""
     numbers = (batch.B, _CONTRASTS.index(contrast), batch.k, batch.d, _DTYPES.index(batch.dtype))
-    sizes, contrasts, k, d, dtypes = zip(*exchanged(processes, numbers, batch.device).tolist(), strict=True)
+    everyone = exchanged(processes, numbers, batch.device)
+    sizes, contrasts, k, d, dtypes = zip(*everyone, strict=True)
+    if all(other[1:] == everyone[0][1:] for other in everyone):
+        return sizes
     if _CONTRASTS.index("raw") in contrasts:
         _same("normalize", [str(_CONTRASTS[c] != "raw") for c in contrasts])
     _same("contrast", [repr(_CONTRASTS[c]) for c in contrasts])
@@ -342,10 +345,13 @@ def same_width(processes: ProcessGroup | None, d: int, device: torch.device) -> 
     """That every process of a group sums vectors of this many numbers. The host waits for it."""
     if processes is None or dist.get_world_size(processes) == 1:
         return
-    everyone = exchanged(processes, [d], device)
-    # Compiled code cannot look, but takes part: the others may not be compiled.
+    # Compiled code cannot look, but takes part: the others may not be compiled. (So it is a sum: with gloo, a compiled
+    # gather does not meet an eager one.)
+    own = torch.zeros(dist.get_world_size(processes), dtype=torch.float64, device=device)
+    own[dist.get_rank(processes)] = d
+    (everyone,) = summed([own], processes)
     if not torch.compiler.is_compiling():
-        _same("embeddings", [f"d = {n}" for n in everyone[:, 0].tolist()])
+        _same("embeddings", [f"d = {n:.0f}" for n in everyone.tolist()])
 
 
 def _same(name: str, values: Sequence[str], keys: Sequence[str] | None = None) -> None:
