@@ -590,6 +590,21 @@ def test_squarings_tell_ties_from_gaps(k, double_input):
     assert constants.RANK_ONE > 1000 * constants.EPS64
 
 
+@pytest.mark.parametrize("k", [2, 3, 8, 32])
+def test_squarings_down_to_rank_1_tell_the_gap(k):
+    """Within a factor of 2.3, whether one eigenvalue is that near to the first or all the others are."""
+    for near in (1, k - 1):
+        for gap in (10.0**-e for e in range(1, 15)):
+            n, excess = 0, 1.0
+            while excess > constants.RANK_ONE:
+                share = near * math.exp(2.0**n * math.log1p(-gap))
+                excess = (2 * share + (1 - 1 / near) * share * share) / (1 + share) ** 2  # 1 - ‖P‖², P of trace 1
+                n += excess > constants.RANK_ONE
+            assert 28 <= -math.log1p(-gap) * 2.0**n <= 64
+            noise, least = constants.zero_sum(k) / gap, constants.zero_sum(k) * max(1, 2.0**n / 64)
+            assert least <= noise <= 3.3 * least
+
+
 def test_squarings_of_the_docstring():
     assert constants.squarings(4, False) == 25
     assert constants.squarings(4, True) == 50

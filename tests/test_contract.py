@@ -20,6 +20,8 @@ from pmrl_kernels import (
     pmrl_loss,
     singular_values,
 )
+from pmrl_kernels.backends import constants
+from pmrl_kernels.spectral import _spectral
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OBJECTIVES = ("softmax", "leading")
@@ -355,6 +357,144 @@ def test_whole_and_leading_paths_agree(backend, device, objective):
     _, _, by_u = pmrl_loss(xs, objective=objective, return_components=True, backend=backend)
     u = dominant_singular_triplet(xs, backend=backend).u
     torch.testing.assert_close(by_u, instance_contrastive_loss(u, backend=backend), rtol=1e-9, atol=1e-12)
+
+
+# Every gap around the rule, as multiples of the smallest that counts. From there to twice that, a second eigenvector
+# is still left in a power iteration.
+AROUND_THE_GAP = (0.01, 0.5, 0.9, 0.99, 1.01, 1.1, 1.3, 1.4, 1.5, 1.6, 1.7, 1.75, 1.8, 1.85, 1.9, 1.95, 2.0, 2.05, 2.1)
+BEYOND_THE_GAP = (2.5, 3.0, 5.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e5, 1e6)
+
+
+def of_the_gap(k: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """Gaps (B,) from well below to far above the smallest that counts, each below 1. An interpreter takes some."""
+    gaps = torch.tensor(AROUND_THE_GAP + BEYOND_THE_GAP, dtype=torch.float64)[:: 4 if backend == "triton" else 1]
+    return gaps * constants.eigenvalue_gap(k, dtype == torch.float64)
+
+
+def both_paths_agree(xs: list[Tensor], gaps: Tensor, normalize: bool, mask: Tensor | None, backend: str) -> Tensor:
+    """The leading path's σ₁, u₁, v₁ and gradient are those of the eigensolver. Returns v₁, (B, k) in float64.
+
+    The gap rule for float64 is but a few roundings of a Gram matrix: very near to it a backend may have two opinions.
+    """
+    vectors = constants.SIGMA | constants.U | constants.V
+    wanted = vectors | constants.ALIGNMENT_SUM
+    loss, sigma, *ours = _spectral((xs,), mask, normalize, backend, spectrum=False, wanted=wanted)
+    sigmas, *theirs = _spectral((xs,), mask, normalize, backend, spectrum=True, wanted=vectors)
+    wide = xs[0].dtype == torch.float64
+    rounding = tol.solver(len(xs)) if wide else 4 * tol.EPS32
+    torch.testing.assert_close(sigma[:, 0], sigmas[:, 0], rtol=rounding, atol=0)
+    ours.append(torch.stack(grads(loss, xs), 1))
+    theirs.append(torch.stack(grads((torch.linalg.vector_norm(sigmas, dim=1) - sigmas[:, 0]).sum(), xs), 1))
+    # what two backward stable solvers may differ by, and the rounding of the output
+    bound = 4 * tol.EPS32 + 32 * tol.EPS64 / gaps.clamp_min(tol.EPS64)
+    opinion = (gaps / constants.eigenvalue_gap(len(xs), wide) - 1).abs() < (0.3 if wide else 1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs().flatten(1).amax(1)
+        difference = torch.where(opinion, 0.0, difference)
+        worst = (difference / bound).argmax()
+        assert difference[worst] <= bound[worst], (float(gaps[worst]), a[worst], b[worst])
+    return ours[1].detach().cpu().double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pairs_at_an_obtuse_angle(backend, device, dtype):
+    """v₁ = (1, −1)/√2 however little the cosine is below 0, from the smallest gap that counts on."""
+    gap = constants.eigenvalue_gap(2, dtype == torch.float64)
+    factors = torch.cat([torch.linspace(0.9, 2.2, 27), torch.logspace(0.5, 6, 12)]).double()
+    cosines = -gap / 2 * factors[:: 4 if backend == "triton" else 1]
+    zero = torch.zeros_like(cosines)
+    xs = [torch.stack([zero + 1, zero, zero], 1), torch.stack([cosines, zero, (1 - cosines**2).sqrt()], 1)]
+    xs = leaves(xs, device, dtype)
+    gaps = 2 * cosines.abs() / (1 + cosines.abs())
+    v = both_paths_agree(xs, gaps, True, None, backend)
+    apart = gaps > gap
+    decided = (gaps / gap - 1).abs() > 1e-3 if dtype == torch.float32 else ((gaps / gap - 1).abs() > 0.1)
+    assert apart[decided].any()
+    assert not apart[decided].all()
+    wanted = torch.tensor([[0.5, 0.5], [0.5, -0.5]], dtype=torch.float64)[apart.int()].sign() * 0.5**0.5
+    torch.testing.assert_close(v[decided], wanted[decided], rtol=4 * tol.EPS32, atol=0)
+    exact = (1 - xs[1][:, 0].detach().cpu().double()).sqrt()
+    sigma = dominant_singular_value(xs, backend=backend).cpu().double()
+    torch.testing.assert_close(sigma[decided], exact[decided], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def mirrored(k: int, gaps: Tensor) -> tuple[list[Tensor], Tensor]:
+    """k float64 tensors (B, d) whose v₁ has entries that add up to 0 exactly, and which of them come in pairs.
+
+    Embeddings (s, t) and (s, −t) are a reflection of one another, others (s, 0) of themselves. So each right singular
+    vector is even or odd under the exchange, and the first one is odd: σ₁² = 1, with the even ones ``gaps`` below.
+    Returns also (B, k) with the number of each one's pair, −1 for those without. The first pair dominates v₁.
+    """
+    instances, partners = [], []
+    for i in range(len(gaps)):
+        pairs = 1 + i % (k // 2)
+        alone = k - 2 * pairs
+        w = torch.cat([torch.ones(1), torch.rand(pairs - 1) * 0.6]).double()
+        W = torch.linalg.qr(torch.cat([w[:, None], torch.randn(pairs, pairs - 1, dtype=torch.float64)], 1)).Q
+        scale = torch.cat([torch.ones(1), 0.8 * torch.rand(pairs - 1)]).double()
+        odd = torch.linalg.qr(torch.randn(pairs, pairs, dtype=torch.float64)).Q * scale @ W.mT / 2**0.5
+        below = torch.cat([(1 - gaps[i : i + 1]).sqrt(), 0.8 * torch.rand(pairs + alone - 1)])
+        even = with_spectrum(below, 1, pairs + alone)
+        even = torch.stack([x[0] for x in even], 1)
+        s, t = even[:, :pairs] / 2**0.5, odd
+        rest = torch.cat([even[:, pairs:], odd.new_zeros(pairs, alone)])
+        columns = torch.cat([torch.cat([s, t]), torch.cat([s, -t]), rest], 1)
+        numbers = torch.cat([torch.arange(pairs), torch.arange(pairs), torch.full((alone,), -1)])
+        order = torch.randperm(k)
+        instances.append(torch.nn.functional.pad(columns, (0, 0, 0, k + 1 - len(columns)))[:, order])
+        partners.append(numbers[order])
+    return list(torch.stack(instances).unbind(2)), torch.stack(partners)
+
+
+@pytest.mark.parametrize(
+    ("k", "masked"), [(2, 0), (2, 1), (3, 0), (4, 0), (4, 1), (5, 0), (6, 1), (7, 0), (8, 0), (12, 1), (31, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_leading_vectors_across_the_mean(backend, device, dtype, k, masked):
+    """Entries of v₁ that add up to 0, whatever the gap: one rule on both paths, and the first of equals decides."""
+    least = constants.eigenvalue_gap(k + masked, dtype == torch.float64)
+    gaps = of_the_gap(k + masked, dtype, backend)
+    xs, pair = mirrored(k, gaps)
+    Z = torch.stack(xs, 2).to(dtype).double()  # whose gaps are others than they were before this rounding
+    partners = (pair[:, :, None] == pair[:, None, :]) & (pair >= 0)[:, :, None] & ~torch.eye(k, dtype=torch.bool)
+    partner = torch.where(pair < 0, torch.arange(k), partners.int().argmax(2))
+    image = Z.gather(2, partner[:, None, :].expand_as(Z))
+    odd, even = (torch.linalg.svdvals((Z + sign * image) / 2)[:, 0] for sign in (-1, 1))
+    gaps = (odd - even) * (odd + even) / odd**2
+    mask = None
+    if masked:
+        mask = torch.ones(len(gaps), k + 1, dtype=torch.bool, device=device)
+        mask[:, 1] = False
+        xs.insert(1, torch.full_like(xs[0], torch.nan))
+        pair = torch.cat([pair[:, :1], torch.full_like(pair[:, :1], -1), pair[:, 1:]], 1)
+    v = both_paths_agree(leaves(xs, device, dtype), gaps.abs(), False, mask, backend)
+    decided = gaps > (1.001 if dtype == torch.float32 else 1.3) * least
+    assert decided.sum() >= len(gaps) / 2
+    first = (pair == 0).int().argmax(1)
+    assert (v.gather(1, first[:, None])[decided] > 0.3).all()
+    assert (v.sum(1)[decided].abs() <= 4 * tol.EPS32 + 32 * tol.EPS64 / gaps[decided]).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 8, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_leading_vectors_nearly_across_the_mean(backend, device, dtype, k):
+    """A sum that is zero, nearly, or not quite, of either sign: whatever it counts as, it does on both paths."""
+    gaps = of_the_gap(k, dtype, backend)
+    B = len(gaps)
+    zero = constants.zero_sum(k) / gaps
+    sums = zero * torch.logspace(-3, 4, 7, dtype=torch.float64)[torch.arange(B) % 7]
+    sums = sums.clamp_max(0.5) * torch.where(torch.arange(B) % 2 == 0, 1, -1)
+    ones = torch.full((B, k), k**-0.5, dtype=torch.float64)
+    across = torch.randn(B, k, dtype=torch.float64)
+    across = torch.nn.functional.normalize(across - across.mean(1, keepdim=True), dim=1)
+    share = (sums / k**0.5)[:, None]
+    first = across * (1 - share**2).sqrt() + ones * share
+    second = ones * (1 - share**2).sqrt() - across * share  # all that there is of the mean
+    basis = torch.linalg.qr(torch.cat([first[:, :, None], second[:, :, None], torch.randn(B, k, k).double()], 2)).Q
+    scale = torch.cat([torch.ones(B, 1), (1 - gaps).sqrt()[:, None], 0.8 * torch.rand(B, k - 2)], 1)
+    U = torch.linalg.qr(torch.randn(B, k + 2, k, dtype=torch.float64)).Q
+    Z = (U * scale[:, None, :]) @ basis[:, :, :k].mT
+    both_paths_agree(leaves(list(Z.unbind(2)), device, dtype), gaps, False, None, backend)
 
 
 # ---- zero vectors and extreme norms -------------------------------------------------------------

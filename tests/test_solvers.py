@@ -109,6 +109,21 @@ def unit_columns(X: Array) -> Array:
     return X / np.linalg.norm(X, axis=0)
 
 
+def mirrored(k: int, gap: float, rng: np.random.Generator) -> Array:
+    """v₁'s entries add up to 0 exactly, and λ₂ is a relative ``gap`` below λ₁ = 1.
+
+    Renaming the modalities by an involution leaves every bit of the matrix as it is, and turns v₁ into −v₁.
+    """
+    pairs = int(rng.integers(1, k // 2 + 1))
+    alone = k - 2 * pairs
+    odd = with_eigenvalues(np.append(1.0, 0.9 * rng.random(pairs - 1)), rng)
+    even = with_eigenvalues(np.append(1.0 - gap, 0.9 * rng.random(pairs + alone - 1)), rng)
+    first, rest = even[:pairs, :pairs], even[:pairs, pairs:] / 2**0.5
+    A, B = (first + odd) / 2, (first - odd) / 2
+    order = rng.permutation(k)
+    return np.block([[A, B, rest], [B, A, rest], [rest.T, rest.T, even[pairs:, pairs:]]])[np.ix_(order, order)]
+
+
 def with_top(k: int, *top: float) -> Array:
     """Eigenvalues that start with ``top`` and go on well below."""
     return np.array([*top, *np.linspace(0.7, 0.1, k)])[:k]
@@ -161,6 +176,8 @@ def cases(k: int) -> dict[str, Array]:
         v, w = (1.0 - 1e-9) * eye[0] - eye[1], eye[0] + (1.0 - 1e-9) * eye[1]
         A["a sum of 1e-9"] = np.outer(v, v) + np.outer(w, w) / 2
         A["one column zero"] = gram(rng.standard_normal((k, k)) * (steps != k // 2))
+        for gap in (0.5, 1e-1, 1e-3, 1e-5, *np.outer([1e-6, 1e-9, 1e-12, 1e-13], [1, 2, 4, 8]).flat):
+            A[f"mirrored, gap {gap}"] = mirrored(k, gap, rng)
         for gap in (1e-7, 1e-9, 1e-11, 1e-13, 1e-15):
             A[f"top gap {gap}"] = with_eigenvalues(with_top(k, 1.0, 1.0 - gap), rng)
             A[f"top gap {gap}, axes"] = np.diag(with_top(k, 1.0 - gap, 1.0))
@@ -169,6 +186,10 @@ def cases(k: int) -> dict[str, Array]:
                 values = with_top(k, 1.0, 1.0 - factor * constants.eigenvalue_gap(k, wide))
                 A[f"{factor} of the gap, {wide}"] = with_eigenvalues(values, rng)
                 A[f"{factor} of the gap, {wide}, axes"] = np.diag(values)
+            for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 1.5, 1.8, 2.1, 3.0, 10.0):
+                A[f"{factor} of the gap, {wide}, mirrored"] = mirrored(
+                    k, factor * constants.eigenvalue_gap(k, wide), rng
+                )
     return A
 
 
@@ -289,18 +310,21 @@ def oriented(values: Extended, V: Extended, k: int, wide: bool, simple: float) -
     Pi = np.einsum("nij,nj,nmj->nim", V, tied, V)
     along = np.einsum("nmj,nj->nm", V, tied * V.sum(1))
     length = np.sqrt((along * along).sum(1, keepdims=True))
-    zero = constants.zero_sum(k)
+    apart = np.where(tied, 1, gaps).min(1, keepdims=True)
+    zero = constants.zero_sum(k) / apart
     decided &= ~((length > zero / 16) & (length < 16 * zero))[:, 0]
     nowhere = length <= zero
     diagonal = np.einsum("nii->ni", Pi)
     peak = diagonal.max(1, keepdims=True)
-    m = (diagonal >= peak * (1 - constants.PEAK_TIE)).argmax(1)
+    tie = np.clip(zero, constants.PEAK_TIE, 0.5)
+    decided &= ~(nowhere & (np.abs(1 - diagonal / np.where(peak == 0, 1, peak) - tie) < zero / 4)).any(1)
+    m = (diagonal >= peak * (1 - tie)).argmax(1)
     v = np.where(nowhere, np.take_along_axis(Pi, m[:, None, None], 1)[:, 0], along)
     norm = np.sqrt((v * v).sum(1, keepdims=True))
     v = np.where(top == 0, 0, v / np.where(norm == 0, 1, norm))
     # A projector turns with the gap to what is not in it, and its image of the ones with that over their length.
     apart = np.minimum(np.where(tied, np.inf, gaps).min(1) - np.where(tied, gaps, 0).max(1), 1)
-    shrinks = np.where(nowhere[:, 0], 1.0, k**0.5 / np.maximum(length[:, 0], zero))
+    shrinks = np.where(nowhere[:, 0], 1.0, k**0.5 / np.maximum(length[:, 0], zero[:, 0]))
     error = np.where(tied.sum(1) == 1, 1, np.maximum(shrinks, 1)) * tol.solver(k) / apart
     error = np.where(apart > 2 * limit, np.where(tied.sum(1) == 1, simple / apart, error), error).astype(np.float64)
     return Oriented(v, error, decided & (error < 1e-2))

@@ -26,7 +26,7 @@ constexpr double kPeakTie = 4 * kEps32;
 constexpr double kRankOne = 1e-12;
 
 // Jacobi stops at 2 off^2 <= this * diag^2. Eigenvalues would do with less up to 32-bit inputs, but the sum of v1's
-// entries must come out below zero_sum where it is zero, and off / diag = 1e-15 leaves it up to 1e-15 k.
+// entries must come out below zero_sum over the gap where it is zero; off / diag = 1e-15 leaves up to 1e-15 k over it.
 constexpr double kJacobiTolerance = 1e-30;
 // Quadratic convergence needs 4 to 6 sweeps for k <= 8 and up to 10 for 32. The cap only ever ends a solve
 // that rounding keeps from meeting the tolerance.

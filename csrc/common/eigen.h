@@ -246,12 +246,12 @@ PMRL_INLINE auto is_tied(Real top, Real value, double gap) {
   return top - value <= Real(gap) * top;
 }
 
-// Lowest index among the largest entries of `diagonal`, as that index's row of P (symmetric, upper).
+// The row of P (symmetric, upper) with the largest diagonal entry; the first of those within a relative `tie` of it.
 template <int K, class Real>
-PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Vector<K, Real>& row, int k) {
+PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Real tie, Vector<K, Real>& row, int k) {
   Real largest(0.0);
   for (int m = 0; m < k; ++m) largest = max(largest, P.at[m][m]);
-  largest = largest * Real(1 - kPeakTie);
+  largest = largest * (Real(1.0) - tie);
   for (int i = 0; i < k; ++i) row.at[i] = Real(0.0);
   for (int m = k - 1; m >= 0; --m) {
     const auto here = P.at[m][m] >= largest;
@@ -260,20 +260,24 @@ PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Vector<K, Real>& row, int 
 }
 
 // v1: the all-ones vector projected on the top eigenspace and normalised. For a simple eigenvalue this is the
-// eigenvector whose entries have a positive sum. Where the projection is zero, a unit vector e_m is
-// projected instead, m the modality nearest the eigenspace. 0 where the largest eigenvalue is 0.
+// eigenvector whose entries have a positive sum. Where the projection is zero, up to what rounding makes of it if the
+// next eigenvalue is near, a unit vector e_m is projected instead, m the modality nearest the eigenspace. 0 where the
+// largest eigenvalue is 0.
 template <int K, class Real>
 PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, int k, bool wide) {
   const Real top = E.values.at[0];
   Vector<K, Real> along;  // coefficients of the projection
-  Real length(0.0);
+  Real length(0.0), next(0.0);
   for (int j = 0; j < k; ++j) {
     Real sum(0.0);
     for (int m = 0; m < k; ++m) sum = sum + E.V.at[m][j];
-    along.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(k, wide)), sum, Real(0.0));
+    const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(k, wide));
+    along.at[j] = select(tied, sum, Real(0.0));
     length = length + along.at[j] * along.at[j];
+    next = max(next, select(tied, Real(0.0), E.values.at[j]));
   }
-  const auto nowhere = sqrt(length) <= Real(zero_sum(k));
+  const Real gap = top - next, noise = Real(zero_sum(k)) * top;
+  const auto nowhere = sqrt(length) * gap <= noise;
   for (int m = 0; m < k; ++m) {
     Real sum(0.0);
     for (int j = 0; j < k; ++j) sum = sum + E.V.at[m][j] * along.at[j];
@@ -289,8 +293,9 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
                              Real(0.0));
         P.at[i][m] = sum;
       }
+    const Real share = noise / gap;
     Vector<K, Real> row;
-    peak_row(P, row, k);
+    peak_row(P, max(Real(kPeakTie), select(share < Real(0.5), share, Real(0.5))), row, k);
     for (int m = 0; m < k; ++m) v.at[m] = select(nowhere, row.at[m], v.at[m]);
   }
   Real squares(0.0);
@@ -318,9 +323,12 @@ PMRL_INLINE void normalise(Vector<K, Real>& x, int k) {
 }
 
 // The leading eigenvalue and its oriented eigenvector, by repeated squaring: P = (A / tr A)^(2^s) tends to
-// v1 v1^T in a bounded number of squarings s for any gap that counts. One step on A itself and a Rayleigh
-// quotient finish. Where P has not come down to rank 1 the top is tied, or within rounding of it, and squaring
-// would only amplify what rounding left of the tie: those lanes take the answer of `eigenpairs`.
+// v1 v1^T in a bounded number of squarings s for any gap that counts. The largest row of P is v1 with the sign of the
+// orientation's second rule; its sum then decides by the first. One step on A itself and a Rayleigh quotient finish.
+//
+// Where P has not come down to rank 1 the top is tied, or within rounding of it, and squaring would only amplify what
+// rounding left of the tie: those lanes take the answer of `eigenpairs`. So do those whose sum is too near what counts
+// as zero, which depends on the gap: n squarings down to rank 1 tell that it is between 28 and 64 times 2^-n.
 template <int K, class Real>
 PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k, bool wide) {
   const Real broken = zero_or_nan(A, k);
@@ -334,6 +342,7 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
       P.at[i][j] = select(fine, A.at[i][j] * inverse_trace, Real(i + j == 0 ? 1.0 : 0.0));
 
   auto moving = fine;
+  Real reach(zero_sum(k) / 64);  // times 2^n: at most zero_sum over the gap, and at least a third of that
   for (int step = 0; step < squarings(k, wide) && any(moving); ++step) {
     Matrix<K, Real> Q;
     Real sum(0.0), change(0.0);
@@ -345,6 +354,7 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
         if (i == j) sum = sum + dot;
       }
     const Real inverse = Real(1.0) / sum;
+    reach = select(moving & (sum < Real(1 - kRankOne)), reach + reach, reach);  // sum is the square of P's norm
     for (int i = 0; i < k; ++i)
       for (int j = i; j < k; ++j) {
         const Real next = Q.at[i][j] * inverse;
@@ -355,32 +365,28 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
   }
 
   Vector<K, Real> x;
-  Real length(0.0), frobenius(0.0);
+  Real frobenius(0.0), sum(0.0), squares(0.0);
+  for (int i = 0; i < k; ++i)
+    for (int j = 0; j < k; ++j) frobenius = frobenius + upper(P, i, j) * upper(P, i, j);
+  peak_row(P, Real(kPeakTie), x, k);
+  multiply(P, x, v, k);  // squares the share of other eigenvectors once more
   for (int i = 0; i < k; ++i) {
-    Real sum(0.0);
-    for (int j = 0; j < k; ++j) {
-      sum = sum + upper(P, i, j);
-      frobenius = frobenius + upper(P, i, j) * upper(P, i, j);
-    }
-    x.at[i] = sum;
-    length = length + sum * sum;
+    sum = sum + v.at[i];
+    squares = squares + v.at[i] * v.at[i];
   }
-  const auto nowhere = sqrt(length) <= Real(zero_sum(k));
-  if (any(nowhere)) {
-    Vector<K, Real> row;
-    peak_row(P, row, k);
-    for (int i = 0; i < k; ++i) x.at[i] = select(nowhere, row.at[i], x.at[i]);
-  }
-  normalise(x, k);
-  multiply(P, x, v, k);  // squares the share of other eigenvectors once more, and mends a short projection
-  normalise(v, k);
+  reach = max(reach, Real(zero_sum(k)));
+  const Real length = sqrt(squares), size = abs(sum);
+  const auto against = sum < -(reach * length);
+  for (int i = 0; i < k; ++i) v.at[i] = select(against, -v.at[i], v.at[i]);
   multiply(A, v, x, k);
   normalise(x, k);
   multiply(A, x, v, k);
   value = Real(0.0);
   for (int i = 0; i < k; ++i) value = value + x.at[i] * v.at[i];
 
-  const auto undecided = fine & (Real(1.0) - frobenius > Real(kRankOne));
+  const auto unclear = (size < Real(8.0) * (reach * length)) &
+                       ((size > Real(0.5) * (reach * length)) | (reach > Real(kPeakTie / 2)));
+  const auto undecided = fine & ((Real(1.0) - frobenius > Real(kRankOne)) | unclear);
   if (any(undecided)) {
     Matrix<K, Real> copy = A;
     Eigenpairs<K, Real> E;

@@ -822,6 +822,7 @@ void row_dots(const Rows& x, const Rows& y, int64_t d, int64_t begin, int64_t en
 // The solvers alone, on matrices in row-major order.
 template <int K>
 void solve_matrices(const double* A, int64_t n, int k, bool all, bool wide, double* values, double* vectors) {
+  if (K) k = K;  // or code for other k stays in, and compilers fuse sums in one register otherwise than in the next
   for (int64_t start = 0; start < n; start += kLanes) {
     const int lanes = n - start < kLanes ? static_cast<int>(n - start) : kLanes;
     double entry[kLanes] = {};

@@ -32,13 +32,15 @@ def eigenvalue_gap(k: int, double_input: bool) -> float:
 
 
 def zero_sum(k: int) -> float:
-    """|Σ_m (v₁)_m| at or below this is rounding noise around 0: the orientation's second rule decides."""
+    """|Σ_m (v₁)_m| at or below this over the relative gap to the next eigenvalue, by which rounding turns v₁, is
+    noise around 0: the orientation's second rule decides. Several times what any solver makes of an exact 0."""
     return 16 * k * EPS64
 
 
 PEAK_TIE = 4 * EPS32
-"""Entries of the top eigenspace's projector within this relative distance count as equally large; the
-lowest modality index among them wins. Far above the noise of any solver, so that all pick the same one."""
+"""Entries of the top eigenspace's projector within this relative distance (or within what counts as a zero sum, if
+that is more, and up to ½) count as equally large; the lowest modality index among them wins. Far above the noise
+of any solver, so that all pick the same one."""
 
 
 def squarings(k: int, double_input: bool) -> int:
@@ -56,7 +58,8 @@ def squarings(k: int, double_input: bool) -> int:
 
 RANK_ONE = 1e-12
 """P of trace 1 has ‖P‖² = 1 - 2·share of v₂ near rank 1. More than this below 1, its matrix goes to the
-eigensolver. Far above the rounding of ‖P‖²; what passes has a share of 5e-13, squared in the last steps."""
+eigensolver. Far above the rounding of ‖P‖²; what passes has a share of 5e-13, squared in the last steps. After how
+many squarings P passes also tells the gap, within a factor of 2.3: -ln(1 - gap)·2^n is between 28 and 64."""
 
 ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z = (1 << bit for bit in range(7))
 """What a spectral function is asked for, added up: one of the first three at most (the alignment terms (B,), their

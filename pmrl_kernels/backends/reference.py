@@ -149,9 +149,9 @@ def _tied(eigenvalues: Tensor, k: int, double_input: bool) -> Tensor:
     return top - eigenvalues <= constants.eigenvalue_gap(k, double_input) * top
 
 
-def _peak(diagonal: Tensor) -> Tensor:
+def _peak(diagonal: Tensor, tie: Tensor | float) -> Tensor:
     """(B, 1): lowest index among the largest entries of the top eigenspace projector's diagonal (B, k)."""
-    largest = diagonal.amax(1, keepdim=True) * (1 - constants.PEAK_TIE)
+    largest = diagonal.amax(1, keepdim=True) * (1 - tie)
     return (diagonal >= largest).int().argmax(1, keepdim=True)
 
 
@@ -159,13 +159,16 @@ def _oriented(eigenvalues: Tensor, V: Tensor, tied: Tensor) -> Tensor:
     """v₁ (B, k): the all-ones vector projected on the top eigenspace and normalised.
 
     For a simple eigenvalue this is the eigenvector whose entries have a positive sum. Where the
-    projection is zero, a unit vector e_m is projected instead, m the modality nearest the eigenspace.
+    projection is zero, up to what rounding makes of it if the next eigenvalue is near, a unit vector
+    e_m is projected instead, m the modality nearest the eigenspace.
     """
     k = V.shape[-1]
     top = V * tied[:, None, :]
     along = top.sum(1)
-    nowhere = torch.linalg.vector_norm(along, dim=1, keepdim=True) <= constants.zero_sum(k)
-    m = _peak((top * top).sum(2))
+    gap = eigenvalues[:, :1] - eigenvalues.masked_fill(tied, 0.0).amax(1, keepdim=True)
+    noise = constants.zero_sum(k) * eigenvalues[:, :1]
+    nowhere = torch.linalg.vector_norm(along, dim=1, keepdim=True) * gap <= noise
+    m = _peak((top * top).sum(2), (noise / gap).clamp(constants.PEAK_TIE, 0.5))
     along = torch.where(nowhere, top.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1), along)
     v = torch.bmm(top, along[:, :, None]).squeeze(2)
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
@@ -175,10 +178,12 @@ def _oriented(eigenvalues: Tensor, V: Tensor, tied: Tensor) -> Tensor:
 def _power_iteration(G: Tensor, double_input: bool) -> tuple[Tensor, Tensor]:
     """λ₁ (B, 1) and oriented v₁ (B, k) of every Gram matrix by repeated squaring.
 
-    P = (G / tr G)^(2^s) tends to v₁v₁ᵀ for any gap that counts in a bounded number of squarings s. One
-    step on G itself and a Rayleigh quotient finish. A matrix whose P has not come down to rank 1 is tied
-    at the top, or within rounding of it. Those few go to the eigensolver, since squaring would amplify
-    what rounding left of the tie, and the orientation rule wants the whole eigenspace.
+    P = (G / tr G)^(2^s) tends to v₁v₁ᵀ for any gap that counts in a bounded number of squarings s. Its
+    largest row is v₁ with the sign of the orientation's second rule; its sum then decides by the first.
+    One step on G itself and a Rayleigh quotient finish. A matrix whose P has not come down to rank 1 is
+    tied at the top, or within rounding of it. Those few go to the eigensolver, since squaring would
+    amplify what rounding left of the tie, and the orientation rule wants the whole eigenspace. So do
+    those whose sum is too near what counts as zero.
     """
     k = G.shape[-1]
     bad = ~G.isfinite().all(-1).all(-1)
@@ -187,27 +192,34 @@ def _power_iteration(G: Tensor, double_input: bool) -> tuple[Tensor, Tensor]:
     one[0, 0] = 1.0  # stands in for matrices without an answer: rank 1 at once
     G = torch.where((bad | empty)[:, None, None], one, G)
     P = G / G.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    squares = []  # of P's norms: 1 at rank 1
     for step in range(constants.squarings(k, double_input)):
         previous, P = P, torch.bmm(P, P)
-        P = P / P.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        squares.append(P.diagonal(dim1=1, dim2=2).sum(1))
+        P = P / squares[-1][:, None, None]
         # A CPU looks whether anything still moves; looking at each step costs a device its queue.
         look = G.device.type == "cpu" and step % 2 and len(G)
         if look and float((P - previous).abs().max()) <= 4 * constants.EPS64:
             break
-    ones = P.sum(2)
-    nowhere = torch.linalg.vector_norm(ones, dim=1, keepdim=True) <= constants.zero_sum(k)
-    m = _peak(P.diagonal(dim1=1, dim2=2))
-    v = torch.where(nowhere, P.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1), ones)
-    for A in (P, G):  # P again squares the share of other eigenvectors, and mends a short projection
-        v = torch.bmm(A, (v / torch.linalg.vector_norm(v, dim=1, keepdim=True))[:, :, None]).squeeze(2)
+    # n squarings down to rank 1: the gap is 28 to 64 times 2^-n, what counts as zero 1 to 3 times ``zero``
+    n = (torch.stack(squares) < 1 - constants.RANK_ONE).sum(0)[:, None]
+    zero = constants.zero_sum(k) * torch.exp2(n.double() - 6).clamp_min(1.0)
+    m = _peak(P.diagonal(dim1=1, dim2=2), constants.PEAK_TIE)
+    v = P.gather(1, m[:, :, None].expand(-1, 1, k)).squeeze(1)
+    v = torch.bmm(P, v[:, :, None]).squeeze(2)  # squares the share of other eigenvectors once more
+    v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    total = v.sum(1, keepdim=True)
+    v = torch.bmm(G, torch.where(total < -zero, -v, v)[:, :, None]).squeeze(2)
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
     top = (v * torch.bmm(G, v[:, :, None]).squeeze(2)).sum(1, keepdim=True)
 
-    tied = (1 - (P * P).sum((1, 2)) > constants.RANK_ONE).nonzero()[:, 0]
-    if len(tied):
-        eigenvalues, V = _eigh(G[tied])
-        v[tied] = _oriented(eigenvalues, V, _tied(eigenvalues, k, double_input))
-        top[tied] = eigenvalues[:, :1]
+    size = total.abs()
+    unclear = (size < 8 * zero) & ((size > zero / 2) | (zero > constants.PEAK_TIE / 2))
+    undecided = (unclear[:, 0] | (1 - (P * P).sum((1, 2)) > constants.RANK_ONE)).nonzero()[:, 0]
+    if len(undecided):
+        eigenvalues, V = _eigh(G[undecided])
+        v[undecided] = _oriented(eigenvalues, V, _tied(eigenvalues, k, double_input))
+        top[undecided] = eigenvalues[:, :1]
     top, v = top.masked_fill(empty[:, None], 0.0), v.masked_fill(empty[:, None], 0.0)
     return top.masked_fill(bad[:, None], torch.nan), v.masked_fill(bad[:, None], torch.nan)
 

@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 JACOBI_TOLERANCE = tl.constexpr(1e-30)
 MAX_SWEEPS = tl.constexpr(20)
 FOUR_EPS64 = tl.constexpr(4 * constants.EPS64)
-NEARLY_PEAK = tl.constexpr(1 - constants.PEAK_TIE)
+PEAK_TIE = tl.constexpr(constants.PEAK_TIE)
 RANK_ONE = tl.constexpr(constants.RANK_ONE)
 
 # ------------------------------------------------------------------------------------------------
@@ -177,6 +177,19 @@ def rotation(app, apq, aqq, least):
     return tl.where(turns, c * f, 1.0), tl.where(turns, s * f, 0.0)
 
 
+@triton.jit
+def unclear(total, squarings, k: tl.constexpr):
+    """What the sum of v₁'s entries says: that v₁ has to be turned, and whether it is too near what counts as zero.
+
+    n squarings down to rank 1 tell that the gap is between 28 and 64 times 2^-n, and zero_sum over it 1 to 3 times
+    ``zero``.
+    """
+    scale = ((squarings.to(tl.int64) + (1023 - 6)) << 52).to(tl.float64, bitcast=True)
+    zero = zero_sum(k) * tl.maximum(scale, 1.0)
+    size = tl.abs(total)
+    return total < -zero, (size < 8.0 * zero) & ((size > 0.5 * zero) | (zero > 0.5 * PEAK_TIE))
+
+
 # ------------------------------------------------------------------------------------------------
 # Lanes: an instance per lane
 # ------------------------------------------------------------------------------------------------
@@ -290,7 +303,8 @@ def _unit(x, k: tl.constexpr):
 @triton.jit
 def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
     """The oriented v₁ of A = P (k blocks [N]) but for a last step on A itself (``finish_forward`` takes it, so A is
-    not kept meanwhile), and where Jacobi has to decide: where the top is tied, or within rounding of it.
+    not kept meanwhile), and where Jacobi has to decide: where the top is tied, or within rounding of it, or the sum
+    of v₁'s entries within rounding of what counts as zero.
 
     P = (A / tr A)^(2^s) tends to v₁v₁ᵀ in a bounded number of squarings. A has to be finite with a positive trace.
     """
@@ -302,6 +316,7 @@ def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
         P = put(P, at, P[at] * inverse)
     steps = 0
     moving = tl.full(trace.shape, 1, tl.int32)
+    needed = tl.zeros_like(moving)  # squarings down to rank 1
     going = 1
     while going > 0:
         Q = P
@@ -313,6 +328,7 @@ def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
                     dot += P[triangle(i, m)] * P[triangle(m, j)]
                 Q = put(Q, triangle(i, j), dot)
             total += Q[triangle(j, j)]
+        needed += tl.where(1.0 - total > RANK_ONE, moving, 0)
         inverse = 1.0 / total
         change = tl.zeros_like(trace)
         for at in tl.static_range(k * (k + 1) // 2):
@@ -323,25 +339,27 @@ def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
         steps += 1
         going = tl.where(steps < squarings(k, WIDE), tl.max(moving, 0), 0)
 
-    x = ()
-    length = tl.zeros_like(trace)
     frobenius = tl.zeros_like(trace)
     largest = tl.zeros_like(trace)
     for i in tl.static_range(k):
-        total = tl.zeros_like(trace)
         for j in tl.static_range(k):
-            total += P[triangle(i, j)]
             frobenius += P[triangle(i, j)] * P[triangle(i, j)]
-        x = x + (total,)
-        length += total * total
         largest = tl.maximum(largest, P[triangle(i, i)])
-    nowhere = tl.sqrt(length) <= zero_sum(k)
-    for back in tl.static_range(k):  # so that the lowest index is the last to be written
-        here = nowhere & (P[triangle(k - 1 - back, k - 1 - back)] >= largest * NEARLY_PEAK)
+    x = ()
+    for i in tl.static_range(k):
+        x = x + (P[triangle(k - 1, i)],)
+    for back in tl.static_range(1, k):  # so that the lowest index is the last to be written
+        here = P[triangle(k - 1 - back, k - 1 - back)] >= largest * (1 - PEAK_TIE)
         for i in tl.static_range(k):
             x = put(x, i, tl.where(here, P[triangle(k - 1 - back, i)], x[i]))
-    x = _unit(_times(P, _unit(x, k), k), k)
-    return x, 1.0 - frobenius > RANK_ONE
+    x = _unit(_times(P, x, k), k)  # squares the share of other eigenvectors once more
+    total = x[0]
+    for i in tl.static_range(1, k):
+        total += x[i]
+    against, undecided = unclear(total, needed, k)
+    for i in tl.static_range(k):
+        x = put(x, i, tl.where(against, -x[i], x[i]))
+    return x, undecided | (1.0 - frobenius > RANK_ONE)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -467,7 +485,8 @@ def _tile_times(A, x, lane, K: tl.constexpr):
 
 @triton.jit
 def _tile_unit(x):
-    return x * (1.0 / tl.sqrt(tl.sum(product(x, x), 1)))[:, None]
+    inverse = (1.0 / tl.sqrt(tl.sum(product(x, x), 1)))[:, None]
+    return product(x, tl.zeros_like(x) + inverse)  # sums over lanes follow
 
 
 @triton.jit
@@ -478,10 +497,13 @@ def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
         P = put(P, y, P[y] * inverse)
     steps = 0
     moving = tl.full([P[0].shape[0]], 1, tl.int32)
+    needed = tl.zeros_like(moving)
     going = 1
     while going > 0:
         Q = _tile_square(P, lane, K)
-        inverse = (1.0 / tl.sum(Q[0], 1))[:, None]
+        total = tl.sum(Q[0], 1)
+        needed += tl.where(1.0 - total > RANK_ONE, moving, 0)
+        inverse = (1.0 / total)[:, None]
         change = tl.zeros_like(P[0])
         for y in tl.static_range(K):
             step = Q[y] * inverse
@@ -491,15 +513,14 @@ def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
         steps += 1
         going = tl.where(steps < squarings(k, WIDE), tl.max(moving, 0), 0)
 
-    x = P[0]
     squares = P[0] * P[0]
     for y in tl.static_range(1, K):
-        x += P[y]
         squares += P[y] * P[y]
-    nowhere = tl.sqrt(tl.sum(product(x, x), 1)) <= zero_sum(k)
-    largest = tl.max(P[0], 1)[:, None] * NEARLY_PEAK
+    largest = tl.max(P[0], 1)[:, None] * (1 - PEAK_TIE)
     peak = tl.min(tl.where(P[0] >= largest, lane, K), 1)[:, None]
+    x = tl.zeros_like(P[0])
     for y in tl.static_range(K):
-        x = tl.where(nowhere[:, None] & ((lane ^ y) == peak), P[y], x)
-    x = _tile_unit(_tile_times(P, _tile_unit(x), lane, K))
-    return x, 1.0 - tl.sum(squares, 1) > RANK_ONE
+        x = tl.where((lane ^ y) == peak, P[y], x)
+    x = _tile_unit(_tile_times(P, x, lane, K))
+    against, undecided = unclear(tl.sum(x, 1), needed, k)
+    return tl.where(against[:, None], -x, x), undecided | (1.0 - tl.sum(squares, 1) > RANK_ONE)

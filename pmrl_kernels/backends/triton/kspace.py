@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import constants
-from .eigen import NEARLY_PEAK, eigenvalue_gap, jacobi_tiles, product, reciprocal, zero_or_nan, zero_sum
+from .eigen import PEAK_TIE, eigenvalue_gap, jacobi_tiles, product, reciprocal, zero_or_nan, zero_sum
 
 # ------------------------------------------------------------------------------------------------
 # The record of an instance
@@ -188,15 +188,18 @@ def ranks(values_i, values_j, i, j):
 def oriented(V, values, top, i, j, N: tl.constexpr, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
     """v₁ [N, K, 1]: the all-ones vector projected on the top eigenspace and normalised.
 
-    Where the projection is zero, a unit vector e_m is projected instead, m the modality nearest the eigenspace.
-    0 where the largest eigenvalue is 0.
+    Where the projection is zero, up to what rounding makes of it if the next eigenvalue is near, a unit vector e_m is
+    projected instead, m the modality nearest the eigenspace. 0 where the largest eigenvalue is 0.
     """
     tied = top - values <= eigenvalue_gap(k, WIDE) * top
     along = tl.where(tied, tl.sum(V, 1, keep_dims=True), 0.0)
-    nowhere = tl.sqrt(tl.sum(product(along, along), 2, keep_dims=True)) <= zero_sum(k)
+    gap = top - tl.max(tl.where(tied, 0.0, values), 2, keep_dims=True)
+    noise = zero_sum(k) * top
+    nowhere = tl.sqrt(tl.sum(product(along, along), 2, keep_dims=True)) * gap <= noise
     nearness = tl.sum(tl.where(tied, product(V, V), 0.0), 2, keep_dims=True)
     largest = tl.max(nearness, 1, keep_dims=True)
-    nearest = tl.min(tl.where((nearness >= largest * NEARLY_PEAK) & (i < k), i, K), 1, keep_dims=True)
+    tie = tl.maximum(tl.minimum(noise / tl.where(gap > 0, gap, 1.0), 0.5), PEAK_TIE)
+    nearest = tl.min(tl.where((nearness >= largest * (1.0 - tie)) & (i < k), i, K), 1, keep_dims=True)
     row = tl.sum(tl.where(i == nearest, V, 0.0), 1, keep_dims=True)
     along = tl.where(nowhere, tl.where(tied, row, 0.0), along)
     v = tl.sum(product(V, along), 2, keep_dims=True)
