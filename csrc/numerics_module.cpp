@@ -124,6 +124,9 @@ PYBIND11_MODULE(_numerics, m) {
   m.attr("MAX_MODALITIES") = kMaxModalities;
   m.attr("PEAK_TIE") = kPeakTie;
   m.attr("RANK_ONE") = kRankOne;
+  m.attr("JACOBI_TOLERANCE") = kJacobiTolerance;
+  m.attr("MAX_SWEEPS") = kMaxSweeps;
+  m.attr("MOST_LANES") = kMostLanes;
   m.attr("WANTED") = std::vector<int>{kAlignment, kAlignmentSum, kAlignmentMean, kSigma, kU, kV, kZ};
   m.def("singular_value_floor_squared", [](int k, bool wide) { return eigenvalue_floor(k, wide); });
   m.def("eigenvalue_gap", [](int k, bool wide) { return eigenvalue_gap(k, wide); });

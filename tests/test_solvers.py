@@ -18,7 +18,7 @@ import pytest
 import tolerances as tol
 from numpy.typing import NDArray
 
-from pmrl_kernels.backends import constants
+from pmrl_kernels.backends import constants, native
 
 numerics = pytest.importorskip(
     "pmrl_kernels._numerics", reason="the door into the solvers is built in development installs only (make build)"
@@ -577,6 +577,9 @@ def test_constants_are_those_of_every_backend():
     assert constants.MAX_MODALITIES == numerics.MAX_MODALITIES == 32
     assert constants.PEAK_TIE == numerics.PEAK_TIE
     assert constants.RANK_ONE == numerics.RANK_ONE
+    assert constants.JACOBI_TOLERANCE == numerics.JACOBI_TOLERANCE
+    assert constants.MAX_SWEEPS == numerics.MAX_SWEEPS
+    assert native._LANES == numerics.MOST_LANES
     for k in range(1, constants.MAX_MODALITIES + 1):
         assert constants.zero_sum(k) == numerics.zero_sum(k)
         for wide in (False, True):

@@ -61,6 +61,12 @@ RANK_ONE = 1e-12
 eigensolver. Far above the rounding of ‖P‖²; what passes has a share of 5e-13, squared in the last steps. After how
 many squarings P passes also tells the gap, within a factor of 2.3: -ln(1 - gap)·2^n is between 28 and 64."""
 
+JACOBI_TOLERANCE = 1e-30
+"""The compiled backends' eigensolver stops at 2·off² <= this·diag²; csrc/common/constants.h says why."""
+
+MAX_SWEEPS = 20
+"""A cap on it, which only ever ends a solve that rounding keeps from meeting the tolerance."""
+
 ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z = (1 << bit for bit in range(7))
 """What a spectral function is asked for, added up: one of the first three at most (the alignment terms (B,), their
 sum, or their mean over the instances with at least two modalities), singular values, u₁, v₁, and the k normalised

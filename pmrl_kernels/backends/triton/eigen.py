@@ -23,10 +23,8 @@ from .. import constants
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Jacobi stops at 2 off^2 <= this * diag^2, csrc/common/constants.h says why; the cap only ever ends a solve that
-# rounding keeps from meeting the tolerance.
-JACOBI_TOLERANCE = tl.constexpr(1e-30)
-MAX_SWEEPS = tl.constexpr(20)
+JACOBI_TOLERANCE = tl.constexpr(constants.JACOBI_TOLERANCE)
+MAX_SWEEPS = tl.constexpr(constants.MAX_SWEEPS)
 FOUR_EPS64 = tl.constexpr(4 * constants.EPS64)
 PEAK_TIE = tl.constexpr(constants.PEAK_TIE)
 RANK_ONE = tl.constexpr(constants.RANK_ONE)
