@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import __version__, backends
-from .backends import constants, native
+from .backends import constants
 
 
-def _version(package: str) -> str:
+def _triton() -> str:
+    """Its version, not importing it."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+        from .backends import triton
+
+        return (triton.version() or "of unknown version") if triton.installed() else "not installed"
+    except Exception as error:  # what is broken is what this report is for
+        return f"cannot be told: {error}"
+
+
+def _library() -> str:
+    """What was built."""
+    try:
+        from .backends import native
+
+        return native.describe()
+    except Exception as error:
+        return f"cannot be told: {error}"
 
 
 def _float32_products() -> str:
@@ -49,7 +61,7 @@ def report() -> str:
             "torch",
             f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, HIP {torch.version.hip or 'none'})",
         ),
-        ("triton", _version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("triton", _triton()),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("float32 products", _float32_products()),
     ]
@@ -63,7 +75,7 @@ def report() -> str:
     for name in names:
         reason = backends.unavailable_reasons.get(name)
         lines.append((f"backend {name}", "works" if reason is None else f"not available: {reason}"))
-    lines.append(("native library", native.describe()))
+    lines.append(("native library", _library()))
     default = "the fastest that works"
     if backends.default_name is not None:
         default = _asked(backends.default_name, "PMRL_KERNELS_BACKEND", names)
@@ -77,6 +89,19 @@ def report() -> str:
     return "\n".join(f"{label:<{width}}{value}" for label, value in lines)
 
 
+def main() -> None:
+    """Prints the report as far as there is something that takes it."""
+    if sys.stdout is None:  # a program without a console
+        return
+    printable = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = report().encode(printable, "replace").decode(printable)  # a compiler's quotes are not in every locale
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read it has read enough
+        # What is left in the buffer would be tried again when the interpreter ends, and complained about.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    printable = sys.stdout.encoding
-    print(report().encode(printable, "replace").decode(printable))  # a compiler's quotes are not in every locale
+    main()

@@ -6,9 +6,16 @@ Fake backends stand in for compiled ones, so these tests say the same on every m
 from __future__ import annotations
 
 import ast
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
 import logging
 import math
+import modulefinder
 import os
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -21,8 +28,8 @@ import pytest
 import torch
 
 import pmrl_kernels
-from pmrl_kernels import backends, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
-from pmrl_kernels.backends import constants, reference
+from pmrl_kernels import backends, dominant_sv_loss, info, instance_contrastive_loss, pmrl_loss
+from pmrl_kernels.backends import constants, native, reference, triton
 
 PACKAGE = Path(pmrl_kernels.__file__).parent
 CPU = torch.device("cpu")
@@ -35,12 +42,12 @@ def fake(name: str, rejection: str | None = None, **members: Any) -> types.Simpl
     )
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python -c code`` in a clean environment for this package."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PMRL_KERNELS_BACKEND"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, timeout=120
-    )
+def run_python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -c code`` in a clean environment for this package, or for the copy in ``cwd``."""
+    dropped = {"PMRL_KERNELS_BACKEND", *(("PYTHONPATH",) if cwd else ())}
+    variables = {key: value for key, value in os.environ.items() if key not in dropped} | environment
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,6 +258,20 @@ OPERATORS = (
 )
 
 
+def importing(monkeypatch: pytest.MonkeyPatch, **modules: Callable[[], Any]) -> None:
+    """New backends, faster than the others, and what happens when they are imported."""
+    known = backends._import
+    monkeypatch.setattr(backends, "_import", lambda name: modules[name]() if name in modules else known(name))
+    monkeypatch.setattr(backends, "_PREFERENCE", (*modules, *backends._PREFERENCE))
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def call(*_: Any) -> Any:
+        raise error
+
+    return call
+
+
 @pytest.fixture
 def tiny(monkeypatch) -> Iterator[Counter[str]]:
     """A new backend "tiny": one module with the reference's operators, counted, and a name in the order."""
@@ -264,8 +285,7 @@ def tiny(monkeypatch) -> Iterator[Counter[str]]:
         return call
 
     module = fake("tiny", operators=types.SimpleNamespace(**{name: counted(name) for name in OPERATORS}))
-    monkeypatch.setitem(sys.modules, "pmrl_kernels.backends.tiny", module)
-    monkeypatch.setattr(backends, "_PREFERENCE", ("tiny", *backends._PREFERENCE))
+    importing(monkeypatch, tiny=lambda: module)
     monkeypatch.setattr(backends, "default_name", None)
     loaded, _ = backends._load()
     assert next(iter(loaded)) == "tiny"
@@ -322,19 +342,360 @@ def test_every_known_backend_works_or_has_a_reason():
     assert list(backends.available) == order
 
 
-def test_loading_says_why_a_backend_does_not_work(monkeypatch, tmp_path):
-    """Three ways not to work: absent, missing a dependency, and by its own word."""
-    (tmp_path / "needy.py").write_text("import a_package_nobody_has\n")
-    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+def test_loading_says_why_a_backend_does_not_work(monkeypatch, caplog):
+    """Whatever happened, the others work; what is merely not there is no warning."""
     refusing = types.SimpleNamespace(NAME="refusing", unavailable=lambda: "the driver is too old")
-    monkeypatch.setitem(sys.modules, "pmrl_kernels.backends.refusing", refusing)
-    monkeypatch.setattr(backends, "_PREFERENCE", ("absent", "needy", "refusing", "reference"))
-    loaded, reasons = backends._load()
-    assert list(loaded) == ["reference"]
-    assert set(reasons) == {"absent", "needy", "refusing"}
-    assert "does not contain it" in reasons["absent"]
-    assert "'a_package_nobody_has'" in reasons["needy"]
-    assert reasons["refusing"] == "the driver is too old"
+    damaged = types.SimpleNamespace(NAME="damaged", unavailable=lambda: "half of it is missing", broken=True)
+    importing(
+        monkeypatch,
+        absent=raising(ImportError("cannot import name 'absent' from 'pmrl_kernels.backends'")),
+        needy=raising(ModuleNotFoundError("No module named 'nobody_has_it'", name="nobody_has_it")),
+        refusing=lambda: refusing,
+        damaged=lambda: damaged,
+        incomplete=raising(ModuleNotFoundError("No module named 'pmrl_kernels.x'", name="pmrl_kernels.x")),
+        unnamed=raising(ModuleNotFoundError("nothing of the kind")),
+        failing=raising(RuntimeError("CUDA error: no kernel image")),
+        wrong=raising(SyntaxError("invalid syntax")),
+        empty=lambda: types.SimpleNamespace(NAME="empty"),
+        late=lambda: types.SimpleNamespace(NAME="late", unavailable=raising(OSError("no such driver"))),
+    )
+    here = importlib.util.find_spec("pmrl_kernels.backends.constants")
+    found = {"pmrl_kernels.backends.absent": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name, here))
+    with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
+        loaded, reasons = backends._load()
+    assert list(loaded) == list(backends.available)
+    wanted = {
+        "absent": ("this version of pmrl_kernels does not contain it", logging.INFO),
+        "needy": ("it needs the module 'nobody_has_it', which is not installed", logging.INFO),
+        "refusing": ("the driver is too old", logging.INFO),
+        "damaged": ("half of it is missing", logging.WARNING),
+        "incomplete": ("ModuleNotFoundError: No module named 'pmrl_kernels.x'", logging.WARNING),
+        "unnamed": ("ModuleNotFoundError: nothing of the kind", logging.WARNING),
+        "failing": ("RuntimeError: CUDA error: no kernel image", logging.WARNING),
+        "wrong": ("SyntaxError: invalid syntax", logging.WARNING),
+        "empty": ("AttributeError: 'types.SimpleNamespace' object has no attribute 'unavailable'", logging.WARNING),
+        "late": ("OSError: no such driver", logging.WARNING),
+    }
+    assert {name: reasons[name] for name in wanted} == {name: reason for name, (reason, _) in wanted.items()}
+    told = {record.getMessage(): (record.name, record.levelno) for record in caplog.records}
+    for name, (reason, level) in wanted.items():
+        assert told[f"the {name} backend is not available: {reason}"] == ("pmrl_kernels", level)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_who_ends_the_import_ends_it(monkeypatch, error):
+    importing(monkeypatch, stopped=raising(error))
+    with pytest.raises(type(error)):
+        backends._load()
+
+
+def test_without_the_reference_there_is_no_package(monkeypatch):
+    """It has no reason not to work; an error in it is not for hiding."""
+    monkeypatch.setattr(backends, "_import", raising(RuntimeError("no such operator")))
+    with pytest.raises(RuntimeError, match=r"^no such operator$"):
+        backends._load()
+
+
+def copy_of_the_package(folder: Path, name: str = "pmrl_kernels") -> Path:
+    """Without the library, which is not what is tested there."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "native_build.txt")
+    return Path(shutil.copytree(PACKAGE, folder / name, ignore=ignored))
+
+
+SABOTAGED = """
+import importlib, io, json, logging, pathlib, sys
+import torch
+log = io.StringIO()
+logging.basicConfig(stream=log, level=logging.WARNING, format="%(message)s")
+for file in ("native.py", "triton/__init__.py"):
+    path = pathlib.Path("pmrl_kernels", "backends", file)
+    whole = path.read_text()
+    for code in ("import nobody_has_it", "1 / 0", "def", "raise SystemError"):
+        for module in [m for m in sys.modules if m.partition(".")[0] == "pmrl_kernels"]:
+            del sys.modules[module]
+        log.truncate(log.seek(0))
+        path.write_text(code)
+        importlib.invalidate_caches()
+        from pmrl_kernels import backends, dominant_sv_loss, info
+        dominant_sv_loss(torch.eye(3), torch.eye(3))
+        reason = backends.unavailable_reasons[file.partition("/")[0].removesuffix(".py")]
+        print(json.dumps([code, reason, log.getvalue(), f"not available: {reason}" in info.report()]))
+    path.write_text(whole)
+"""
+
+
+def test_importing_survives_a_backend_that_cannot_be_imported(tmp_path):
+    """The reference works, info tells the reason, and so does the log where something is broken."""
+    copy_of_the_package(tmp_path)
+    done = run_python(SABOTAGED, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    wanted = {
+        "import nobody_has_it": r"it needs the module 'nobody_has_it', which is not installed",
+        "1 / 0": r"ZeroDivisionError: division by zero",
+        "def": r"SyntaxError: .*",
+        "raise SystemError": "SystemError: ",
+    }
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, *_ in told] == [*wanted, *wanted]
+    for number, (code, reason, log, reported) in enumerate(told):
+        name = "native" if number < len(wanted) else "triton"
+        assert re.fullmatch(wanted[code], reason)
+        assert log == ("" if "needs" in reason else f"the {name} backend is not available: {reason}\n")
+        assert reported
+
+
+# ------------------------------------------------------------------------------------------------
+# What those see who read sources
+# ------------------------------------------------------------------------------------------------
+
+
+def test_every_backend_is_imported_by_a_statement():
+    assert {f"backends.{name}" for name in backends._PREFERENCE} <= imports_of("backends")
+    assert [backends._import(name).NAME for name in backends._PREFERENCE] == list(backends._PREFERENCE)
+
+
+def test_static_analysis_finds_the_whole_package():
+    """What freezes a program into a file takes along what it can see being imported, by bytecode."""
+    finder = modulefinder.ModuleFinder(path=[str(PACKAGE.parent)])
+    finder.import_hook("pmrl_kernels")
+    found = {name for name in finder.modules if name.partition(".")[0] == "pmrl_kernels"}
+    assert found == {f"pmrl_kernels.{name}".rstrip(".") for name in MODULES} - {"pmrl_kernels.info"}
+
+
+def test_no_backend_at_all():
+    """The reasons for that stand in the error."""
+    with pytest.raises(RuntimeError, match=r"no backend can run .* on cpu: triton: triton is not installed$"):
+        choose([])
+
+
+# ------------------------------------------------------------------------------------------------
+# A second import in one process
+# ------------------------------------------------------------------------------------------------
+
+TWICE = """
+import importlib, os, sys
+import torch
+
+def call(package, compiled=False, left_out=()):
+    found = {}
+    for name in importlib.import_module(package.__name__ + ".backends").available:
+        if name in left_out:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        xs = [torch.randn(4, 6, generator=generator, requires_grad=True) for _ in range(3)]
+        loss = package.pmrl_loss
+        if compiled:
+            loss = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        value = loss(xs, contrast="modality", backend=name)
+        value.backward()
+        found[name] = [value.item(), *(x.grad.sum().item() for x in xs)]
+    return found
+
+def purge():
+    for module in [m for m in sys.modules if m.partition(".")[0] == "pmrl_kernels"]:
+        del sys.modules[module]
+    importlib.invalidate_caches()
+"""
+
+
+def twice(code: str, folder: Path | None = None, **environment: str) -> str:
+    done = run_python(TWICE + code, cwd=folder, PYTHONDONTWRITEBYTECODE="1", **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def with_triton_if_there_is_one() -> dict[str, str]:
+    return {"TRITON_INTERPRET": "1"} if importlib.util.find_spec("triton") else {}
+
+
+AGAIN = """
+import pmrl_kernels as first
+expected = call(first)
+for _ in range(2):
+    purge()
+    import pmrl_kernels as second
+    assert second is not first
+    assert call(second) == expected
+    assert call(first) == expected
+print(*expected)
+"""
+
+
+def test_importing_the_package_anew():
+    """As notebooks and test runners do. Whoever kept a function of the old modules can go on using it."""
+    wanted = [*backends.available]
+    environment = with_triton_if_there_is_one()
+    if environment and "triton" not in wanted:
+        wanted.insert(wanted.index("reference"), "triton")
+    assert twice(AGAIN, **environment).split() == wanted
+
+
+CHANGED = """
+import pathlib
+import pmrl_kernels as first
+before = call(first)["reference"][0]
+path = pathlib.Path("pmrl_kernels", "backends", "reference.py")
+text = path.read_text()
+head, mark, tail = text.partition("_TEMPERATURE = ")
+change = "unchanged = modality_forward\\ndef modality_forward(*a):\\n    x, *y = unchanged(*a)\\n"
+change += "    return (x + 1, *y)\\n"
+path.write_text(head + change + mark + tail)
+purge()
+import pmrl_kernels as second
+print(call(second)["reference"][0] - before, call(first)["reference"][0] - before)
+"""
+
+
+def test_importing_the_package_anew_runs_what_is_written_there_now(tmp_path):
+    """And not the operators of the first import, which keep serving that."""
+    copy_of_the_package(tmp_path)
+    new, old = map(float, twice(CHANGED, tmp_path).split())
+    assert new == pytest.approx(1)
+    assert old == 0
+
+
+def test_a_vendored_copy_beside_the_package(tmp_path):
+    """Under another name, as another project carries it along: each computes by itself, compiled too."""
+    copy_of_the_package(tmp_path)
+    copy_of_the_package(tmp_path, "someones_pmrl")
+    code = "import someones_pmrl as a, pmrl_kernels as b\nexpected = call(a)\nassert call(b) == expected\n"
+    twice(code + "print(call(b, True) == call(a, True) == expected)", tmp_path)
+
+
+# Forked, since torch takes a second to import. What is interrupted: files about to be read, and each step of
+# registering operators, before and after it.
+INTERRUPTED = """
+torch.set_num_threads(1)
+
+def attempt(stop):
+    counted = 0
+
+    def count():
+        nonlocal counted
+        counted += 1
+        if counted == stop:
+            raise KeyboardInterrupt
+
+    def interrupting(real):
+        def run(*arguments, **named):
+            count()
+            result = real(*arguments, **named)
+            count()
+            return result
+        return run
+
+    Library = torch.library.Library
+    for owner, name in [(torch.library, "register_fake"), (torch.ops, "load_library"),
+                        (Library, "__init__"), (Library, "define"), (Library, "impl")]:
+        setattr(owner, name, interrupting(getattr(owner, name)))
+
+    class Finder:
+        def find_spec(self, name, *rest):
+            if name.startswith("pmrl_kernels."):
+                count()
+
+    sys.meta_path.insert(0, Finder())
+    try:
+        import pmrl_kernels
+    except KeyboardInterrupt:
+        assert counted == stop
+        import pmrl_kernels
+    else:
+        assert not stop
+    call(pmrl_kernels, left_out=("triton",))  # in its interpreter a call takes as long as all the rest
+    from pmrl_kernels import backends
+    os.write(pipe, f"{counted} {len(backends.available)}".encode())
+
+pipe = 1
+total, stop = None, 0
+while stop == 0 or stop <= total:
+    reading, pipe = os.pipe()
+    if not (child := os.fork()):
+        try:
+            attempt(stop)
+        except BaseException as error:
+            os.write(pipe, repr(error).encode())
+        os._exit(0)
+    os.close(pipe)
+    os.waitpid(child, 0)
+    told = os.read(reading, 10000).decode().strip()
+    os.close(reading)
+    if stop == 0:
+        total = int(told.split()[0])
+    print(f"{stop}: {told}")
+    stop += 1 if stop < 10 else 5
+"""
+
+
+def test_a_retry_after_an_interrupted_import():
+    told = twice(INTERRUPTED, **with_triton_if_there_is_one()).splitlines()
+    total, number = map(int, told[0].removeprefix("0: ").split())
+    assert total > 40
+    assert len(told) > total / 5
+    for line in told[1:]:
+        assert re.fullmatch(rf"\d+: \d+ {number}", line), line
+
+
+# ------------------------------------------------------------------------------------------------
+# Which Triton
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_triton(monkeypatch, tmp_path) -> Callable[..., tuple[str | None, str]]:
+    """Why there is no Triton backend, and what info tells, where these distributions are installed."""
+    real = importlib.metadata.version
+
+    def call(**versions: str | None) -> tuple[str | None, str]:
+        for name, number in versions.items():
+            (tmp_path / f"{name}-1.dist-info").mkdir()
+            text = f"Name: {name}\n" + ("" if number is None else f"Version: {number}\n")
+            (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(text)
+
+        def version(name: str) -> str:
+            if name.replace("-", "_") not in versions:  # what is really installed here
+                raise importlib.metadata.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+        monkeypatch.setattr(triton, "_INTERPRETED", True)
+        (line,) = (line for line in info.report().splitlines() if line.startswith("triton  "))
+        return triton.unavailable(), line.split(None, 1)[1]
+
+    return call
+
+
+@pytest.mark.parametrize("distribution", ["triton", "pytorch_triton", "pytorch_triton_rocm", "triton_rocm"])
+@pytest.mark.parametrize("version", ["3.5.1", "3.5.1+git0d1e2f3", "2.9.0rc1", "3.5"])
+def test_an_old_triton_is_a_reason(with_triton, distribution, version):
+    told = with_triton(**{distribution: version})
+    assert told == (f"it needs Triton 3.6 or newer, found {version}", version)
+
+
+@pytest.mark.parametrize("distribution", ["triton", "pytorch_triton", "pytorch_triton_rocm"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.0+git5a3b", "3.6rc1", "3.10.0.dev20260101", "4.0"])
+def test_a_triton_that_is_new_enough(with_triton, distribution, version):
+    assert with_triton(**{distribution: version}) == (None, version)
+
+
+@pytest.mark.parametrize("version", ["unknown", "main-5a3b", None])
+def test_a_triton_of_unknown_version_is_tried(with_triton, version):
+    assert with_triton(triton=version) == (None, version or "of unknown version")
+
+
+def test_of_two_distributions_the_newer_one_counts(with_triton):
+    """Both have written to one folder: the later one won, which metadata do not tell."""
+    assert with_triton(triton="2.1.0", pytorch_triton_rocm="3.6.0") == (None, "3.6.0")
+
+
+def test_something_else_called_triton(monkeypatch):
+    """A stand-in of another program's, which has no specification."""
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert triton.installed()
+    assert info.report()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -364,8 +725,6 @@ def test_info():
 
 
 def test_info_shows_the_environment_variable(monkeypatch):
-    from pmrl_kernels import info
-
     monkeypatch.setattr(backends, "default_name", "reference")
     assert info.report().splitlines()[-1].split(None, 1) == ["default", "reference (PMRL_KERNELS_BACKEND)"]
 
@@ -409,8 +768,6 @@ def test_info_remarks_on_an_unknown_name_in_the_environment():
 
 
 def test_info_remarks_on_a_name_in_the_environment_that_is_not_available(monkeypatch):
-    from pmrl_kernels import info
-
     monkeypatch.setattr(backends, "default_name", "native")
     monkeypatch.setattr(backends, "available", {"reference": reference})
     monkeypatch.setattr(backends, "unavailable_reasons", {"native": "no compiler was found"})
@@ -428,6 +785,49 @@ def test_info_remarks_on_a_name_in_the_environment_that_is_not_available(monkeyp
 )
 def test_info_shows_how_gpus_are_to_sum(sums, told):
     assert line_of_info("sums on GPUs", PMRL_KERNELS_SUMS=sums) == told
+
+
+INTO = """
+import io, runpy, sys
+import torch
+import pmrl_kernels
+
+class Silent:
+    def write(self, text):
+        self.text = text
+    def flush(self):
+        pass
+
+for stream in (None, io.StringIO(), Silent(), io.TextIOWrapper(io.BytesIO(), "ascii")):
+    sys.stdout = stream
+    runpy.run_module("pmrl_kernels.info", run_name="__main__")
+assert b"default" in stream.buffer.getvalue()
+"""
+
+
+def test_info_into_whatever_stands_for_the_screen():
+    """None, as in a program without a console; streams that have no encoding; a terminal of ASCII."""
+    done = run_python(INTO)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_info_to_someone_who_stops_reading():
+    """As ``| head -1`` does; here before there is anything to read."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "pmrl_kernels.info"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_info_of_backends_that_cannot_be_asked(monkeypatch):
+    """Describing what is broken is what it is for."""
+    monkeypatch.setattr(native, "describe", raising(OSError("no such disk")))
+    monkeypatch.setattr(triton, "version", raising(ValueError("no such version")))
+    report = info.report()
+    assert re.search("(?m)^native library +cannot be told: no such disk$", report)
+    assert re.search("(?m)^triton +(cannot be told: no such version|not installed)$", report)
 
 
 def test_importing_is_quiet_and_light():
@@ -476,7 +876,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("autograd",),
     ("backends", "distributed"),
     ("backends.native", "backends.triton"),
-    ("backends.reference", "backends.triton.launch"),
+    ("backends.reference", "backends.binary", "backends.triton.launch"),
     ("backends.triton.kernels",),
     ("backends.triton.streams",),
     ("backends.triton.kspace",),

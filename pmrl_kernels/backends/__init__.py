@@ -6,12 +6,16 @@ A backend is a module of this package that has
 * ``operators``: a namespace with the six functions of ``reference.py`` under the same names and
   signatures. The ``state`` that a forward function returns is read by its own backward alone.
 
-To add one, write the module and name it in ``_PREFERENCE``.
+To add one, write the module, name it in ``_PREFERENCE`` and import it in ``_import``.
+
+The reference always works. A backend that does not is left out with a reason, whatever happened: logged when the
+package is imported (logger ``pmrl_kernels``), at INFO where something is merely not there, at WARNING where something
+is broken, which is what an exception means, or a module's ``broken``.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -35,23 +39,50 @@ class Backend(Protocol):
     def rejects(self, device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None: ...
 
 
+def _import(name: str) -> Any:
+    """A backend's module. By statements, which those who read sources see: PyInstaller takes along what they name."""
+    if name == "native":
+        from . import native
+
+        return native
+    if name == "triton":
+        from . import triton
+
+        return triton
+    from . import reference
+
+    return reference
+
+
+def _why_not(name: str, error: Exception) -> tuple[str, bool]:
+    """Why importing the backend failed, and whether something is broken, or just not there."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.partition(".")[0] != __name__.partition(".")[0]:
+        return f"it needs the module {missing!r}, which is not installed", False
+    if isinstance(error, ImportError) and importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return "this version of pmrl_kernels does not contain it", False
+    return f"{type(error).__name__}: {error}", True
+
+
 def _load() -> tuple[dict[str, Any], dict[str, str]]:
     """The backends that work here by name, fastest first, and why the others do not."""
     loaded, reasons = {}, {}
     for name in _PREFERENCE:
+        reason: str | None
         try:
-            module = importlib.import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name == f"{__name__}.{name}":
-                reasons[name] = "this version of pmrl_kernels does not contain it"
-            else:
-                reasons[name] = f"it needs the module {error.name!r}, which is not installed"
-            continue
-        reason = module.unavailable()
+            module = _import(name)
+            reason, broken = module.unavailable(), getattr(module, "broken", False)
+        except Exception as error:
+            if name == "reference":
+                raise
+            reason, broken = _why_not(name, error)
         if reason is None:
             loaded[name] = module
         else:
             reasons[name] = reason
+            _logger.log(
+                logging.WARNING if broken else logging.INFO, "the %s backend is not available: %s", name, reason
+            )
     return loaded, reasons
 
 
@@ -93,7 +124,8 @@ def choose(
         if reason is None:
             return candidate.NAME, passed_over
         passed_over = passed_over or f"{candidate.NAME}: {reason}"
-    raise RuntimeError(f"no backend can run {dtype} embeddings of k = {k}, d = {d} on {device}: {passed_over}")
+    reason = passed_over or "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"no backend can run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}")
 
 
 def check_name(requested: str | None, source: str = "backend") -> str | None:

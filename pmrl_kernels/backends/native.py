@@ -1,73 +1,79 @@
 """The native backend: compiled kernels for the CPU, on PyTorch's stable ABI.
 
 The library registers its operators itself (csrc/library.cpp); here they get the shape functions that
-``torch.compile`` and fake tensors need.
+``torch.compile`` and fake tensors need. Importing this module raises nothing: what keeps the library from working is
+the reason that ``unavailable`` gives.
 """
 
 from __future__ import annotations
 
-import hashlib
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import binary, reference
 
 NAME = "native"
 
 _PACKAGE = Path(__file__).parent.parent
-_LIBRARY = _PACKAGE / "libpmrl_kernels.so"
-_RECORD = _PACKAGE / "native_build.txt"
+_LIBRARY = _PACKAGE / binary.LIBRARY
 _LANES = 16  # instances solved together, at most: the state comes in blocks of them
 
 
-def _record() -> str:
-    """What setup.py wrote about its outcome."""
-    return _RECORD.read_text(encoding="utf-8", errors="replace").strip() if _RECORD.exists() else "it was not built"
-
-
-def _load() -> tuple[dict[str, str], str | None]:
-    """What the library says of itself, and why it cannot be used (or None)."""
-    if not _LIBRARY.exists():
-        return {}, f"this installation has no compiled library: {_record()}"
+def _record() -> list[str]:
+    """What setup.py wrote about its outcome, and about later builds that left it alone."""
     try:
-        torch.ops.load_library(str(_LIBRARY))
-    except OSError as error:  # torch names the file, and the loader's reason is in what it caught
-        return {}, f"{_LIBRARY.name} cannot be loaded: {error.__cause__ or error}"
+        text = (_PACKAGE / binary.RECORD).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a file in a zip archive, too
+        text = ""
+    return text.strip().splitlines() or ["it was not built"]
+
+
+def _load() -> dict[str, str]:
+    """What the library says of itself. Raises ImportError with the reason for one that cannot be used."""
+    # The operators' names are the process's, and a second library that registers them would end it. A copy of the
+    # package imported before may have loaded one; of the same sources, it is as good as this copy's own.
+    earlier = hasattr(torch.ops.pmrl_kernels, "build_info")
+    if not earlier:
+        if lacking := binary.damage(_LIBRARY):
+            raise ImportError(f"{_LIBRARY.name} is damaged: {lacking}; install the package again")
+        try:
+            torch.ops.load_library(str(_LIBRARY))
+        except OSError as error:  # torch names the file, and the loader's reason is in what it caught
+            raise ImportError(f"{_LIBRARY.name} cannot be loaded: {error.__cause__ or error}") from error
+        if not hasattr(torch.ops.pmrl_kernels, "build_info"):
+            raise ImportError(f"{_LIBRARY.name} holds none of this package's operators; install the package again")
     facts = dict(line.split(": ", 1) for line in torch.ops.pmrl_kernels.build_info().splitlines())
-    return facts, facts["unusable"] or None
+    if earlier and facts["sources"].encode() not in _LIBRARY.read_bytes():
+        raise ImportError(
+            "this process has loaded the library of another version of pmrl_kernels already, and cannot load two; "
+            "start Python anew, and import one of them"
+        )
+    return facts
 
 
-def source_hash(root: Path) -> str:
-    """What CMakeLists.txt computes of the sources below ``root`` and builds into the library."""
-    files = sorted(
-        str(path.relative_to(root))
-        for path in (root / "CMakeLists.txt", *root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cpp"))
-    )
-    digests = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in files)
-    return hashlib.sha256(digests.encode()).hexdigest()
-
-
-build_info, _unavailable = _load()
+build_info: dict[str, str] = {}
 """Facts of the build by name (sources, compiler, torch, compiled, isa); empty where there is no library."""
 
-if build_info and (_PACKAGE.parent / "csrc").is_dir() and build_info["sources"] != source_hash(_PACKAGE.parent):
-    warnings.warn(
-        "pmrl_kernels: the native library was not built from the sources beside it; run `make build`", stacklevel=2
-    )
+broken = False
+"""Whether the reason for being unavailable is a fault, and not the mere absence of a library."""
+
+_unavailable: str | None = None
 
 
 def describe() -> str:
     """What was built at installation and which instruction set runs; "(-)" marks one this processor lacks."""
+    outcome, *later = _record()
     if not build_info:
-        return _record()
+        return "; ".join([outcome, *later])
     facts = build_info
-    return f"{facts['isa'] or 'none'} of {facts['compiled']}, by {facts['compiler']} with torch {facts['torch']}"
+    told = f"{facts['isa'] or 'none'} of {facts['compiled']}, by {facts['compiler']} with torch {facts['torch']}"
+    return "; ".join([told, *later])
 
 
 def unavailable() -> str | None:
@@ -133,13 +139,41 @@ def _modality_forward_shapes(
 operators: Any = None
 """What ``autograd.py`` calls."""
 
-if _unavailable is None:
-    torch.library.register_fake("pmrl_kernels::spectral_forward", _spectral_forward_shapes)
-    torch.library.register_fake("pmrl_kernels::spectral_backward", reference.spectral_backward_shapes)
-    torch.library.register_fake("pmrl_kernels::instance_forward", _instance_forward_shapes)
-    torch.library.register_fake("pmrl_kernels::instance_backward", reference.instance_backward_shapes)
-    torch.library.register_fake("pmrl_kernels::modality_forward", _modality_forward_shapes)
-    torch.library.register_fake("pmrl_kernels::modality_backward", reference.modality_backward_shapes)
-    operators = types.SimpleNamespace(
-        **{name: getattr(torch.ops.pmrl_kernels, name).default for name in reference.signatures}
-    )
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "spectral_forward": _spectral_forward_shapes,
+    "spectral_backward": reference.spectral_backward_shapes,
+    "instance_forward": _instance_forward_shapes,
+    "instance_backward": reference.instance_backward_shapes,
+    "modality_forward": _modality_forward_shapes,
+    "modality_backward": reference.modality_backward_shapes,
+}
+
+
+def _operators() -> Any:
+    """The library's operators. They take one shape function in a process, so that of the first copy of the package."""
+    found = {}
+    for name, shapes in _SHAPES.items():
+        found[name] = getattr(torch.ops.pmrl_kernels, name).default
+        wanted = torch._C.parse_schema(f"pmrl_kernels::{name}{reference.signatures[name]}")
+        if found[name]._schema != wanted:
+            raise ImportError(f"{_LIBRARY.name} is of another version: got {found[name]._schema}, wanted {wanted}")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pmrl_kernels::{name}", "Meta"):
+            torch.library.register_fake(f"pmrl_kernels::{name}", shapes)
+    return types.SimpleNamespace(**found)
+
+
+try:
+    if _LIBRARY.exists():
+        build_info = _load()
+        _unavailable, broken = build_info["unusable"] or None, bool(build_info["unusable"])
+        if binary.outdated(build_info["sources"], _PACKAGE.parent):
+            warnings.warn(
+                "pmrl_kernels: the native library was not built from the sources beside it; run `make build`",
+                stacklevel=2,
+            )
+        if _unavailable is None:
+            operators = _operators()
+    else:
+        _unavailable = f"this installation has no compiled library: {describe()}"
+except Exception as error:
+    _unavailable, broken = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}", True

@@ -849,7 +849,19 @@ def modality_backward(
 # Operators
 # ------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("pmrl_reference", "DEF")
+
+def new_library(name: str) -> torch.library.Library:
+    """An empty library of operators of that name; ``name_2`` and so on where this process has it already.
+
+    Names of operators are the process's. Another copy of the package, or this one before it was imported anew, keeps
+    its own: whoever still holds its functions runs them, and what runs here is what is written here.
+    """
+    for number in range(1, 1000):
+        try:
+            return torch.library.Library(name if number == 1 else f"{name}_{number}", "DEF")
+        except RuntimeError as error:  # torch tells by nothing but this whether a name is taken
+            taken = error
+    raise taken
 
 
 def _spectral_forward_shapes(
@@ -927,27 +939,35 @@ _SAVED = "Tensor losses, Tensor state, Tensor grad"
 signatures: dict[str, str] = {}
 """Of the operators, by name."""
 
-for _signature, _implementation, _shapes in (
-    (f"spectral_forward({_SPECTRAL}) -> (Tensor[], Tensor[])", spectral_forward, _spectral_forward_shapes),
-    (
-        f"spectral_backward({_SPECTRAL}, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]",
-        spectral_backward,
-        spectral_backward_shapes,
-    ),
-    (f"instance_forward({_INSTANCE}) -> (Tensor, Tensor, Tensor)", instance_forward, _instance_forward_shapes),
-    (f"instance_backward({_INSTANCE}, {_SAVED}) -> (Tensor, Tensor)", instance_backward, instance_backward_shapes),
-    (f"modality_forward({_MODALITY}) -> (Tensor, Tensor, Tensor)", modality_forward, _modality_forward_shapes),
-    (
-        f"modality_backward({_MODALITY}, {_SAVED}) -> (Tensor[], Tensor, Tensor)",
-        modality_backward,
-        modality_backward_shapes,
-    ),
-):
-    _name = _signature.partition("(")[0]
-    signatures[_name] = _signature.removeprefix(_name)
-    _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pmrl_reference::{_name}", _shapes, lib=_library)
 
-operators = torch.ops.pmrl_reference
+def _registered() -> torch.library.Library:
+    """The library with its operators. Nothing else holds it before it is complete, so an interrupted one goes away."""
+    library = new_library("pmrl_reference")
+    for signature, implementation, shapes in (
+        (f"spectral_forward({_SPECTRAL}) -> (Tensor[], Tensor[])", spectral_forward, _spectral_forward_shapes),
+        (
+            f"spectral_backward({_SPECTRAL}, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]",
+            spectral_backward,
+            spectral_backward_shapes,
+        ),
+        (f"instance_forward({_INSTANCE}) -> (Tensor, Tensor, Tensor)", instance_forward, _instance_forward_shapes),
+        (f"instance_backward({_INSTANCE}, {_SAVED}) -> (Tensor, Tensor)", instance_backward, instance_backward_shapes),
+        (f"modality_forward({_MODALITY}) -> (Tensor, Tensor, Tensor)", modality_forward, _modality_forward_shapes),
+        (
+            f"modality_backward({_MODALITY}, {_SAVED}) -> (Tensor[], Tensor, Tensor)",
+            modality_backward,
+            modality_backward_shapes,
+        ),
+    ):
+        name = signature.partition("(")[0]
+        signatures[name] = signature.removeprefix(name)
+        library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{library.ns}::{name}", shapes, lib=library)
+    return library
+
+
+_library = _registered()
+
+operators = getattr(torch.ops, _library.ns)
 """What ``autograd.py`` calls: the six functions above as operators."""

@@ -8,10 +8,10 @@ and meant for tests. Contrasts are the reference's, which are matrix products.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -27,26 +27,49 @@ NAME = "triton"
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _version() -> tuple[int, ...]:
-    """Triton's (major, minor), found without importing it."""
-    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+_OLDEST = (3, 6)
+# What has been distributing the module: which of them did is known from nothing but their metadata.
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu")
+
+
+def installed() -> bool:
+    """Whether there is a Triton, found without importing it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # what stands for it in sys.modules has no specification
+        return True
+
+
+def version() -> str:
+    """The newest that metadata speak of, in their words; "" where they do not."""
+    found = []
+    for name in _DISTRIBUTIONS:
         try:
-            return tuple(map(int, importlib.metadata.version(name).split(".")[:2]))
-        except importlib.metadata.PackageNotFoundError:
+            found.append(importlib.metadata.version(name) or "")  # nothing, by metadata without that line
+        except Exception:  # not there; or there and broken, which is no reason to fail
             continue
-    return (0, 0)
+    return max(found, key=_release, default="")
 
 
-_NO_FLOAT64_DOT = torch.version.hip is not None and _version() < (3, 9)
+def _release(text: str) -> tuple[int, ...]:
+    """(major, minor), and () of what is no version."""
+    match = re.match(r"(?:v|\d+!)?(\d+)\.(\d+)", text.strip())
+    return tuple(map(int, match.groups())) if match else ()
+
+
+_NO_FLOAT64_DOT = torch.version.hip is not None and _release(version()) < (3, 9)
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run in this installation, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "it needs the module 'triton', which is not installed"
     # Whether there is a GPU is not asked: torch would start the driver, and no process forked later could use it.
     if not _INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built for CPUs alone (to interpret the kernels there, set TRITON_INTERPRET=1)"
+    found = version()
+    if () < _release(found) < _OLDEST:  # one that nobody knows the version of may do
+        return f"it needs Triton {'.'.join(map(str, _OLDEST))} or newer, found {found}"
     return None
 
 
@@ -63,7 +86,9 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
 
 @functools.cache
 def _launch() -> types.ModuleType:
-    return importlib.import_module(f"{__name__}.launch")
+    from . import launch
+
+    return launch
 
 
 @functools.cache
@@ -124,30 +149,40 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 def _forward_or_operator(embeddings: Sequence[Tensor], mask: Any, temperature: Any, *settings: Any) -> Any:
     observed = _observed((*embeddings, mask, temperature))
-    function = torch.ops.pmrl_triton.spectral_forward.default if observed else _forward
+    function = _operators["spectral_forward"] if observed else _forward
     return function(embeddings, mask, temperature, *settings)
 
 
 def _backward_or_operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
     mask, temperature, *_, grads, _ = arguments
     observed = _observed((*embeddings, mask, temperature, *grads))
-    function = torch.ops.pmrl_triton.spectral_backward.default if observed else _backward
+    function = _operators["spectral_backward"] if observed else _backward
     return function(embeddings, *arguments)
+
+
+_operators: dict[str, Any] = {}
+
+
+def _registered() -> torch.library.Library:
+    """The library with its operators, which nothing else holds before it is complete."""
+    library = reference.new_library("pmrl_triton")
+    for name, implementation, shapes in (
+        ("spectral_forward", _forward, _forward_shapes),
+        ("spectral_backward", _backward, reference.spectral_backward_shapes),
+    ):
+        library.define(name + reference.signatures[name], tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+            library.impl(name, implementation, key)
+        torch.library.register_fake(f"{library.ns}::{name}", shapes, lib=library)
+        _operators[name] = getattr(getattr(torch.ops, library.ns), name).default
+    return library
 
 
 operators: Any = None
 """What ``autograd.py`` calls."""
 
 if unavailable() is None:
-    _library = torch.library.Library("pmrl_triton", "DEF")
-    for _name, _implementation, _shapes in (
-        ("spectral_forward", _forward, _forward_shapes),
-        ("spectral_backward", _backward, reference.spectral_backward_shapes),
-    ):
-        _library.define(_name + reference.signatures[_name], tags=(torch.Tag.pt2_compliant_tag,))
-        for _key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
-            _library.impl(_name, _implementation, _key)
-        torch.library.register_fake(f"pmrl_triton::{_name}", _shapes, lib=_library)
+    _library = _registered()
     operators = types.SimpleNamespace(
         spectral_forward=_forward_or_operator,
         spectral_backward=_backward_or_operator,
