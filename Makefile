@@ -19,6 +19,8 @@ CONSTRAINTS := constraints.txt
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
+# A path with a space in it is several to make, so none is absolute here but what the shell makes of it.
+WITH_TOOLS = PATH="$$(cd $(BIN) && pwd):$$PATH"
 
 BUILT  := $(VENV)/built
 
@@ -40,7 +42,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml
 	touch $@
 
 $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)
-	PATH=$(CURDIR)/$(BIN):$$PATH $(PIP) install --no-build-isolation --no-deps -e .
+	$(WITH_TOOLS) $(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
 build: $(BUILT)
@@ -60,11 +62,11 @@ test-all: test test-slow
 # The objects are those of `make build`. A wheel of pure Python is no answer here, whatever the reason.
 wheel: $(BUILT)
 	rm -f dist/*.whl
-	PMRL_KERNELS_NATIVE=1 PATH=$(CURDIR)/$(BIN):$$PATH $(PIP) wheel --no-build-isolation --no-deps -w dist .
+	PMRL_KERNELS_NATIVE=1 $(WITH_TOOLS) $(PIP) wheel --no-build-isolation --no-deps -w dist .
 	$(BIN)/python tests/data/environments.py dist/*.whl
 
 sanitize: $(STAMP)
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/data/sanitize.py --every $(SAMPLE) --seed=$(SEED)
+	$(WITH_TOOLS) $(BIN)/python tests/data/sanitize.py --every $(SAMPLE) --seed=$(SEED)
 
 resources: $(STAMP)
 	$(BIN)/python tests/data/resources.py --write

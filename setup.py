@@ -5,11 +5,15 @@ What happened is recorded in ``pmrl_kernels/native_build.txt`` and shown by ``py
     PMRL_KERNELS_NATIVE=1   a native build that cannot be made is an error
     PMRL_KERNELS_NATIVE=0   no native build is tried
 
+In place (``--inplace``, editable installations) several environments share one library. A build that makes none there
+leaves the one it finds, if it was made from the same sources, and writes down that it did.
+
 Everything else about the package is in pyproject.toml, everything about the compilation in CMakeLists.txt.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -24,9 +28,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+# By its path: importing the package would take torch.
+_spec = importlib.util.spec_from_file_location("binary", ROOT / "pmrl_kernels" / "backends" / "binary.py")
+binary = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(binary)
 LIBRARY = "pmrl_kernels.libpmrl_kernels"
 DOOR = "pmrl_kernels._numerics"
-RECORD = "native_build.txt"
 OLDEST_TORCH = (2, 10)
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
 
@@ -143,18 +150,25 @@ class Build(build_ext):
         # Without one the distribution is pure Python, to everything that asks from here on.
         self.distribution.ext_modules = self.extensions
         package.mkdir(parents=True, exist_ok=True)
-        # What an earlier build left in place is not what the record is about to describe.
+        # What an earlier build left in place is not what the record is about to describe, unless it is of the same
+        # sources: then it may be another environment's, whose doors are for other versions of Python.
+        found = package / binary.LIBRARY
+        kept = package.resolve() == (ROOT / "pmrl_kernels").resolve() and binary.fits(found, ROOT)
         targets = {name: Path(self.get_ext_fullpath(name)) for name in built}
-        for stale in {*package.glob("libpmrl_kernels.so"), *package.glob("_numerics*.so")} - {*targets.values()}:
-            stale.unlink()
+        if not kept:
+            for stale in {found, *package.glob("_numerics*.so")} - {*targets.values()}:
+                stale.unlink(missing_ok=True)
         for name, source in built.items():
             target = targets[name]
             # A running process may have the old file mapped: never write into it.
             temporary = target.with_name(target.name + ".new")
             shutil.copyfile(source, temporary)
             os.replace(temporary, target)
+        if kept and not built:
+            self.warn(f"no native library was built ({outcome}); the one in {package} stays, which is of these sources")
+            outcome = f"built\nkept by a later build, which made none: {outcome}"
         # What this locale cannot spell came from a path or a variable, and goes back as it came.
-        (package / RECORD).write_text(outcome + "\n", encoding="utf-8", errors="surrogateescape")
+        (package / binary.RECORD).write_text(outcome + "\n", encoding="utf-8", errors="surrogateescape")
 
     def _compile(self, facts: dict[str, str | None]) -> dict[str, Path]:
         """The files built, by the name of their extension. The door is for development, so for builds in place."""

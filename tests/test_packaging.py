@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -24,8 +26,8 @@ import pytest
 import torch
 
 import pmrl_kernels
-from pmrl_kernels import info
-from pmrl_kernels.backends import native
+from pmrl_kernels import backends, info
+from pmrl_kernels.backends import binary, native
 
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(DATA))
@@ -297,27 +299,335 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def test_building_nothing_in_place_removes_what_was_there(tmp_path):
-    """Or the record would speak of something else than what runs."""
+def build_nothing(package: Path, **variables: str) -> tuple[str, str]:
+    """The record after a build in place that makes nothing, and what it told."""
     pytest.importorskip("setuptools", minversion="77")
-    package = copied(tmp_path / "source") / "pmrl_kernels"
-    for name in ("libpmrl_kernels.so", "_numerics.cpython-310-x86_64-linux-gnu.so"):
-        (package / name).write_text("of an earlier build")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    variables = {**os.environ, "PMRL_KERNELS_NATIVE": "0"}
-    subprocess.run(command, cwd=package.parent, env=variables, check=True, capture_output=True)
+    variables = {**os.environ, "PMRL_KERNELS_NATIVE": "", **variables}
+    done = subprocess.run(command, cwd=package.parent, env=variables, check=True, capture_output=True, text=True)
+    return (package / RECORD).read_text(), done.stdout + done.stderr
+
+
+NOTHING = {"not wanted": {"PMRL_KERNELS_NATIVE": "0"}, "no compiler": {"CXX": "no-such-compiler"}}
+WHY = {
+    "not wanted": "PMRL_KERNELS_NATIVE=0 at installation",
+    "no compiler": "no C++ compiler was found at installation (looked for no-such-compiler)",
+}
+DOORS = [f"_numerics.cpython-{number}-x86_64-linux-gnu.so" for number in (310, 311)]
+
+
+@pytest.mark.parametrize("why", NOTHING)
+@pytest.mark.parametrize("library", ["a text", "another version", "truncated", "none"])
+def test_building_nothing_in_place_removes_what_no_longer_fits(tmp_path, why, library):
+    """Or the record would speak of something else than what runs."""
+    package = copied(tmp_path / "source") / "pmrl_kernels"
+    if library == "a text":
+        (package / "libpmrl_kernels.so").write_text("of an earlier build")
+    elif library != "none":
+        code = elf() + binary.source_hash(package.parent).encode()
+        (package / "libpmrl_kernels.so").write_bytes(code if library == "another version" else code[:-500])
+    if library == "another version":
+        with (package.parent / "csrc" / "cpu" / "ops.h").open("a") as file:
+            file.write("// changed\n")
+    for name in DOORS:
+        (package / name).write_text("of an earlier build")
+    assert build_nothing(package, **NOTHING[why])[0] == f"{WHY[why]}\n"
     assert not [*package.glob("*.so")]
-    assert (package / RECORD).read_text() == "PMRL_KERNELS_NATIVE=0 at installation\n"
 
 
-def test_a_library_that_cannot_be_loaded(tmp_path):
-    """The package works without it, and tells the loader's own reason."""
-    shutil.copytree(ROOT / "pmrl_kernels", tmp_path / "pmrl_kernels", ignore=shutil.ignore_patterns("*.so"))
-    (tmp_path / "pmrl_kernels" / "libpmrl_kernels.so").write_text("a text of some length, which is no library at all")
-    asked = "from pmrl_kernels import backends; print(*backends.available, backends.unavailable_reasons['native'])"
-    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True)
-    reason = r"(triton )?reference libpmrl_kernels\.so cannot be loaded: .*(file too short|ELF)"
-    assert re.match(reason, done.stdout), done.stdout + done.stderr
+@pytest.mark.parametrize("why", NOTHING)
+def test_building_nothing_in_place_keeps_what_fits(tmp_path, why):
+    """Several environments share a checkout. One without a compiler must not take another one's library away."""
+    package = copied(tmp_path / "source") / "pmrl_kernels"
+    code = elf() + binary.source_hash(package.parent).encode()
+    (package / "libpmrl_kernels.so").write_bytes(code)
+    (package / RECORD).write_text("built\n")
+    for name in DOORS:
+        (package / name).write_text("of an earlier build")
+    for _ in range(2):  # the second time it is the record of a kept one that is replaced
+        record, told = build_nothing(package, **NOTHING[why])
+        assert record == f"built\nkept by a later build, which made none: {WHY[why]}\n"
+        assert "warning" in told
+        assert f"no native library was built ({WHY[why]})" in told
+        assert (package / "libpmrl_kernels.so").read_bytes() == code
+        assert sorted(path.name for path in package.glob("*.so")) == sorted([*DOORS, "libpmrl_kernels.so"])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_build_in_place_keeps_the_doors_of_other_pythons_that_fit(script, monkeypatch, tmp_path, fits):
+    """The library is replaced, a door for another version of Python only goes if it may be of other sources."""
+    module = script()
+    from setuptools import Distribution
+
+    root = copied(tmp_path / "source")
+    package = root / "pmrl_kernels"
+    code = elf() + binary.source_hash(root).encode()
+    (package / "libpmrl_kernels.so").write_bytes(code if fits else elf())
+    (package / DOORS[0]).write_text("for Python 3.10")
+    (root / "new.so").write_bytes(code)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(module, "survey", dict)
+    extensions = [module.Extension(module.LIBRARY, [])]
+    command = module.Build(Distribution({"name": "pmrl-kernels", "packages": [], "ext_modules": extensions}))
+    command.inplace = True
+    command.ensure_finalized()
+    monkeypatch.setattr(command, "_compile", lambda facts: {module.LIBRARY: root / "new.so"})
+    command.run()
+    assert (package / "libpmrl_kernels.so").read_bytes() == code
+    assert (package / RECORD).read_text() == "built\n"
+    assert (package / DOORS[0]).exists() == fits
+
+
+def test_the_record_tells_who_kept_the_library(monkeypatch, tmp_path):
+    (tmp_path / RECORD).write_text("built\nkept by a later build, which made none: no cmake\n")
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "build_info", {"isa": "x", "compiled": "x y", "compiler": "C", "torch": "2.10"})
+    assert native.describe() == "x of x y, by C with torch 2.10; kept by a later build, which made none: no cmake"
+
+
+def test_make_works_in_a_folder_with_a_space(tmp_path):
+    """Whose tools then come first on the PATH. Nothing is built: the interpreter only tells what it is called with."""
+    if not shutil.which("make"):
+        pytest.skip("no make")
+    root = copied(tmp_path / "with a spa ce and an ä")
+    shutil.copy(ROOT / "Makefile", root)
+    shutil.copy(ROOT / "constraints.txt", root)
+    tools = root / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "python").write_text('#!/bin/sh\necho "$PATH|$*" >> calls\n', encoding="utf-8")
+    (tools / "python").chmod(0o755)
+    (root / "dist").mkdir()
+    (root / "dist" / "a.whl").touch()
+    targets = ["build", "wheel", "sanitize", "test", "resources", "bench"]
+    done = subprocess.run(["make", f"PYTHON={sys.executable}", *targets], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [line.split("|") for line in (root / "calls").read_text(encoding="utf-8").splitlines()]
+    first = {arguments: path.split(os.pathsep)[0] for path, arguments in calls}
+    for told in ("install --no-build-isolation --no-deps -e .", "wheel --no-build-isolation", "sanitize.py"):
+        (called,) = (arguments for arguments in first if told in arguments)
+        assert first[called] == str(tools), called
+
+
+# ------------------------------------------------------------------------------------------------
+# What stands in the library's place
+# ------------------------------------------------------------------------------------------------
+
+
+def elf() -> bytes:
+    """A file in which a loader finds all that the headers speak of."""
+    header = b"\x7fELF\x02\x01".ljust(32, b"\0") + struct.pack("<QQIHHHHHH", 64, 960, 0, 64, 56, 1, 64, 1, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, 600, 600, 4096)
+    return (header + segment).ljust(1024, b"\0")
+
+
+@pytest.mark.parametrize("size", [64, 119, 120, 599, 960, 1023])
+def test_a_file_that_ends_too_early_is_known_without_loading_it(tmp_path, size):
+    (tmp_path / "library").write_bytes(elf()[:size])
+    assert binary.damage(tmp_path / "library") == f"it ends after {size} of 1024 bytes"
+
+
+@pytest.mark.parametrize("content", [elf(), elf() + b"more", b"", b"text", elf()[:63], b"text" * 100], ids=range(6))
+def test_a_file_that_is_whole_or_no_library_at_all(tmp_path, content):
+    (tmp_path / "library").write_bytes(content)
+    assert binary.damage(tmp_path / "library") is None
+
+
+@needs_library
+def test_the_library_is_whole(tmp_path):
+    assert binary.damage(LIBRARY) is None
+    code = LIBRARY.read_bytes()
+    for size in [64, 1000, *range(0x1000, len(code), len(code) // 50), len(code) - 4096, len(code) - 1]:
+        (tmp_path / "library").write_bytes(code[:size])
+        assert binary.damage(tmp_path / "library") == f"it ends after {size} of {len(code)} bytes"
+
+
+def installed(folder: Path, library: bytes | Path | None = None, name: str = "pmrl_kernels") -> Path:
+    """A copy of the package, with that in the library's place."""
+    package = folder / name
+    shutil.copytree(ROOT / "pmrl_kernels", package, ignore=shutil.ignore_patterns("__pycache__", "*.so", RECORD))
+    if isinstance(library, Path):
+        shutil.copyfile(library, package / "libpmrl_kernels.so")
+    elif library is not None:
+        (package / "libpmrl_kernels.so").write_bytes(library)
+    return package
+
+
+ASKED = """
+import torch
+from pmrl_kernels import backends, dominant_sv_loss
+assert "reference" in backends.available
+assert dominant_sv_loss(torch.eye(3), torch.eye(3)).isfinite()
+print(backends.unavailable_reasons.get("native", "works"))
+"""
+
+
+def told_of_native(folder: Path, *options: str, code: str = ASKED) -> tuple[str, str]:
+    """Why there is no native backend, in a process that imports what is in ``folder``, and what it was warned of."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PMRL_KERNELS_", "PYTHON"))}
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode} {done.stdout}{done.stderr}"
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def logged(reason: str) -> str:
+    """What is broken is told on stderr, by a process that does nothing about logging."""
+    return f"the native backend is not available: {reason}"
+
+
+# Importing the package anew spares importing torch.
+ONE_BY_ONE = """
+import importlib, io, json, logging, pathlib, sys, warnings
+import torch
+log = io.StringIO()
+logging.basicConfig(stream=log, level=logging.WARNING, format="%(message)s")
+for folder in sorted(pathlib.Path.cwd().iterdir()):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "pmrl_kernels"]:
+        del sys.modules[module]
+    log.truncate(log.seek(0))
+    sys.path[0] = str(folder)
+    importlib.invalidate_caches()
+    from pmrl_kernels import backends, dominant_sv_loss
+    assert folder in pathlib.Path(backends.__file__).parents
+    assert dominant_sv_loss(torch.eye(3), torch.eye(3)).isfinite()
+    print(json.dumps([folder.name, backends.unavailable_reasons.get("native", "works"), log.getvalue().strip()]))
+"""
+
+
+def told_one_by_one(folder: Path, *options: str) -> dict[str, tuple[str, str]]:
+    """As above of the packages in each folder of ``folder``, of which at most one has a library that can be loaded."""
+    told, warned = told_of_native(folder, *options, code=ONE_BY_ONE)
+    assert warned == ""
+    return {name: (reason, log) for name, reason, log in map(json.loads, told.splitlines())}
+
+
+def test_a_library_that_is_not_there_or_none_at_all(tmp_path):
+    """The package works without it, and tells the loader's own reason. That there is none is no fault."""
+    content = {"empty": b"", "text": b"a text of some length, which is no library at all", "zeros": elf()}
+    for name in ("absent", *content):
+        installed(tmp_path / name, content.get(name))
+    told = told_one_by_one(tmp_path)
+    assert told.pop("absent") == ("this installation has no compiled library: it was not built", "")
+    assert told.keys() == content.keys()
+    for reason, log in told.values():
+        assert re.match(r"libpmrl_kernels\.so cannot be loaded: .*(file too short|ELF|cannot open)", reason)
+        assert log == logged(reason)
+
+
+@needs_library
+def test_a_truncated_library_does_not_end_the_process(tmp_path):
+    """As a full disk or an interrupted copy leaves it: mapped, it ends the process at the first touch of the rest."""
+    code = LIBRARY.read_bytes()
+    sizes = [int(left * len(code)) for left in (0.1, 0.5, 0.9, 0.999)]
+    for size in sizes:
+        installed(tmp_path / str(size), code[:size])
+    reasons = {
+        str(
+            size
+        ): f"libpmrl_kernels.so is damaged: it ends after {size} of {len(code)} bytes; install the package again"
+        for size in sizes
+    }
+    assert told_one_by_one(tmp_path) == {size: (reason, logged(reason)) for size, reason in reasons.items()}
+
+
+def test_another_library_in_its_place(tmp_path):
+    other = Path(str(importlib.util.find_spec("_bisect").origin))
+    if not other.exists():
+        pytest.skip("this Python has its modules built in")
+    installed(tmp_path, other)
+    reason, warned = told_of_native(tmp_path)
+    assert reason == "libpmrl_kernels.so holds none of this package's operators; install the package again"
+    assert warned == logged(reason)
+
+
+@needs_library
+def test_a_library_of_another_version(tmp_path):
+    """Whose operators take other arguments than this version passes."""
+    package = installed(tmp_path, LIBRARY)
+    path = package / "backends" / "reference.py"
+    path.write_text(path.read_text().replace("Tensor u, Tensor? columns, int start,", "Tensor u, Tensor? columns,"))
+    code = "from pmrl_kernels.backends import native; print(native.unavailable())"
+    reason, warned = told_of_native(tmp_path, code=code)
+    assert reason.startswith("libpmrl_kernels.so is of another version: got pmrl_kernels::instance_forward(Tensor u,")
+    assert warned == logged(reason)
+
+
+STRANGERS = {
+    "an empty folder": {"csrc/.keep": ""},
+    "sources": {"csrc/common/a.h": "int a;", "csrc/b.cpp": "int b;"},
+    "a CMake project": {"CMakeLists.txt": "project(extension LANGUAGES CXX)\n", "csrc/b.cpp": "int b;"},
+    "CMakeLists.txt is a folder": {"CMakeLists.txt/a": "", "csrc/b.cpp/c": ""},
+}
+
+
+@needs_library
+def test_other_peoples_sources_beside_the_package(tmp_path):
+    """As in site-packages, or a working folder: neither an error nor a claim about this library."""
+    for case, files in STRANGERS.items():
+        installed(tmp_path / case, LIBRARY)
+        for name, content in files.items():
+            path = tmp_path / case / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    told = told_one_by_one(tmp_path, "-W", "error::UserWarning")
+    assert told == dict.fromkeys(STRANGERS, ("works", ""))
+
+
+@needs_library
+def test_a_library_that_was_not_built_from_the_sources_beside_it(tmp_path):
+    """In a checkout, a warning; where warnings are errors the import still succeeds, and the reason is the warning."""
+    root = copied(tmp_path / "source")
+    shutil.copyfile(LIBRARY, root / "pmrl_kernels" / "libpmrl_kernels.so")
+    assert told_of_native(root, "-W", "error::UserWarning") == ("works", "")
+    with (root / "csrc" / "library.cpp").open("a") as file:
+        file.write("// changed\n")
+    reason, warned = told_of_native(root)
+    assert reason == "works"
+    assert "the native library was not built from the sources beside it; run `make build`" in warned
+    reason, warned = told_of_native(root, "-W", "error::UserWarning")
+    assert reason.startswith("UserWarning: pmrl_kernels: the native library was not built from")
+    assert warned == logged(reason)
+
+
+TWO_COPIES = """
+import torch
+import someones_pmrl
+from someones_pmrl import backends as theirs
+from pmrl_kernels import backends as ours
+assert "native" in theirs.available, theirs.unavailable_reasons
+for package in (theirs, ours):
+    for name, backend in package.available.items():
+        if name != "triton":
+            outputs, _ = backend.operators.spectral_forward([torch.eye(3)] * 2, None, None, 1.0, True, True, 1)
+            assert outputs[0].isfinite().all()
+print(ours.unavailable_reasons.get("native", "works"))
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("same", [True, False])
+def test_two_libraries_in_one_process(tmp_path, same):
+    """Each would register the same operators, which ends the process. One of the same sources serves both copies."""
+    installed(tmp_path, LIBRARY)
+    code, sources = LIBRARY.read_bytes(), native.build_info["sources"].encode()
+    assert code.count(sources) == 1
+    installed(tmp_path, code if same else code.replace(sources, b"0" * len(sources)), "someones_pmrl")
+    reason, warned = told_of_native(tmp_path, code=TWO_COPIES)
+    if same:
+        assert (reason, warned) == ("works", "")
+    else:
+        assert reason.startswith("this process has loaded the library of another version of pmrl_kernels already")
+        assert "start Python anew" in reason
+        assert warned == logged(reason)
+
+
+def test_a_package_in_a_zip_archive(tmp_path):
+    """Pure Python, as no library can be loaded from there."""
+    installed(tmp_path / "folder")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "folder")
+    code = f"import sys; sys.path.insert(0, {archive!r})\n{ASKED}"
+    assert told_of_native(tmp_path, code=code) == ("this installation has no compiled library: it was not built", "")
 
 
 # A locale of ASCII alone.
@@ -366,7 +676,8 @@ def test_a_compiler_says_what_it_likes_in_any_locale(tmp_path):
 
 @needs_library
 def test_the_record_of_this_installation():
-    assert (PACKAGE / RECORD).read_text() == "built\n"
+    assert (PACKAGE / RECORD).read_text().splitlines()[0] == "built"
+    assert "native" in backends.available or "PMRL_KERNELS_ISA" in os.environ, backends.unavailable_reasons["native"]
     line = next(line for line in info.report().splitlines() if line.startswith("native library "))
     assert re.search(r"^native library +\S+ of .*\bbaseline\b.*, by \w+ [\d.]+ with torch \d", line)
 
@@ -441,7 +752,8 @@ def test_install_with_build_isolation(tmp_path, with_torch):
     """Torch is invisible to the process that builds, and found all the same."""
     environment = Environment(tmp_path / "environment", with_torch)
     # With other versions of cmake and ninja than `make build` has used, everything would be compiled again.
-    pinned = {name: str(ROOT / "constraints.txt") for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
+    # (As an address, since pip takes a path with a space for several.)
+    pinned = {name: (ROOT / "constraints.txt").as_uri() for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
     done = environment.pip("install", ROOT, **TOOLS, **pinned)
     if done.returncode and re.search(r"(?i)no matching distribution|connection (broken|error)|timed out", done.stdout):
         pytest.skip("pip could not fetch what builds the package")
@@ -539,21 +851,51 @@ def test_install_without_the_library_over_one_with_it(tmp_path, wheel, with_torc
     assert reported(environment)[1] == "PMRL_KERNELS_NATIVE=0 at installation"
 
 
+def source_archive(folder: Path) -> Path:
+    pytest.importorskip("setuptools", minversion="77")
+    make = f"import setuptools.build_meta as hooks; hooks.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+def names_in(archive: Path) -> set[str]:
+    with tarfile.open(archive) as tar:
+        return {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+
+
+def test_a_source_distribution_can_be_tested(tmp_path):
+    """It holds whatever the Makefile's targets read, and what those read in turn."""
+    names = names_in(source_archive(tmp_path))
+    files = {*("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "Makefile", "pmrl_kernels/py.typed")}
+    files |= {path.name for suffix in ("md", "txt") for path in ROOT.glob(f"*.{suffix}")} | {"LICENSE"}
+    for folder in ("benchmarks", "csrc", "docs", "examples", "tests"):
+        files |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.is_file()}
+    files |= {str(path.relative_to(ROOT)) for path in (ROOT / "pmrl_kernels").rglob("*.py")}
+    files = {name for name in files if "__pycache__" not in name}
+    assert {"tests/conftest.py", "tests/data/torch-2.10-symbols.txt", "constraints.txt"} <= files
+    assert not files - names
+    text = (ROOT / "Makefile").read_text()
+    read = set(re.findall(r"(?:benchmarks|tests|examples)/[\w/]+\.py|constraints[\w-]*\.txt", text))
+    assert len(read) > 8
+    assert not read - names
+
+
+def test_the_version_is_written_once():
+    """In the package, where it is read without running it: a build may have no torch."""
+    pytest.importorskip("setuptools", minversion="77")
+    assert pmrl_kernels.__version__ not in (ROOT / "pyproject.toml").read_text()
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; runpy.run_path('setup.py')"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert told.split()[-1] == pmrl_kernels.__version__
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_source_distribution(tmp_path, with_torch):
     """It holds what a build needs, and nothing that a build made; a library built from it is one of these sources."""
-    pytest.importorskip("setuptools", minversion="77")
-    make = f"import setuptools.build_meta as hooks; hooks.build_sdist({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True, capture_output=True)
-    archive = next(tmp_path.glob("*.tar.gz"))
-    with tarfile.open(archive) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()} - {""}
-    wanted = {"setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "pmrl_kernels/py.typed"}
-    for pattern in ("csrc/**/*.*", "pmrl_kernels/**/*.py"):
-        wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
-    assert wanted <= names
-    assert not [name for name in names if re.search(r"\.so$|\.py[co]$|native_build\.txt$|^tests|^build", name)]
+    archive = source_archive(tmp_path)
+    names = names_in(archive)
+    assert not [name for name in names if re.search(r"\.so$|\.py[co]$|native_build\.txt$|^build", name)]
 
     # No objects can be shared with another path, so this one is compiled without optimisation, which takes a tenth.
     compiler = tmp_path / "compiler"
@@ -565,4 +907,4 @@ def test_source_distribution(tmp_path, with_torch):
     assert done.returncode == 0, done.stdout
     assert reported(environment)[0] == "works"
     done = environment.python("-c", "from pmrl_kernels.backends import native; print(native.build_info['sources'])")
-    assert done.stdout.strip() == native.source_hash(ROOT)
+    assert done.stdout.strip() == binary.source_hash(ROOT)
