@@ -662,6 +662,7 @@ def with_triton(monkeypatch, tmp_path) -> Callable[..., tuple[str | None, str]]:
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
         monkeypatch.setattr(triton, "_INTERPRETED", True)
+        monkeypatch.setattr(triton, "version", triton.version.__wrapped__)  # not what was found before
         (line,) = (line for line in info.report().splitlines() if line.startswith("triton  "))
         return triton.unavailable(), line.split(None, 1)[1]
 

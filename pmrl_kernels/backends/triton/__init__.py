@@ -40,6 +40,7 @@ def installed() -> bool:
         return True
 
 
+@functools.cache
 def version() -> str:
     """The newest that metadata speak of, in their words; "" where they do not."""
     found = []
