@@ -250,3 +250,47 @@ def test_bytes_and_views_mean_the_numbers_they_stand_for(backend, batch, functio
     for a, b in zip((*one, *found), (*other, *odd_found), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@st.composite
+def bad_batches(draw: st.DrawFn) -> tuple[list[Tensor], Tensor]:
+    """A few instances, most of them masked out, of zero vectors and of numbers that are none among others."""
+    B, k, d = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    xs = [torch.randn(B, d, generator=generator).to(dtype) for _ in range(k)]
+    for x in xs:
+        for row in x:
+            kind = draw(st.sampled_from(["plain", "plain", "zero", "nan", "inf", "-inf"]))
+            if kind == "zero":
+                row.zero_()
+            elif kind != "plain":
+                row[draw(st.integers(0, d - 1))] = float(kind)
+    rows = st.lists(st.sampled_from([True, False, False]), min_size=k, max_size=k)
+    mask = torch.tensor(draw(st.lists(rows, min_size=B, max_size=B)))
+    return [x.requires_grad_() for x in xs], mask
+
+
+@BACKENDS
+@lenient
+@given(batch=bad_batches(), contrast=st.sampled_from(["leading", "modality"]))
+def test_a_contrast_is_nan_where_something_that_takes_part_is(backend, batch, contrast):
+    """Whether there is something to compare it with or not, and nowhere else; 0 where nothing is compared."""
+    xs, mask = batch
+    bad = torch.stack([~x.isfinite().all(1) for x in xs], 1) & mask
+    has_direction = (torch.stack([(x != 0).any(1) for x in xs], 1) & mask).any(1)
+    instance = pmrl_loss(xs, mask=mask, contrast=contrast, return_components=True, backend=backend).instance
+    assert instance.isnan() == bad.any()
+    if not bad.any() and has_direction.sum() <= 1:
+        assert instance == 0
+    for m, g in enumerate(gradients(instance, xs)):
+        assert not g[~mask[:, m]].any()
+        assert not g[~has_direction].any()
+        assert g[bad.any(1) & mask[:, m] & (xs[m] != 0).any(1)].isnan().all()
+    for normalize in (True, False):
+        u, rows = xs[0], mask[:, 0]
+        loss = instance_contrastive_loss(u, 1.0, normalize, rows, backend=backend)
+        assert loss.isnan() == bad[:, 0].any()
+        g = gradients(loss, [u])[0]
+        assert not g[~rows].any()
+        assert g[bad[:, 0]].isnan().all()
