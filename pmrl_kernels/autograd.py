@@ -300,7 +300,7 @@ def _objective_forward(
     spectral_state: Sequence[Tensor] = ()
     if settings.contrast == "raw":
         # Raw similarities of norms of 1e20 exceed float32. (And a Function must not return its input.)
-        u = embeddings[0].to(torch.float64, copy=True)
+        u = embeddings[0].to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         u = u if mask is None else u.masked_fill_(~mask, 0.0)
         z: Sequence[Tensor] = (u,)
         alignment = u.new_zeros(())
