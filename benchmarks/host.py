@@ -44,6 +44,7 @@ def without_a_gpu() -> None:
     launch.compile_for = lambda *_: Nothing()
     launch.triton.runtime.driver = _Driver
     torch.cuda.current_device = lambda: 0
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda index: 0
 
 

@@ -912,6 +912,7 @@ def _through_the_launcher(folder: str) -> Callable[..., None]:
     libcuda = ctypes.CDLL(os.path.join(folder, "libcuda.so.1"), ctypes.RTLD_GLOBAL)
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda index: _STREAM
     import triton
     from triton.backends.nvidia.driver import CudaDriver

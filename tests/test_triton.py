@@ -105,10 +105,14 @@ def compiled_for(target: str, one: launch.Launch) -> Any:
     return launch.compile_for(resources.TARGETS[target], one.kernel, one.compilation())
 
 
-def rows_of(text: str) -> dict[tuple[str, ...], list[int]]:
-    """(target, call, dtype, k, kernel, warps) -> registers, stack, shared memory."""
-    rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    return {tuple(row[:6]): list(map(int, row[6:9])) for row in rows}
+def rows_of(text: str) -> dict[tuple[str, ...], list[list[int]]]:
+    """(target, call, dtype, k, kernel, warps) -> registers, stack, shared memory of each kernel that is called so."""
+    rows: dict[tuple[str, ...], list[list[int]]] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            row = line.split()
+            rows.setdefault(tuple(row[:6]), []).append(list(map(int, row[6:9])))
+    return rows
 
 
 def test_kernels_compile_without_spills():
