@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends import available, constants
+from .backends import available, constants, reference
 
 if TYPE_CHECKING:
     from .distributed import Group
@@ -301,7 +301,7 @@ def _objective_forward(
     if settings.contrast == "raw":
         # Raw similarities of norms of 1e20 exceed float32. (And a Function must not return its input.)
         u = embeddings[0].to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        u = u if mask is None else u.masked_fill_(~mask, 0.0)
+        u = u if mask is None else u.masked_fill_(~reference.read_mask(mask), 0.0)
         z: Sequence[Tensor] = (u,)
         alignment = u.new_zeros(())
     else:
@@ -312,7 +312,7 @@ def _objective_forward(
         # Every process joins each collective, whatever its arguments or its rows, and none is left for the
         # backward pass: nobody can make another one wait for ever by skipping it.
         k = len(z) or (embeddings[0].shape[1] if embeddings[0].dim() == 3 else len(embeddings))
-        present = u.new_ones((len(u), k)) if mask is None else mask.to(u.dtype)
+        present = u.new_ones((len(u), k)) if mask is None else reference.read_mask(mask).to(u.dtype)
         alignable = (present.sum(1, keepdim=True) >= 2).to(u.dtype)
         parts = [u, *(z if settings.contrast == "modality" else ()), *([present] if by_modality else ()), alignable]
         columns = group.gather(torch.cat(parts, 1))
@@ -368,7 +368,7 @@ def _objective_backward(
     if settings.contrast == "raw":
         assert h is not None  # nothing else than this one term is public
         assert H[0] is not None
-        found = h + H[0] if mask is None else (h + H[0]).masked_fill(~mask, 0.0)
+        found = h + H[0] if mask is None else (h + H[0]).masked_fill(~reference.read_mask(mask), 0.0)
         return None, slope2, [found.to(embeddings[0].dtype)]
     if alignment is not None and settings.group is not None:
         alignment = (alignment.double() * W / saved.number).to(alignment.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, spectral
+from .backends.reference import read_mask
 from .distributed import summed
 from .inputs import Embeddings, Mask
 
@@ -142,7 +143,7 @@ def _present(embeddings: tuple[Embeddings, ...], mask: Mask | None) -> Tensor:
     dtype = torch.float64 if batch.dtype == torch.float64 else torch.float32
     if batch.mask is None:
         return torch.full((batch.B,), batch.k, dtype=dtype, device=batch.device)
-    return batch.mask.sum(1, dtype=dtype)
+    return read_mask(batch.mask).sum(1, dtype=dtype)
 
 
 def _mean(x: Tensor, counted: Tensor, processes: ProcessGroup | None) -> Tensor:

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """k modalities of B instances: ``tensors`` holds k tensors (B, d), or one (B, k, d)."""
 
     tensors: tuple[Tensor, ...]
-    mask: Tensor | None  # bool (B, k), True = present
+    mask: Tensor | None  # bool (B, k), True = present; of any bytes, see ``reference.read_mask``
     B: int
     k: int
     d: int
@@ -161,21 +161,13 @@ def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, devic
             raise ValueError(f"mask: got keys {sorted(map(str, mask))}, wanted those of embeddings, {list(keys)}")
         for key in keys:
             _check_mask(mask[key], f"mask[{key!r}]", (B,), device)
-        return _read(torch.stack([mask[key] for key in keys], 1))
+        return torch.stack([mask[key] for key in keys], 1)
     shaped = isinstance(mask, Tensor) and not mask.is_nested
     transposed = shaped and tuple(mask.shape) == (B, d) != (B, k)
     hint = f": embeddings are (B, k, d) = {(B, k, d)}; a (B, d, k) stack must be transposed" if transposed else ""
     _check_mask(mask, "mask", (B, k), device, hint)
-    return _read(mask)
-
-
-def _read(mask: Tensor) -> Tensor:
-    """The mask, True where its byte is not 0.
-
-    In a bool view of other bytes (the 255 of an image's mask) it may be anything, and torch's own operations do not
-    agree on what that is: some count 255, some take its complement bit by bit. So it is read once, here.
-    """
-    return mask.view(torch.uint8) != 0
+    result: Tensor = mask
+    return result
 
 
 def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.device, hint: str = "") -> None:
@@ -197,7 +189,6 @@ def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"u: got shape {_shape(u)}, wanted (B, d) with d of at least 1")
     if mask is not None:
         _check_mask(mask, "mask", (u.shape[0],), u.device)
-        mask = _read(mask)
     return u, mask
 
 

@@ -53,6 +53,15 @@ def _modalities(embeddings: Sequence[Tensor]) -> list[Tensor]:
     return list(embeddings[0].unbind(1)) if embeddings[0].dim() == 3 else list(embeddings)
 
 
+def read_mask(mask: Tensor) -> Tensor:
+    """The mask, True where its byte is not 0. Whatever computes with a mask begins with this, or reads bytes itself.
+
+    A bool tensor may be a view of other bytes than 0 and 1 (an image's 255), and torch's own operations do not agree on
+    what that is: some count 255, some take its complement bit by bit.
+    """
+    return mask.view(torch.uint8) != 0
+
+
 def _output_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -313,6 +322,7 @@ def spectral_forward(
         (B, k, k), or λ₁ (B, 1) and the Gram (B, k, k); v₁ (B, k); 1/norms and exponents, (B, k) or empty.
     """
     xs = _modalities(embeddings)
+    mask = None if mask is None else read_mask(mask)
     (B, d), k, out = xs[0].shape, len(xs), _output_dtype(xs)
     device, double_input = xs[0].device, out == torch.float64
     exponent = _exponents(xs, mask, normalize) if double_input else None
@@ -422,6 +432,7 @@ def spectral_backward(
     """
     grad_alignment, grad_sigma, grad_u, grad_v, grad_z = _split_gradients(grads, wanted)
     xs = _modalities(embeddings)
+    mask = None if mask is None else read_mask(mask)
     (B, d), k = xs[0].shape, len(xs)
     double_input = _output_dtype(xs) == torch.float64
     eigenvalues, matrix, v, inverse_norms, exponents = state
@@ -730,6 +741,7 @@ class _Modality(NamedTuple):
 
 def _modality_sides(z: Sequence[Tensor], u: Tensor, mask: Tensor | None, raw: bool) -> tuple[list[_Modality], Tensor]:
     """The two sides of each modality's similarities, and how many pairs of instance and modality are present."""
+    mask = None if mask is None else read_mask(mask)
     valid = (u != 0).any(1)
     if raw:
         valid = torch.ones_like(valid) if mask is None else mask.any(1)
