@@ -282,11 +282,11 @@ def test_opcheck(function):
     wanted = constants.ALIGNMENT_MEAN if function == "softmax" else constants.SIGMA | constants.U | constants.V
     xs = [x.detach() for x in modalities(16)]
     options = (None, None, 0.05, True, function == "softmax", wanted)
-    forward = torch.ops.pmrl_triton.spectral_forward.default
+    forward = backends.available["triton"]._operators["spectral_forward"]
     torch.library.opcheck(forward, (xs, *options), test_utils=("test_schema", "test_faketensor"))
     outputs, state = forward(xs, *options)
     arguments = (xs, *options, state, [torch.ones_like(x) for x in outputs], [True] * 4)
-    torch.library.opcheck(torch.ops.pmrl_triton.spectral_backward.default, arguments)
+    torch.library.opcheck(backends.available["triton"]._operators["spectral_backward"], arguments)
 
 
 def test_the_fastest_is_chosen():

@@ -174,6 +174,12 @@ def test_tritons_launcher_passes_what_kernels_take(tmp_path):
     assert run_compiled(*which, TRITON_LIBCUDA_PATH=str(tmp_path)) == 4
 
 
+def test_rows_that_are_not_aligned():
+    """Spread one column a lane: what lanes add up of one number must come out alike in all of them."""
+    which = "test_singular_values and triton-pairs and float64-2-clustered-True"
+    assert run_compiled("tests/test_contract.py", "-k", which) == 1
+
+
 @pytest.mark.slow
 def test_compiled_kernels_agree_with_the_reference(sampled):
     """All functions; k = 12 on tensor cores; several widths in one process."""

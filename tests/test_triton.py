@@ -400,6 +400,17 @@ def test_shapes_without_running(launched):
             assert state[0].shape == (launch.state_size(5, 3),)
 
 
+def test_operators_of_another_layout_have_another_name(monkeypatch):
+    """torch.compile keeps compiled graphs on disk, states of a fixed size in them, by the names of operators."""
+    name = triton._layout()
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert triton._layout() == name
+    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: b"another " + file.encode())
+    assert triton._layout() != name
+    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: None)
+    assert re.fullmatch("[0-9a-f]{8}", triton._layout())
+
+
 def test_a_record_has_room_for_its_fields():
     for k in (1, 2, 4, 9, 32):
         half = k * (k + 1) // 2

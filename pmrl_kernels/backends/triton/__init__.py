@@ -8,9 +8,11 @@ and meant for tests. Contrasts are the reference's, which are matrix products.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import re
 import sys
 import types
@@ -164,9 +166,19 @@ def _backward_or_operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
 _operators: dict[str, Any] = {}
 
 
+def _layout() -> str:
+    """A word for what a state is, for the operators' names: torch.compile keeps graphs on disk by these, and would run
+    those made for the states of another version."""
+    try:
+        sources = [pkgutil.get_data(__name__, name) or b"" for name in ("kspace.py", "launch.py")]
+    except OSError:  # a program that was packed without sources never meets another version
+        sources = []
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+
+
 def _registered() -> torch.library.Library:
     """The library with its operators, which nothing else holds before it is complete."""
-    library = reference.new_library("pmrl_triton")
+    library = reference.new_library(f"pmrl_triton_{_layout()}")
     for name, implementation, shapes in (
         ("spectral_forward", _forward, _forward_shapes),
         ("spectral_backward", _backward, reference.spectral_backward_shapes),

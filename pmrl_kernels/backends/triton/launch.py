@@ -285,6 +285,15 @@ def _divisible(rows: _Rows) -> dict[str, int]:
     return {"x": 16, "offsets": rows.divisible, "strides": rows.divisible, "d": rows.divisible}
 
 
+def _vector(p: Plan, divisible: dict[str, int], elements: int, warps: int) -> int:
+    """How many neighbouring columns of the ``elements`` that a program takes at a time are in one lane: as many as
+    16 bytes hold, if rows are aligned and there are enough for all lanes, else one.
+
+    To add neighbours up across lanes would not do: each lane fuses its own product with the other's.
+    """
+    return p.vector if divisible and elements >= 32 * warps * p.vector else 1
+
+
 _RECORDS = {k: record_size(k) for k in range(1, constants.MAX_MODALITIES + 1)}  # a lookup costs the host less
 
 
@@ -375,7 +384,8 @@ def forward(
         counter, partial = state[-1:].view(torch.int32), state[HEAD + B * p.record :]
     if p.latency:
         values = (*x, temperature, bits, state, counter, alignment, sigma, v, u, z, to, values_wanted, B, d)
-        parameters = (k, p.K, p.latency_rows, p.latency_block, p.vector, *algebra, vectors)
+        vector = _vector(p, divisible, p.latency_rows * p.latency_block, p.latency_warps)
+        parameters = (k, p.K, p.latency_rows, p.latency_block, vector, *algebra, vectors)
         programs = -(-B // p.latency_rows)
         run(Launch(kernels.forward_kernel, programs, p.latency_warps, values, parameters, writing))
         if total is not None:
@@ -385,7 +395,8 @@ def forward(
     programs = -(-B // p.stream_rows)
     stream = (k, p.stream_rows, p.block)
     values = (*x, state, counter, B, d)
-    parameters = (*stream, p.vector, normalize, wide, p.pairs)
+    vector = _vector(p, divisible, p.stream_rows * p.block, p.stream_warps)
+    parameters = (*stream, vector, normalize, wide, p.pairs)
     run(Launch(kernels.gram_kernel, programs, p.stream_warps, values, parameters, divisible))
     values = (mask, temperature, bits, state, partial, counter, total, alignment, sigma, v, values_wanted, B, d)
     parameters = (k, p.solve_instances, p.solve_part, p.K, p.lanes, *algebra, mean, vectors, BATCH)

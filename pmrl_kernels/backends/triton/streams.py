@@ -114,14 +114,18 @@ def no_sum(R: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def plus_dot(total, a, b, R: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr):
-    """A sum [R, N] and a · b, blocks [R, N VECTOR] of which VECTOR neighbours are in one lane (1 with PAIRS)."""
+def plus_dot(
+    total, a, b, R: tl.constexpr, N: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr, APART: tl.constexpr
+):
+    """A sum [R, N] and a · b, blocks [R, N VECTOR] of which VECTOR neighbours are in one lane (1 with PAIRS); or, with
+    APART, may be in several."""
     if PAIRS:
         high, low = plus_product(total, a, b)
         s = high + low
         return (s, low - (s - high))
     else:
-        return (total[0] + tl.sum(tl.reshape(a * b, [R, N, VECTOR]), 2),)
+        ab = product(a, b) if APART else a * b
+        return (total[0] + tl.sum(tl.reshape(ab, [R, N, VECTOR]), 2),)
 
 
 @triton.jit
@@ -225,7 +229,7 @@ def gram_rows(
             rows = rows + (row,)
         for j in tl.static_range(k):
             for i in tl.static_range(j + 1):
-                total = plus_dot(sums[triangle(i, j)], rows[i], rows[j], R, BLOCK // VECTOR, VECTOR, PAIRS)
+                total = plus_dot(sums[triangle(i, j)], rows[i], rows[j], R, BLOCK // VECTOR, VECTOR, PAIRS, False)
                 sums = put(sums, triangle(i, j), total)
     out = ()
     for at in tl.static_range(k * (k + 1) // 2):
@@ -406,13 +410,13 @@ def add_dots(
         if WIDE or PAIRS:
             row = times_power(row, scales[m])
         if grad_u is not None:
-            sums = put(sums, m, plus_dot(sums[m], row, h, R, BLOCK // VECTOR, VECTOR, PAIRS))
+            sums = put(sums, m, plus_dot(sums[m], row, h, R, BLOCK // VECTOR, VECTOR, PAIRS, True))
         if DIRECT:
             if z_offsets[m] is not None:
                 is_present = present_modality(mask, instance, there, m, k)[:, None]
                 at = grad_z + z_offsets[m] + instance[:, None] * z_strides[m] + cols[None, :]
                 H = lifted(tl.load(at, mask=inside & is_present, other=0.0), PAIRS)
-                sums = put(sums, k + m, plus_dot(sums[k + m], row, H, R, BLOCK // VECTOR, VECTOR, PAIRS))
+                sums = put(sums, k + m, plus_dot(sums[k + m], row, H, R, BLOCK // VECTOR, VECTOR, PAIRS, True))
     return sums
 
 
