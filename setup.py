@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # By its path: importing the package would take torch.
-_spec = importlib.util.spec_from_file_location("binary", ROOT / "pmrl_kernels" / "backends" / "binary.py")
+_spec = importlib.util.spec_from_file_location("binary", ROOT / "pmrl_kernels" / "ops" / "binary.py")
 binary = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(binary)
 LIBRARY = "pmrl_kernels.libpmrl_kernels"

@@ -32,7 +32,7 @@ from cases import FLOOR, NATIVE, REDUCED, Case, Contender, embeddings
 from tqdm import tqdm
 
 from pmrl_kernels import dominant_sv_loss
-from pmrl_kernels.backends import native
+from pmrl_kernels.ops import native
 
 RESULTS = Path(__file__).with_name("results")
 SECONDS = 4.0  # for each shape, shared by its contenders

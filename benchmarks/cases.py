@@ -15,7 +15,7 @@ import torch
 from formulations import Loss
 from torch import Tensor
 
-from pmrl_kernels import backends, dominant_sv_loss
+from pmrl_kernels import dominant_sv_loss, ops
 
 TEMPERATURE = 0.05
 COSINE = 0.5  # expected between modalities of an instance
@@ -101,7 +101,7 @@ def _ours(backend: str) -> Loss:
 
 
 CPU = torch.device("cpu")
-ON_A_CPU = tuple(n for n, b in backends.available.items() if b.rejects(CPU, torch.float32, 4, 512) is None)
+ON_A_CPU = tuple(n for n, b in ops.available.items() if b.rejects(CPU, torch.float32, 4, 512) is None)
 """Our backends that take tensors there."""
 
 NATIVE, REDUCED, FLOOR = "native", "reduced SVD", "floor"
@@ -116,7 +116,7 @@ CONTENDERS = (
     Contender("torch k-space, compiled", "compiled", _rival(formulations.k_space_compiled), rival="compiled"),
     Contender("torch k-space, compiled Jacobi", "Jacobi", _rival(formulations.k_space_jacobi), rival="compiled"),
     Contender("reference", "reference", _ours("reference"), tolerance=1e-6),
-    Contender(NATIVE, NATIVE, _ours(NATIVE), tolerance=1e-6, unavailable=backends.unavailable_reasons.get(NATIVE)),
+    Contender(NATIVE, NATIVE, _ours(NATIVE), tolerance=1e-6, unavailable=ops.unavailable_reasons.get(NATIVE)),
     Contender(FLOOR, FLOOR, work=formulations.floor),
 )
 MEAN_SQUARED_ERROR = Contender("F.mse_loss", "mse_loss", work=formulations.mean_squared_error)

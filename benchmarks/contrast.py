@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from pmrl_kernels import backends, instance_contrastive_loss, pmrl_loss
+from pmrl_kernels import instance_contrastive_loss, ops, pmrl_loss
 
 TAU, CONTRAST_TAU = 0.05, 0.1
 INSTANCES = ((1024, 512), (1024, 128), (4096, 512), (4096, 128))
@@ -68,13 +68,13 @@ def step(loss: Callable[[Any], Tensor], inputs: Any) -> Call:
 
 def operators_step(u: Tensor, columns: Tensor | None = None) -> Call:
     """The instance term alone, on vectors that are given: no normalisation, no autograd."""
-    ops, one = backends.available["native"].operators, torch.ones(())
-    every = None if columns is None else ops.instance_forward(columns, None, 0, None, CONTRAST_TAU)[1]
+    native, one = ops.available["native"].operators, torch.ones(())
+    every = None if columns is None else native.instance_forward(columns, None, 0, None, CONTRAST_TAU)[1]
 
     def call() -> object:
-        _, losses, state = ops.instance_forward(u, columns, 0, None, CONTRAST_TAU)
+        _, losses, state = native.instance_forward(u, columns, 0, None, CONTRAST_TAU)
         losses = losses if every is None else every
-        return ops.instance_backward(u, columns, 0, None, CONTRAST_TAU, losses, state, one)
+        return native.instance_backward(u, columns, 0, None, CONTRAST_TAU, losses, state, one)
 
     return call
 

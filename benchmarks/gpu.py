@@ -128,7 +128,7 @@ def _waits(contender: Contender) -> bool:
 
 def _in_pairs(xs: Sequence[Tensor]) -> Sequence[Tensor]:
     """As cards with slow float64 sum."""
-    from pmrl_kernels.backends.triton import launch
+    from pmrl_kernels.ops.triton import launch
 
     sums, launch.SUMS = launch.SUMS, "float32"
     try:
@@ -278,7 +278,7 @@ def _prepare(name: str, B: int, d: int, k: int, dtype: torch.dtype, device: str)
 
 def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     """Fills Triton's cache with our kernels for all shapes, on all cores: one would take minutes."""
-    from pmrl_kernels.backends.triton import launch
+    from pmrl_kernels.ops.triton import launch
 
     small = DRY_SHAPES[0][0] if device == "cpu" else 16
     jobs = {  # beyond 256 columns kernels are the same

@@ -22,8 +22,8 @@ from bench import number, table
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from pmrl_kernels import backends, dominant_singular_triplet, dominant_sv_loss
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops
+from pmrl_kernels.ops.triton import launch
 
 launches = 0
 
@@ -66,7 +66,7 @@ CALLS = {
     "alignment, triton": loss("triton"),
     "the same, forward alone": lambda xs: dominant_sv_loss(*[x.detach() for x in xs], backend="triton"),
     "triplet, triton": triplet,
-    **({"alignment, native": loss("native")} if "native" in backends.available else {}),
+    **({"alignment, native": loss("native")} if "native" in ops.available else {}),
     "F.mse_loss": lambda xs: torch.autograd.grad(mse_loss(xs[0], xs[1]), xs[:2]),
 }
 

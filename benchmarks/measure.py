@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pmrl_kernels.backends import native
+from pmrl_kernels.ops import native
 
 ROOT = Path(__file__).parents[1]
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pmrl_kernels import dominant_sv_loss
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels.ops.triton import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
 import resources

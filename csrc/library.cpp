@@ -4,7 +4,7 @@
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
-  // Signatures and meanings are those of pmrl_kernels/backends/reference.py; the state is this library's own.
+  // Signatures and meanings are those of pmrl_kernels/ops/reference.py; the state is this library's own.
   // An operator whose outputs or state change shape in a release needs another name: torch.compile keeps compiled
   // graphs on disk by the operators' names, and would run those of the release before.
   m.def(

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
-from pmrl_kernels import backends, dominant_sv_loss, pmrl_loss, singular_values
+from pmrl_kernels import dominant_sv_loss, ops, pmrl_loss, singular_values
 
 VIEWS = ("pixels", "Fourier", "profiles", "Karhunen", "Zernike", "morphology")
 HELD_OUT = 450
@@ -687,7 +687,7 @@ def main(argv: list[str] | None = None) -> Results:
         f"{steps} steps of batch {BATCH}, d = {DIM}, "
         f"τ₁ = {ALIGNMENT_TEMPERATURE:g}, τ₂ = {CONTRAST_TEMPERATURE:g}, seed {seed}, "
         f"CPU threads: {torch.get_num_threads()}, "
-        f"backend: {backends.resolve(None, torch.device('cpu'), torch.float32, len(VIEWS), DIM)}"
+        f"backend: {ops.resolve(None, torch.device('cpu'), torch.float32, len(VIEWS), DIM)}"
     )
     print(conditions, end="\n\n")
     print(summary(results))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends import available, constants, reference
+from .ops import available, constants, reference
 
 if TYPE_CHECKING:
     from .distributed import Group

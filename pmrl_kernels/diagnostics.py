@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import inputs, spectral
-from .backends.reference import read_mask
 from .distributed import summed
 from .inputs import Embeddings, Mask
+from .ops.reference import read_mask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

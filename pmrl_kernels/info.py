@@ -9,14 +9,14 @@ import sys
 
 import torch
 
-from . import __version__, backends
-from .backends import constants
+from . import __version__, ops
+from .ops import constants
 
 
 def _triton() -> str:
     """Its version, not importing it."""
     try:
-        from .backends import triton
+        from .ops import triton
 
         return (triton.version() or "of unknown version") if triton.installed() else "not installed"
     except Exception as error:  # what is broken is what this report is for
@@ -26,7 +26,7 @@ def _triton() -> str:
 def _library() -> str:
     """What was built."""
     try:
-        from .backends import native
+        from .ops import native
 
         return native.describe()
     except Exception as error:
@@ -71,15 +71,15 @@ def report() -> str:
             lines.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
     else:
         lines.append(("cuda", "no device"))
-    names = (*backends.available, *backends.unavailable_reasons)
+    names = (*ops.available, *ops.unavailable_reasons)
     for name in names:
-        reason = backends.unavailable_reasons.get(name)
+        reason = ops.unavailable_reasons.get(name)
         lines.append((f"backend {name}", "works" if reason is None else f"not available: {reason}"))
     lines.append(("native library", _library()))
     default = "the fastest that works"
-    if backends.default_name is not None:
-        default = _asked(backends.default_name, "PMRL_KERNELS_BACKEND", names)
-        reason = backends.unavailable_reasons.get(backends.default_name)
+    if ops.default_name is not None:
+        default = _asked(ops.default_name, "PMRL_KERNELS_BACKEND", names)
+        reason = ops.unavailable_reasons.get(ops.default_name)
         default += "" if reason is None else f", not available: {reason}"
     lines.append(("default", default))
     sums = os.environ.get("PMRL_KERNELS_SUMS")

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import constants
 from .distributed import Group, exchanged, summed
+from .ops import constants
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

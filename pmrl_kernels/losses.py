@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 from torch import Tensor
 
 from . import autograd, inputs
-from .backends import constants, resolve
 from .inputs import Embeddings, Mask
+from .ops import constants, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import inputs
-from .backends import check_name
 from .inputs import Embeddings, Mask
 from .losses import PMRLComponents, dominant_sv_loss, pmrl_loss
+from .ops import check_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

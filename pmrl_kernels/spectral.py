@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import autograd, inputs
-from .backends import constants, resolve
 from .inputs import Embeddings, Mask
+from .ops import constants, resolve
 
 
 class DominantTriplet(NamedTuple):

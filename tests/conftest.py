@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from pmrl_kernels import backends
+from pmrl_kernels import ops
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 LAUNCHES = {  # the largest batch of the latency layout, and how dot products are summed
@@ -19,12 +19,12 @@ LAUNCHES = {  # the largest batch of the latency layout, and how dot products ar
 
 
 def _runs(variant: str, device: str) -> bool:
-    backend = backends.available[variant.partition("-")[0]]
+    backend = ops.available[variant.partition("-")[0]]
     return backend.rejects(torch.device(device), torch.float32, 3, 64) is None
 
 
 # Every backend that works here: a new one joins the suite by working. Triton's kernels come in several forms.
-VARIANTS = [v for name in backends.available for v in (LAUNCHES if name == "triton" else (name,))]
+VARIANTS = [v for name in ops.available for v in (LAUNCHES if name == "triton" else (name,))]
 ON_A_CPU = [v for v in VARIANTS if _runs(v, "cpu")]
 CPU_BACKENDS = tuple(dict.fromkeys(v.partition("-")[0] for v in ON_A_CPU))
 
@@ -109,7 +109,7 @@ def seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param in LAUNCHES:
-        from pmrl_kernels.backends.triton import launch
+        from pmrl_kernels.ops.triton import launch
 
         largest, sums = LAUNCHES[request.param]
         monkeypatch.setattr(launch, "LATENCY_BATCH", largest)

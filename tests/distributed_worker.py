@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from pmrl_kernels import (
     PMRLLoss,
     alignment_score,
-    backends,
     effective_rank,
     instance_contrastive_loss,
+    ops,
     pmrl_loss,
     uniformity,
 )
@@ -37,7 +37,7 @@ B, D, K = 23, 12, 3
 SIZES = {1: [B], 2: [15, 8], 3: [9, 0, 14]}
 DIAGNOSTICS = {"alignment_score": alignment_score, "effective_rank": effective_rank, "uniformity": uniformity}
 
-BACKENDS = [name for name in ("reference", "native") if name in backends.available]
+BACKENDS = [name for name in ("reference", "native") if name in ops.available]
 CASES: dict[str, dict[str, Any]] = {}
 for _backend in BACKENDS:
     for _contrast in ("leading", "modality"):

@@ -881,8 +881,8 @@ def install() -> None:
     torch.version.cuda = torch.version.cuda or "none"  # asked for when the package is imported
     from triton.backends.compiler import GPUTarget
 
-    from pmrl_kernels.backends import triton as backend
-    from pmrl_kernels.backends.triton import launch
+    from pmrl_kernels.ops import triton as backend
+    from pmrl_kernels.ops.triton import launch
 
     target, binaries = GPUTarget("cuda", 90, 32), {}
 
@@ -917,7 +917,7 @@ def _through_the_launcher(folder: str) -> Callable[..., None]:
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
-    from pmrl_kernels.backends.triton import launch
+    from pmrl_kernels.ops.triton import launch
 
     triton.runtime.driver.set_active(CudaDriver())
     own, errors = launch.run, []

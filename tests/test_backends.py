@@ -28,8 +28,8 @@ import pytest
 import torch
 
 import pmrl_kernels
-from pmrl_kernels import backends, dominant_sv_loss, info, instance_contrastive_loss, pmrl_loss
-from pmrl_kernels.backends import constants, native, reference, triton
+from pmrl_kernels import dominant_sv_loss, info, instance_contrastive_loss, ops, pmrl_loss
+from pmrl_kernels.ops import constants, native, reference, triton
 
 PACKAGE = Path(pmrl_kernels.__file__).parent
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ REASONS = {"triton": "triton is not installed"}
 
 
 def choose(candidates: list[Any], requested: str | None = None) -> tuple[str, str | None]:
-    return backends.choose(candidates, requested, CPU, torch.float32, 3, 64, REASONS)
+    return ops.choose(candidates, requested, CPU, torch.float32, 3, 64, REASONS)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_rejects_sees_the_problem():
         seen.append(problem)
 
     candidate = types.SimpleNamespace(NAME="a", unavailable=lambda: None, rejects=rejects)
-    backends.choose([candidate], None, CPU, torch.bfloat16, 4, 512, {})
+    ops.choose([candidate], None, CPU, torch.bfloat16, 4, 512, {})
     assert seen == [(CPU, torch.bfloat16, 4, 512)]
 
 
@@ -119,13 +119,13 @@ def test_choose_is_pure(monkeypatch):
     """Neither the module's state nor the environment reach it, and it changes nothing."""
     candidates = [fake("a", "no"), fake("b")]
     expected = choose(candidates)
-    monkeypatch.setattr(backends, "available", {})
-    monkeypatch.setattr(backends, "unavailable_reasons", {})
-    monkeypatch.setattr(backends, "default_name", "triton")
+    monkeypatch.setattr(ops, "available", {})
+    monkeypatch.setattr(ops, "unavailable_reasons", {})
+    monkeypatch.setattr(ops, "default_name", "triton")
     monkeypatch.setenv("PMRL_KERNELS_BACKEND", "triton")
-    logged = set(backends._logged)
+    logged = set(ops._logged)
     assert choose(candidates) == choose(candidates) == expected
-    assert backends._logged == logged
+    assert ops._logged == logged
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,13 +137,13 @@ def test_choose_is_pure(monkeypatch):
 def rejecting(monkeypatch) -> None:
     """A faster backend that works here but not for this problem."""
     both = {"native": fake("native", "k = 3 is not compiled in"), "reference": reference}
-    monkeypatch.setattr(backends, "available", both)
-    monkeypatch.setattr(backends, "default_name", None)
-    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(ops, "available", both)
+    monkeypatch.setattr(ops, "default_name", None)
+    monkeypatch.setattr(ops, "_logged", set())
 
 
 def resolve(requested: str | None = None) -> str:
-    return backends.resolve(requested, CPU, torch.float32, 3, 64)
+    return ops.resolve(requested, CPU, torch.float32, 3, 64)
 
 
 def test_passed_over_backend_is_logged_once(rejecting, caplog):
@@ -159,7 +159,7 @@ def test_each_reason_is_logged(rejecting, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
         resolve()
         other = {"native": fake("native", "another reason"), "reference": reference}
-        monkeypatch.setattr(backends, "available", other)
+        monkeypatch.setattr(ops, "available", other)
         resolve()
     assert len(caplog.records) == 2
 
@@ -171,7 +171,7 @@ def test_chosen_by_name_logs_nothing(rejecting, caplog):
 
 
 def test_default_name_is_what_none_means(rejecting, monkeypatch):
-    monkeypatch.setattr(backends, "default_name", "native")
+    monkeypatch.setattr(ops, "default_name", "native")
     with pytest.raises(RuntimeError, match="k = 3 is not compiled in"):
         resolve()
     assert resolve("reference") == "reference"
@@ -203,12 +203,12 @@ def test_environment_variable_names_the_backend():
     """In a process where the reference is not the first choice, or this could not tell."""
     code = (
         "import types\n"
-        "from pmrl_kernels import backends\n"
+        "from pmrl_kernels import ops\n"
         "import torch\n"
         "first = types.SimpleNamespace(NAME='native', rejects=lambda *_: None)\n"
-        "backends.available = {'native': first, **backends.available}\n"
+        "ops.available = {'native': first, **ops.available}\n"
         "problem = (torch.device('cpu'), torch.float32, 3, 64)\n"
-        "print(backends.default_name, backends.resolve(None, *problem), backends.resolve('native', *problem))\n"
+        "print(ops.default_name, ops.resolve(None, *problem), ops.resolve('native', *problem))\n"
     )
     assert run_python(code, PMRL_KERNELS_BACKEND="reference").stdout.split() == ["reference", "reference", "native"]
     assert run_python(code).stdout.split() == ["None", "native", "native"]
@@ -228,9 +228,9 @@ def test_unknown_name_in_the_environment():
 
 def test_name_in_the_environment_that_is_not_available():
     code = (
-        "from pmrl_kernels import backends\n"
-        "backends.available.pop('native', None)\n"
-        "backends.unavailable_reasons['native'] = 'no compiler was found'\n"
+        "from pmrl_kernels import ops\n"
+        "ops.available.pop('native', None)\n"
+        "ops.unavailable_reasons['native'] = 'no compiler was found'\n"
     )
     done = run_python(code + CALL.format(""), PMRL_KERNELS_BACKEND="native")
     assert done.returncode == 1
@@ -240,7 +240,7 @@ def test_name_in_the_environment_that_is_not_available():
 
 def test_empty_environment_variable_is_none():
     """As ``PMRL_KERNELS_BACKEND= python train.py`` leaves it."""
-    code = "from pmrl_kernels import backends; print(backends.default_name)"
+    code = "from pmrl_kernels import ops; print(ops.default_name)"
     assert run_python(code, PMRL_KERNELS_BACKEND="").stdout == "None\n"
 
 
@@ -260,9 +260,9 @@ OPERATORS = (
 
 def importing(monkeypatch: pytest.MonkeyPatch, **modules: Callable[[], Any]) -> None:
     """New backends, faster than the others, and what happens when they are imported."""
-    known = backends._import
-    monkeypatch.setattr(backends, "_import", lambda name: modules[name]() if name in modules else known(name))
-    monkeypatch.setattr(backends, "_PREFERENCE", (*modules, *backends._PREFERENCE))
+    known = ops._import
+    monkeypatch.setattr(ops, "_import", lambda name: modules[name]() if name in modules else known(name))
+    monkeypatch.setattr(ops, "_PREFERENCE", (*modules, *ops._PREFERENCE))
 
 
 def raising(error: BaseException) -> Callable[[], Any]:
@@ -286,16 +286,16 @@ def tiny(monkeypatch) -> Iterator[Counter[str]]:
 
     module = fake("tiny", operators=types.SimpleNamespace(**{name: counted(name) for name in OPERATORS}))
     importing(monkeypatch, tiny=lambda: module)
-    monkeypatch.setattr(backends, "default_name", None)
-    loaded, _ = backends._load()
+    monkeypatch.setattr(ops, "default_name", None)
+    loaded, _ = ops._load()
     assert next(iter(loaded)) == "tiny"
-    before = dict(backends.available)
+    before = dict(ops.available)
     # in place: the autograd Functions hold the same dict
-    backends.available.clear()
-    backends.available.update(loaded)
+    ops.available.clear()
+    ops.available.update(loaded)
     yield calls
-    backends.available.clear()
-    backends.available.update(before)
+    ops.available.clear()
+    ops.available.update(before)
 
 
 @pytest.mark.parametrize("backend", ["tiny", None], ids=["by name", "as the fastest"])
@@ -326,20 +326,20 @@ def test_reference_has_all_operators():
     assert all(hasattr(reference.operators, name) for name in OPERATORS)
 
 
-@pytest.mark.parametrize("name", backends.available)
+@pytest.mark.parametrize("name", ops.available)
 def test_every_backend_offers_the_same(name):
-    module = backends.available[name]
+    module = ops.available[name]
     assert name == module.NAME
     assert module.unavailable() is None
     assert all(callable(getattr(module.operators, operator)) for operator in OPERATORS)
 
 
 def test_every_known_backend_works_or_has_a_reason():
-    assert set(backends.available) | set(backends.unavailable_reasons) == set(backends._PREFERENCE)
-    assert not set(backends.available) & set(backends.unavailable_reasons)
-    assert all(backends.unavailable_reasons.values())
-    order = [name for name in backends._PREFERENCE if name in backends.available]
-    assert list(backends.available) == order
+    assert set(ops.available) | set(ops.unavailable_reasons) == set(ops._PREFERENCE)
+    assert not set(ops.available) & set(ops.unavailable_reasons)
+    assert all(ops.unavailable_reasons.values())
+    order = [name for name in ops._PREFERENCE if name in ops.available]
+    assert list(ops.available) == order
 
 
 def test_loading_says_why_a_backend_does_not_work(monkeypatch, caplog):
@@ -348,7 +348,7 @@ def test_loading_says_why_a_backend_does_not_work(monkeypatch, caplog):
     damaged = types.SimpleNamespace(NAME="damaged", unavailable=lambda: "half of it is missing", broken=True)
     importing(
         monkeypatch,
-        absent=raising(ImportError("cannot import name 'absent' from 'pmrl_kernels.backends'")),
+        absent=raising(ImportError("cannot import name 'absent' from 'pmrl_kernels.ops'")),
         needy=raising(ModuleNotFoundError("No module named 'nobody_has_it'", name="nobody_has_it")),
         refusing=lambda: refusing,
         damaged=lambda: damaged,
@@ -359,12 +359,12 @@ def test_loading_says_why_a_backend_does_not_work(monkeypatch, caplog):
         empty=lambda: types.SimpleNamespace(NAME="empty"),
         late=lambda: types.SimpleNamespace(NAME="late", unavailable=raising(OSError("no such driver"))),
     )
-    here = importlib.util.find_spec("pmrl_kernels.backends.constants")
-    found = {"pmrl_kernels.backends.absent": None}
+    here = importlib.util.find_spec("pmrl_kernels.ops.constants")
+    found = {"pmrl_kernels.ops.absent": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found.get(name, here))
     with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
-        loaded, reasons = backends._load()
-    assert list(loaded) == list(backends.available)
+        loaded, reasons = ops._load()
+    assert list(loaded) == list(ops.available)
     wanted = {
         "absent": ("this version of pmrl_kernels does not contain it", logging.INFO),
         "needy": ("it needs the module 'nobody_has_it', which is not installed", logging.INFO),
@@ -387,14 +387,14 @@ def test_loading_says_why_a_backend_does_not_work(monkeypatch, caplog):
 def test_who_ends_the_import_ends_it(monkeypatch, error):
     importing(monkeypatch, stopped=raising(error))
     with pytest.raises(type(error)):
-        backends._load()
+        ops._load()
 
 
 def test_without_the_reference_there_is_no_package(monkeypatch):
     """It has no reason not to work; an error in it is not for hiding."""
-    monkeypatch.setattr(backends, "_import", raising(RuntimeError("no such operator")))
+    monkeypatch.setattr(ops, "_import", raising(RuntimeError("no such operator")))
     with pytest.raises(RuntimeError, match=r"^no such operator$"):
-        backends._load()
+        ops._load()
 
 
 def copy_of_the_package(folder: Path, name: str = "pmrl_kernels") -> Path:
@@ -409,7 +409,7 @@ import torch
 log = io.StringIO()
 logging.basicConfig(stream=log, level=logging.WARNING, format="%(message)s")
 for file in ("native.py", "triton/__init__.py"):
-    path = pathlib.Path("pmrl_kernels", "backends", file)
+    path = pathlib.Path("pmrl_kernels", "ops", file)
     whole = path.read_text()
     for code in ("import nobody_has_it", "1 / 0", "def", "raise SystemError"):
         for module in [m for m in sys.modules if m.partition(".")[0] == "pmrl_kernels"]:
@@ -417,9 +417,9 @@ for file in ("native.py", "triton/__init__.py"):
         log.truncate(log.seek(0))
         path.write_text(code)
         importlib.invalidate_caches()
-        from pmrl_kernels import backends, dominant_sv_loss, info
+        from pmrl_kernels import ops, dominant_sv_loss, info
         dominant_sv_loss(torch.eye(3), torch.eye(3))
-        reason = backends.unavailable_reasons[file.partition("/")[0].removesuffix(".py")]
+        reason = ops.unavailable_reasons[file.partition("/")[0].removesuffix(".py")]
         print(json.dumps([code, reason, log.getvalue(), f"not available: {reason}" in info.report()]))
     path.write_text(whole)
 """
@@ -451,8 +451,8 @@ def test_importing_survives_a_backend_that_cannot_be_imported(tmp_path):
 
 
 def test_every_backend_is_imported_by_a_statement():
-    assert {f"backends.{name}" for name in backends._PREFERENCE} <= imports_of("backends")
-    assert [backends._import(name).NAME for name in backends._PREFERENCE] == list(backends._PREFERENCE)
+    assert {f"ops.{name}" for name in ops._PREFERENCE} <= imports_of("ops")
+    assert [ops._import(name).NAME for name in ops._PREFERENCE] == list(ops._PREFERENCE)
 
 
 def test_static_analysis_finds_the_whole_package():
@@ -479,7 +479,7 @@ import torch
 
 def call(package, compiled=False, left_out=()):
     found = {}
-    for name in importlib.import_module(package.__name__ + ".backends").available:
+    for name in importlib.import_module(package.__name__ + ".ops").available:
         if name in left_out:
             continue
         generator = torch.Generator().manual_seed(0)
@@ -524,7 +524,7 @@ print(*expected)
 
 def test_importing_the_package_anew():
     """As notebooks and test runners do. Whoever kept a function of the old modules can go on using it."""
-    wanted = [*backends.available]
+    wanted = [*ops.available]
     environment = with_triton_if_there_is_one()
     if environment and "triton" not in wanted:
         wanted.insert(wanted.index("reference"), "triton")
@@ -535,7 +535,7 @@ CHANGED = """
 import pathlib
 import pmrl_kernels as first
 before = call(first)["reference"][0]
-path = pathlib.Path("pmrl_kernels", "backends", "reference.py")
+path = pathlib.Path("pmrl_kernels", "ops", "reference.py")
 text = path.read_text()
 head, mark, tail = text.partition("_TEMPERATURE = ")
 change = "unchanged = modality_forward\\ndef modality_forward(*a):\\n    x, *y = unchanged(*a)\\n"
@@ -604,8 +604,8 @@ def attempt(stop):
     else:
         assert not stop
     call(pmrl_kernels, left_out=("triton",))  # in its interpreter a call takes as long as all the rest
-    from pmrl_kernels import backends
-    os.write(pipe, f"{counted} {len(backends.available)}".encode())
+    from pmrl_kernels import ops
+    os.write(pipe, f"{counted} {len(ops.available)}".encode())
 
 pipe = 1
 total, stop = None, 0
@@ -719,14 +719,14 @@ def test_info():
     assert facts["torch"].startswith(torch.__version__)
     assert facts["python"].startswith(sys.version.split()[0])
     assert {"triton", "cpu"} <= set(facts)
-    for name in backends._PREFERENCE:
-        reason = backends.unavailable_reasons.get(name)
+    for name in ops._PREFERENCE:
+        reason = ops.unavailable_reasons.get(name)
         assert facts[f"backend {name}"] == ("works" if reason is None else f"not available: {reason}")
     assert facts["default"] == "the fastest that works"
 
 
 def test_info_shows_the_environment_variable(monkeypatch):
-    monkeypatch.setattr(backends, "default_name", "reference")
+    monkeypatch.setattr(ops, "default_name", "reference")
     assert info.report().splitlines()[-1].split(None, 1) == ["default", "reference (PMRL_KERNELS_BACKEND)"]
 
 
@@ -765,13 +765,13 @@ def test_info_remarks_on_an_unknown_name_in_the_environment():
     """Every call without ``backend=`` then raises."""
     told = line_of_info("default", PMRL_KERNELS_BACKEND="nonsense")
     assert told.startswith("nonsense (PMRL_KERNELS_BACKEND), unknown: wanted one of ")
-    assert all(repr(name) in told for name in backends._PREFERENCE)
+    assert all(repr(name) in told for name in ops._PREFERENCE)
 
 
 def test_info_remarks_on_a_name_in_the_environment_that_is_not_available(monkeypatch):
-    monkeypatch.setattr(backends, "default_name", "native")
-    monkeypatch.setattr(backends, "available", {"reference": reference})
-    monkeypatch.setattr(backends, "unavailable_reasons", {"native": "no compiler was found"})
+    monkeypatch.setattr(ops, "default_name", "native")
+    monkeypatch.setattr(ops, "available", {"reference": reference})
+    monkeypatch.setattr(ops, "unavailable_reasons", {"native": "no compiler was found"})
     line = info.report().splitlines()[-1]
     assert line.split(None, 1) == ["default", "native (PMRL_KERNELS_BACKEND), not available: no compiler was found"]
 
@@ -875,20 +875,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "spectral"),
     ("inputs",),
     ("autograd",),
-    ("backends", "distributed"),
-    ("backends.native", "backends.triton"),
-    ("backends.reference", "backends.binary", "backends.triton.launch"),
-    ("backends.triton.kernels",),
-    ("backends.triton.streams",),
-    ("backends.triton.kspace",),
-    ("backends.triton.eigen",),
-    ("backends.constants",),
+    ("ops", "distributed"),
+    ("ops.native", "ops.triton"),
+    ("ops.reference", "ops.binary", "ops.triton.launch"),
+    ("ops.triton.kernels",),
+    ("ops.triton.streams",),
+    ("ops.triton.kspace",),
+    ("ops.triton.eigen",),
+    ("ops.constants",),
 )
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 
 
 def module_name(path: Path) -> str:
-    """losses.py -> "losses", backends/__init__.py -> "backends", __init__.py -> ""."""
+    """losses.py -> "losses", ops/__init__.py -> "ops", __init__.py -> ""."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -930,16 +930,16 @@ def imports_of(name: str) -> set[str]:
     ("name", "source", "is_package", "expected"),
     [
         ("losses", "from . import autograd, inputs", False, {"autograd", "inputs"}),
-        ("losses", "from .backends import resolve", False, {"backends"}),
-        ("losses", "def f():\n    import pmrl_kernels.backends.constants", False, {"backends.constants"}),
-        ("info", "from . import __version__, backends", False, {"", "backends"}),
+        ("losses", "from .ops import resolve", False, {"ops"}),
+        ("losses", "def f():\n    import pmrl_kernels.ops.constants", False, {"ops.constants"}),
+        ("info", "from . import __version__, ops", False, {"", "ops"}),
         (
-            "backends.reference",
+            "ops.reference",
             "from .. import losses\nfrom . import constants",
             False,
-            {"losses", "backends.constants"},
+            {"losses", "ops.constants"},
         ),
-        ("backends", "from . import constants\nimport torch, os.path", True, {"backends.constants"}),
+        ("ops", "from . import constants\nimport torch, os.path", True, {"ops.constants"}),
         ("", "from .losses import pmrl_loss", True, {"losses"}),
     ],
 )
@@ -958,13 +958,13 @@ def test_imports_point_one_way(name):
 
 def test_reference_stands_alone():
     """It is the oracle of the kernels, so it may share nothing with them but the constants."""
-    assert imports_of("backends.reference") == {"backends.constants"}
-    assert imports_of("backends.constants") == set()
+    assert imports_of("ops.reference") == {"ops.constants"}
+    assert imports_of("ops.constants") == set()
 
 
 def test_users_files_reach_backends_through_the_resolver_only():
     for name in ("", "modules", "losses", "spectral"):
-        assert not {target for target in imports_of(name) if target.startswith("backends.")} - {"backends.constants"}
+        assert not {target for target in imports_of(name) if target.startswith("ops.")} - {"ops.constants"}
 
 
 # ------------------------------------------------------------------------------------------------

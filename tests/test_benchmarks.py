@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import CPU_BACKENDS
 
-from pmrl_kernels import backends
+from pmrl_kernels import ops
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -115,7 +115,7 @@ def test_the_report(benchmark_modules, monkeypatch, tmp_path, capsys):
             assert row[backend] <= 4, row
     for row in results["memory"]:
         assert row["not_run"] if "not_run" in row else row["MiB"] > 0
-    if "native" in backends.available:
+    if "native" in ops.available:
         memory = {row["contender"]: row["of_gradients"] for row in results["memory"]}
         assert memory["full SVD"] > 10 * memory["native"]
         assert 1 <= memory["native"] < 2
@@ -176,7 +176,7 @@ def test_records_of_single_calls(tmp_path):
     assert "2 passed" in done.stdout or "2 skipped" in done.stdout
 
 
-measures_native = pytest.mark.skipif("native" not in backends.available, reason="the native contrasts are measured")
+measures_native = pytest.mark.skipif("native" not in ops.available, reason="the native contrasts are measured")
 
 
 @measures_native

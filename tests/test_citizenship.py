@@ -37,7 +37,7 @@ from pmrl_kernels import (
     uniformity,
     warm_up,
 )
-from pmrl_kernels.backends import constants
+from pmrl_kernels.ops import constants
 
 each_backend = pytest.mark.parametrize("backend", CPU_BACKENDS)
 

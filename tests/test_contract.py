@@ -20,7 +20,7 @@ from pmrl_kernels import (
     pmrl_loss,
     singular_values,
 )
-from pmrl_kernels.backends import constants
+from pmrl_kernels.ops import constants
 from pmrl_kernels.spectral import _spectral
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

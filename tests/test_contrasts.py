@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from pmrl_kernels import backends, dominant_singular_triplet, instance_contrastive_loss, pmrl_loss
+from pmrl_kernels import dominant_singular_triplet, instance_contrastive_loss, ops, pmrl_loss
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 # One row, packs and tiles nearly full, several tiles; the last is too large for its similarities to be kept.
 SIZES = [(1, 3), (2, 1), (31, 4), (127, 8), (129, 33), (300, 16), (2100, 5)]
 
 
-native_only = pytest.mark.skipif("native" not in backends.available, reason="the native library is not built here")
+native_only = pytest.mark.skipif("native" not in ops.available, reason="the native library is not built here")
 
 
 def operators(backend: str) -> Any:
-    return backends.available[backend].operators
+    return ops.available[backend].operators
 
 
 class Case(NamedTuple):

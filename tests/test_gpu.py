@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from pmrl_kernels import (
-    backends,
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
     instance_contrastive_loss,
+    ops,
     pmrl_loss,
     singular_values,
 )
 
-if "triton" not in backends.available:
+if "triton" not in ops.available:
     pytest.skip("needs a GPU and Triton", allow_module_level=True)
 
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels.ops.triton import launch
 
-if not torch.cuda.is_available() and backends.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
+if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
     pytest.skip("needs a GPU", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -277,19 +277,19 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("function", ["softmax", "triplet"])
 def test_opcheck(function):
     """Schema, fakes and dispatch of both operators. Not all of a state is written: what is asked for decides."""
-    from pmrl_kernels.backends import constants
+    from pmrl_kernels.ops import constants
 
     wanted = constants.ALIGNMENT_MEAN if function == "softmax" else constants.SIGMA | constants.U | constants.V
     xs = [x.detach() for x in modalities(16)]
     options = (None, None, 0.05, True, function == "softmax", wanted)
-    forward = backends.available["triton"]._operators["spectral_forward"]
+    forward = ops.available["triton"]._operators["spectral_forward"]
     torch.library.opcheck(forward, (xs, *options), test_utils=("test_schema", "test_faketensor"))
     outputs, state = forward(xs, *options)
     arguments = (xs, *options, state, [torch.ones_like(x) for x in outputs], [True] * 4)
-    torch.library.opcheck(backends.available["triton"]._operators["spectral_backward"], arguments)
+    torch.library.opcheck(ops.available["triton"]._operators["spectral_backward"], arguments)
 
 
 def test_the_fastest_is_chosen():
-    assert TOY or backends.resolve(None, torch.device("cuda", 0), torch.float32, 4, 512) == "triton"
+    assert TOY or ops.resolve(None, torch.device("cuda", 0), torch.float32, 4, 512) == "triton"
     xs = modalities(32)
     torch.testing.assert_close(pmrl_loss(xs, backend="triton"), pmrl_loss(xs, backend="reference"))

@@ -18,11 +18,11 @@ from torch import Tensor
 import pmrl_kernels
 from pmrl_kernels import (
     autograd,
-    backends,
     dominant_singular_triplet,
     dominant_singular_value,
     dominant_sv_loss,
     instance_contrastive_loss,
+    ops,
     pmrl_loss,
     singular_values,
     warm_up,
@@ -624,8 +624,8 @@ def test_primitives_have_no_temperature(function, no_kernels):
 
 @pytest.mark.parametrize("function", OPTIONS)
 def test_known_backend_that_is_not_available(function, no_kernels, monkeypatch):
-    monkeypatch.setattr(backends, "available", {})
-    monkeypatch.setattr(backends, "unavailable_reasons", {"native": "no compiler was found"})
+    monkeypatch.setattr(ops, "available", {})
+    monkeypatch.setattr(ops, "unavailable_reasons", {"native": "no compiler was found"})
     with pytest.raises(RuntimeError, match="'native' is not available: no compiler was found"):
         getattr(pmrl_kernels, function)(x(), backend="native")
 

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from pmrl_kernels import (
-    backends,
     dominant_singular_triplet,
     dominant_sv_loss,
+    ops,
     pmrl_loss,
     singular_values,
 )
-from pmrl_kernels.backends import constants, native
+from pmrl_kernels.ops import constants, native
 
-if "native" not in backends.available:
-    pytest.skip(f"no native backend here: {backends.unavailable_reasons['native']}", allow_module_level=True)
+if "native" not in ops.available:
+    pytest.skip(f"no native backend here: {ops.unavailable_reasons['native']}", allow_module_level=True)
 
 HERE = Path(__file__)
 ROOT = HERE.parent.parent
@@ -131,7 +131,7 @@ def test_contract_on_every_instruction_set(isa, sampled):
 
 FALLBACK = """
 import json, torch
-from pmrl_kernels import backends, dominant_sv_loss, info
+from pmrl_kernels import ops, dominant_sv_loss, info
 x = torch.eye(3)
 loss = dominant_sv_loss(x, x).item()
 try:
@@ -139,9 +139,9 @@ try:
     error = None
 except RuntimeError as caught:
     error = str(caught)
-resolved = backends.resolve(None, torch.device("cpu"), torch.float32, 2, 3)
-reason = backends.unavailable_reasons["native"]
-print(json.dumps([list(backends.available), reason, resolved, loss, error, info.report()]))
+resolved = ops.resolve(None, torch.device("cpu"), torch.float32, 2, 3)
+reason = ops.unavailable_reasons["native"]
+print(json.dumps([list(ops.available), reason, resolved, loss, error, info.report()]))
 """
 
 
@@ -163,7 +163,7 @@ def test_an_instruction_set_that_cannot_run(isa):
 
 
 def test_an_empty_variable_asks_for_nothing():
-    done = run("-c", "from pmrl_kernels.backends import native; print(native.build_info['isa'])", isa="")
+    done = run("-c", "from pmrl_kernels.ops import native; print(native.build_info['isa'])", isa="")
     assert done.stdout.split() == [RUNS_HERE[0]]
 
 
@@ -294,7 +294,7 @@ def test_agrees_with_the_reference_where_it_is_delicate(dtype, k, normalize, spe
     slope = 1 / norm if normalize else 1 + 1 / norm
     for mask in (None, some_mask(B, k)):
         found, expected = (
-            everything(xs, mask, normalize, spectrum, weights, ops) for ops in (OPS, backends.reference.operators)
+            everything(xs, mask, normalize, spectrum, weights, ops) for ops in (OPS, ops.reference.operators)
         )
         units = [unit] * 2 + [torch.ones_like(unit)] * 2 + [unit] * k + [slope] * 2 * k
         for a, b, scale in zip(found, expected, units, strict=True):

@@ -15,7 +15,7 @@ from pmrl_kernels import (
     pmrl_loss,
     singular_values,
 )
-from pmrl_kernels.backends import constants, reference
+from pmrl_kernels.ops import constants, reference
 
 SHAPES = ((5, 2, 7), (4, 3, 16), (3, 4, 33), (3, 6, 40), (2, 3, 2), (2, 8, 5), (2, 12, 31), (2, 32, 48))  # B, k, d
 

@@ -26,8 +26,8 @@ import pytest
 import torch
 
 import pmrl_kernels
-from pmrl_kernels import backends, info
-from pmrl_kernels.backends import binary, native
+from pmrl_kernels import info, ops
+from pmrl_kernels.ops import binary, native
 
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(DATA))
@@ -455,10 +455,10 @@ def installed(folder: Path, library: bytes | Path | None = None, name: str = "pm
 
 ASKED = """
 import torch
-from pmrl_kernels import backends, dominant_sv_loss
-assert "reference" in backends.available
+from pmrl_kernels import ops, dominant_sv_loss
+assert "reference" in ops.available
 assert dominant_sv_loss(torch.eye(3), torch.eye(3)).isfinite()
-print(backends.unavailable_reasons.get("native", "works"))
+print(ops.unavailable_reasons.get("native", "works"))
 """
 
 
@@ -488,10 +488,10 @@ for folder in sorted(pathlib.Path.cwd().iterdir()):
     log.truncate(log.seek(0))
     sys.path[0] = str(folder)
     importlib.invalidate_caches()
-    from pmrl_kernels import backends, dominant_sv_loss
-    assert folder in pathlib.Path(backends.__file__).parents
+    from pmrl_kernels import ops, dominant_sv_loss
+    assert folder in pathlib.Path(ops.__file__).parents
     assert dominant_sv_loss(torch.eye(3), torch.eye(3)).isfinite()
-    print(json.dumps([folder.name, backends.unavailable_reasons.get("native", "works"), log.getvalue().strip()]))
+    print(json.dumps([folder.name, ops.unavailable_reasons.get("native", "works"), log.getvalue().strip()]))
 """
 
 
@@ -545,9 +545,9 @@ def test_another_library_in_its_place(tmp_path):
 def test_a_library_of_another_version(tmp_path):
     """Whose operators take other arguments than this version passes."""
     package = installed(tmp_path, LIBRARY)
-    path = package / "backends" / "reference.py"
+    path = package / "ops" / "reference.py"
     path.write_text(path.read_text().replace("Tensor u, Tensor? columns, int start,", "Tensor u, Tensor? columns,"))
-    code = "from pmrl_kernels.backends import native; print(native.unavailable())"
+    code = "from pmrl_kernels.ops import native; print(native.unavailable())"
     reason, warned = told_of_native(tmp_path, code=code)
     assert reason.startswith("libpmrl_kernels.so is of another version: got pmrl_kernels::instance_forward(Tensor u,")
     assert warned == logged(reason)
@@ -593,8 +593,8 @@ def test_a_library_that_was_not_built_from_the_sources_beside_it(tmp_path):
 TWO_COPIES = """
 import torch
 import someones_pmrl
-from someones_pmrl import backends as theirs
-from pmrl_kernels import backends as ours
+from someones_pmrl import ops as theirs
+from pmrl_kernels import ops as ours
 assert "native" in theirs.available, theirs.unavailable_reasons
 for package in (theirs, ours):
     for name, backend in package.available.items():
@@ -677,7 +677,7 @@ def test_a_compiler_says_what_it_likes_in_any_locale(tmp_path):
 @needs_library
 def test_the_record_of_this_installation():
     assert (PACKAGE / RECORD).read_text().splitlines()[0] == "built"
-    assert "native" in backends.available or "PMRL_KERNELS_ISA" in os.environ, backends.unavailable_reasons["native"]
+    assert "native" in ops.available or "PMRL_KERNELS_ISA" in os.environ, ops.unavailable_reasons["native"]
     line = next(line for line in info.report().splitlines() if line.startswith("native library "))
     assert re.search(r"^native library +\S+ of .*\bbaseline\b.*, by \w+ [\d.]+ with torch \d", line)
 
@@ -906,5 +906,5 @@ def test_source_distribution(tmp_path, with_torch):
     done = environment.pip(*installing, **(TOOLS | {"CXX": str(compiler), "PMRL_KERNELS_NATIVE": "1"}))
     assert done.returncode == 0, done.stdout
     assert reported(environment)[0] == "works"
-    done = environment.python("-c", "from pmrl_kernels.backends import native; print(native.build_info['sources'])")
+    done = environment.python("-c", "from pmrl_kernels.ops import native; print(native.build_info['sources'])")
     assert done.stdout.strip() == binary.source_hash(ROOT)

@@ -25,7 +25,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels.ops.triton import launch
 
 if launch.INTERPRETED:
     pytest.skip("this process interprets the source of kernels, and can compile none", allow_module_level=True)

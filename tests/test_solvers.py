@@ -18,7 +18,7 @@ import pytest
 import tolerances as tol
 from numpy.typing import NDArray
 
-from pmrl_kernels.backends import constants, native
+from pmrl_kernels.ops import constants, native
 
 numerics = pytest.importorskip(
     "pmrl_kernels._numerics", reason="the door into the solvers is built in development installs only (make build)"
@@ -573,7 +573,7 @@ def test_elementary_functions_of_nan(isa, function):
 
 
 def test_constants_are_those_of_every_backend():
-    """The compiled code has its own copy of backends/constants.py; this is what keeps the two the same."""
+    """The compiled code has its own copy of ops/constants.py; this is what keeps the two the same."""
     assert constants.MAX_MODALITIES == numerics.MAX_MODALITIES == 32
     assert constants.PEAK_TIE == numerics.PEAK_TIE
     assert constants.RANK_ONE == numerics.RANK_ONE

@@ -30,8 +30,8 @@ sys.path.insert(0, str(DATA))
 import resources  # noqa: E402
 
 from pmrl_kernels import compilation  # noqa: E402
-from pmrl_kernels.backends import constants, reference, triton  # noqa: E402
-from pmrl_kernels.backends.triton import kspace, launch  # noqa: E402
+from pmrl_kernels.ops import constants, reference, triton  # noqa: E402
+from pmrl_kernels.ops.triton import kspace, launch  # noqa: E402
 
 if launch.INTERPRETED:
     pytest.skip("this process interprets; these tests start such processes themselves", allow_module_level=True)
@@ -355,7 +355,7 @@ def test_warm_up_compiles_all_that_is_needed_later():
     code = """
 import json, torch
 from pmrl_kernels import dominant_singular_triplet, pmrl_loss, warm_up
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels.ops.triton import launch
 
 seen = set()
 launch.run = lambda one: seen.add((one.kernel.fn.__name__, one.compilation()))
@@ -439,8 +439,8 @@ def test_reasons(monkeypatch):
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_importing_the_package_imports_no_triton(interpret):
     code = (
-        "import json, sys, pmrl_kernels.backends as backends\n"
-        "print(json.dumps(['triton' in sys.modules, 'triton' in backends.available]))"
+        "import json, sys, pmrl_kernels.ops as ops\n"
+        "print(json.dumps(['triton' in sys.modules, 'triton' in ops.available]))"
     )
     done = run("-c", code, TRITON_INTERPRET=interpret)
     imported, available = json.loads(done.stdout)
@@ -450,7 +450,7 @@ def test_importing_the_package_imports_no_triton(interpret):
 
 def test_auto_prefers_it_on_a_gpu_only():
     code = (
-        "import torch, pmrl_kernels.backends as b\n"
+        "import torch, pmrl_kernels.ops as b\n"
         "resolve = lambda device: b.choose(tuple(b.available.values()), None, torch.device(device), torch.float32,"
         " 3, 64, {})[0]\n"
         "print(resolve('cuda'), resolve('cpu'))"

@@ -1,5 +1,5 @@
 // The numbers every kernel shares: where a value counts as zero, tied, or too flat to differentiate.
-// They are those of pmrl_kernels/backends/constants.py, which says why each is what it is; a test compares the two.
+// They are those of pmrl_kernels/ops/constants.py, which says why each is what it is; a test compares the two.
 #pragma once
 
 #define PMRL_PRAGMA(text) _Pragma(#text)

@@ -38,7 +38,7 @@ constexpr double kLog2 = 0.69314718055994530942;
 
 enum class Mode { kTriangle, kRows, kBoth };
 
-// What the similarities of n rows take, in whole tiles. pmrl_kernels/backends/native.py computes the same.
+// What the similarities of n rows take, in whole tiles. pmrl_kernels/ops/native.py computes the same.
 int64_t saved_size(Mode mode, int64_t n, int64_t columns) {
   return mode == Mode::kTriangle ? n * (n + kTileRows + 2 * kTilePadding) / 2 : n * (columns + kTilePadding);
 }

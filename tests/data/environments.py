@@ -79,7 +79,7 @@ def faults(wheel: Path) -> list[str]:
     found = []
     if not wheel.name.endswith(f"-py3-none-{platform}.whl"):
         found.append(f"its name: wanted the tag py3-none-{platform}, got {wheel.name}")
-    for name in ("__init__.py", "py.typed", "libpmrl_kernels.so", "native_build.txt", "backends/native.py"):
+    for name in ("__init__.py", "py.typed", "libpmrl_kernels.so", "native_build.txt", "ops/native.py"):
         if f"pmrl_kernels/{name}" not in names:
             found.append(f"pmrl_kernels/{name} is missing")
     binaries = {name for name in names if name.endswith((".so", ".o", ".a", ".pyc"))}

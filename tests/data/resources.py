@@ -27,8 +27,8 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from pmrl_kernels.backends import constants
-from pmrl_kernels.backends.triton import launch
+from pmrl_kernels.ops import constants
+from pmrl_kernels.ops.triton import launch
 
 TABLE = Path(__file__).with_name("triton-resources.txt")
 TARGETS = {

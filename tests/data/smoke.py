@@ -16,8 +16,8 @@ import sysconfig
 import torch
 
 import pmrl_kernels
-from pmrl_kernels import backends, dominant_singular_triplet, info, pmrl_loss
-from pmrl_kernels.backends import native
+from pmrl_kernels import dominant_singular_triplet, info, ops, pmrl_loss
+from pmrl_kernels.ops import native
 
 # Of the largest entry. Not the suite's tolerances: this is to find a library that computes something else.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float64: 1e-10}
@@ -50,8 +50,8 @@ def main() -> None:
     installed = os.path.realpath(sysconfig.get_path("platlib"))
     if not os.path.realpath(pmrl_kernels.__file__).startswith(installed + os.sep):
         sys.exit(f"wanted pmrl_kernels in {installed}, got {pmrl_kernels.__file__}")
-    if "native" not in backends.available:
-        sys.exit(f"wanted the native backend, got: {backends.unavailable_reasons['native']}")
+    if "native" not in ops.available:
+        sys.exit(f"wanted the native backend, got: {ops.unavailable_reasons['native']}")
     asked = os.environ.get("PMRL_KERNELS_ISA")
     if asked:
         assert native.build_info["isa"] == asked, (native.build_info["isa"], asked)
