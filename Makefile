@@ -63,19 +63,19 @@ test-all: test test-slow
 wheel: $(BUILT)
 	rm -f dist/*.whl
 	PMRL_KERNELS_NATIVE=1 $(WITH_TOOLS) $(PIP) wheel --no-build-isolation --no-deps -w dist .
-	$(BIN)/python tests/data/environments.py dist/*.whl
+	$(BIN)/python tests/tools/environments.py dist/*.whl
 
 sanitize: $(STAMP)
-	$(WITH_TOOLS) $(BIN)/python tests/data/sanitize.py --every $(SAMPLE) --seed=$(SEED)
+	$(WITH_TOOLS) $(BIN)/python tests/tools/sanitize.py --every $(SAMPLE) --seed=$(SEED)
 
 resources: $(STAMP)
-	$(BIN)/python tests/data/resources.py --write
+	$(BIN)/python tests/tools/resources.py --write
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 bench: $(BUILT)
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 bench-contrast: $(BUILT)
 	$(BIN)/python benchmarks/contrast.py $(ARGS)

@@ -33,7 +33,7 @@ _spec = importlib.util.spec_from_file_location("binary", ROOT / "pmrl_kernels" /
 binary = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(binary)
 LIBRARY = "pmrl_kernels.libpmrl_kernels"
-DOOR = "pmrl_kernels._numerics"
+TEST_MODULE = "pmrl_kernels._numerics"
 OLDEST_TORCH = (2, 10)
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
 
@@ -151,7 +151,7 @@ class Build(build_ext):
         self.distribution.ext_modules = self.extensions
         package.mkdir(parents=True, exist_ok=True)
         # What an earlier build left in place is not what the record is about to describe, unless it is of the same
-        # sources: then it may be another environment's, whose doors are for other versions of Python.
+        # sources: then it may be another environment's, whose test modules are for other versions of Python.
         found = package / binary.LIBRARY
         kept = package.resolve() == (ROOT / "pmrl_kernels").resolve() and binary.fits(found, ROOT)
         targets = {name: Path(self.get_ext_fullpath(name)) for name in built}
@@ -171,7 +171,7 @@ class Build(build_ext):
         (package / binary.RECORD).write_text(outcome + "\n", encoding="utf-8", errors="surrogateescape")
 
     def _compile(self, facts: dict[str, str | None]) -> dict[str, Path]:
-        """The files built, by the name of their extension. The door is for development, so for builds in place."""
+        """The files built, by the name of their extension. The test module is for builds in place alone."""
         development = self.inplace or getattr(self, "editable_mode", False)
         build = ROOT / "build" / "native"
         cmake, ninja = str(tool("cmake")), tool("ninja")
@@ -188,7 +188,7 @@ class Build(build_ext):
         run(cmake, "--build", str(build))
         built = {LIBRARY: build / "libpmrl_kernels.so"}
         if "-DPMRL_NUMERICS=ON" in settings:
-            built[DOOR] = next(build.glob("_numerics*.so"))
+            built[TEST_MODULE] = next(build.glob("_numerics*.so"))
         return built
 
 
@@ -213,6 +213,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(LIBRARY, []), Extension(DOOR, [])],
+    ext_modules=[Extension(LIBRARY, []), Extension(TEST_MODULE, [])],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -36,6 +36,7 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from pmrl_kernels import dominant_sv_loss, ops, pmrl_loss, singular_values
+from pmrl_kernels.ops.spectral import SPECTRAL
 
 VIEWS = ("pixels", "Fourier", "profiles", "Karhunen", "Zernike", "morphology")
 HELD_OUT = 450
@@ -687,7 +688,7 @@ def main(argv: list[str] | None = None) -> Results:
         f"{steps} steps of batch {BATCH}, d = {DIM}, "
         f"τ₁ = {ALIGNMENT_TEMPERATURE:g}, τ₂ = {CONTRAST_TEMPERATURE:g}, seed {seed}, "
         f"CPU threads: {torch.get_num_threads()}, "
-        f"backend: {ops.resolve(None, torch.device('cpu'), torch.float32, len(VIEWS), DIM)}"
+        f"backend: {ops.resolve(SPECTRAL, None, torch.device('cpu'), torch.float32, len(VIEWS), DIM).backend}"
     )
     print(conditions, end="\n\n")
     print(summary(results))

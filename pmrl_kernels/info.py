@@ -23,6 +23,17 @@ def _triton() -> str:
         return f"cannot be told: {error}"
 
 
+def _backend(name: str) -> str:
+    """Whether it works, and for which ops the next one runs."""
+    if name not in ops.available:
+        return f"not available: {ops.unavailable_reasons[name]}"
+    lacking = ops.available[name].lacking
+    if not lacking:
+        return "works"
+    reasons = "; ".join(dict.fromkeys(lacking.values()))
+    return f"works; no kernels for {', '.join(lacking)}, which the next one computes ({reasons})"
+
+
 def _library() -> str:
     """What was built."""
     try:
@@ -73,8 +84,7 @@ def report() -> str:
         lines.append(("cuda", "no device"))
     names = (*ops.available, *ops.unavailable_reasons)
     for name in names:
-        reason = ops.unavailable_reasons.get(name)
-        lines.append((f"backend {name}", "works" if reason is None else f"not available: {reason}"))
+        lines.append((f"backend {name}", _backend(name)))
     lines.append(("native library", _library()))
     default = "the fastest that works"
     if ops.default_name is not None:

@@ -20,6 +20,7 @@ from .ops import constants
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_LEAST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Embeddings = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -82,18 +83,20 @@ def _check_sizes(k: int, d: int, hint: str = "") -> None:
         raise ValueError("embeddings: got d = 0, wanted embeddings of at least one dimension")
 
 
-def _uniform(tensors: tuple[Any, ...]) -> bool:
-    """Whether these are what users nearly always pass; ``_check_modalities``, which takes longer, decides otherwise."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_nested or first.dim() != 2:  # what is nested may have no shape
-        return False
-    shape, dtype, device = first.shape, first.dtype, first.device
+def _uniform(tensors: tuple[Any, ...]) -> tuple[torch.Size, torch.dtype, torch.device] | None:
+    """What these have in common, if they are what users nearly always pass; else ``_check_modalities``, which takes
+    longer, decides."""
+    first, strided = tensors[0], torch.strided
     for x in tensors:
-        if not isinstance(x, Tensor) or x.dtype != dtype or x.is_nested or x.layout != torch.strided:
-            return False
-        if x.shape != shape or x.device != device or _is_distributed(x):
-            return False
-    return dtype in _DTYPES
+        if type(x) is not Tensor and (not isinstance(x, Tensor) or _is_distributed(x)):
+            return None
+        if x.is_nested or x.layout != strided:  # what is nested may have no shape
+            return None
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for x in tensors[1:]:
+        if x.dtype != dtype or x.shape != shape or x.device != device:
+            return None
+    return (shape, dtype, device) if len(shape) == 2 and dtype in _DTYPES else None
 
 
 def _check_modalities(tensors: tuple[Any, ...], names: list[str]) -> None:
@@ -141,19 +144,20 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
         dtype = first.dtype
     else:
         k = len(tensors)
-        if _uniform(tensors):
-            dtype = first.dtype
-        else:
-            _check_modalities(tensors, [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)])
-            dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
+        common = _uniform(tensors)
+        if common is not None:
+            (B, d), dtype, device = common
+            _check_sizes(k, d)
+            return Batch(tensors, None if mask is None else _mask(mask, keys, B, k, d, device), B, k, d, device, dtype)
+        _check_modalities(tensors, [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)])
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
         B, d = first.shape
         _check_sizes(k, d)
-    return Batch(tensors, _mask(mask, keys, B, k, d, first.device), B, k, d, first.device, dtype)
+    device = first.device
+    return Batch(tensors, None if mask is None else _mask(mask, keys, B, k, d, device), B, k, d, device, dtype)
 
 
-def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
+def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor:
     if isinstance(mask, Mapping):
         if keys is None:
             raise TypeError("mask: got a dict, wanted a bool tensor (B, k), since embeddings are no dict")
@@ -207,6 +211,8 @@ def examples(embeddings: Sequence[Any], masks: Sequence[Any]) -> None:
 
 def temperature(value: Any, name: str, device: torch.device, contrast: bool = False) -> tuple[Tensor | None, float]:
     """A temperature as (0-d tensor, unused number) or (None, number). Tensors are never read here."""
+    if type(value) is float and _LEAST <= value <= _LARGEST:  # what nearly always comes
+        return None, value
     if isinstance(value, Tensor):
         _check_tensor(value, name)
         if value.dim() != 0:
@@ -218,7 +224,7 @@ def temperature(value: Any, name: str, device: torch.device, contrast: bool = Fa
     if not number > 0:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
     # Beyond float32's normal numbers every backend would have to say what similarities in float32 over them are.
-    if contrast and not torch.finfo(torch.float32).tiny <= number <= torch.finfo(torch.float32).max:
+    if contrast and not _LEAST <= number <= _LARGEST:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0 that float32 can hold")
     return None, number
 

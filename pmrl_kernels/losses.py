@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from . import autograd, inputs
+from . import inputs
 from .inputs import Embeddings, Mask
-from .ops import constants, resolve
+from .ops import function, resolve
+from .ops.contrast.spec import INSTANCE, MODALITY, Contrast, RawContrast
+from .ops.objective import Objective
+from .ops.spectral import spec
+from .ops.spectral.spec import SPECTRAL, Spectral
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_REDUCTIONS = {"mean": constants.ALIGNMENT_MEAN, "sum": constants.ALIGNMENT_SUM, "none": constants.ALIGNMENT}
+_REDUCTIONS = {"mean": spec.ALIGNMENT_MEAN, "sum": spec.ALIGNMENT_SUM, "none": spec.ALIGNMENT}
 
 
 class PMRLComponents(NamedTuple):
@@ -99,9 +103,9 @@ def dominant_sv_loss(
     normalize = inputs.flag(normalize, "normalize")
     reduction = inputs.one_of(reduction, "reduction", tuple(_REDUCTIONS))
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
-    name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
-    settings = autograd.SpectralSettings(name, fixed, normalize, spectrum, _REDUCTIONS[reduction])
-    return autograd.spectral(settings, batch.mask, tau, batch.tensors)[0]
+    pair = resolve(SPECTRAL, backend, batch.device, batch.dtype, batch.k, batch.d)
+    call = Spectral(pair, _REDUCTIONS[reduction], spectrum, normalize, fixed)
+    return function.apply(call, (batch.mask, tau, *batch.tensors))[0]
 
 
 def instance_contrastive_loss(
@@ -151,15 +155,18 @@ def instance_contrastive_loss(
     """
     u, mask = inputs.rows(u, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", u.device, contrast=True)
-    contrast = "leading" if inputs.flag(normalize, "normalize") else "raw"
-    name = resolve(backend, u.device, u.dtype, 1, u.shape[1])
-    # A normalised row is the leading vector of an instance of one modality.
+    kind = "leading" if inputs.flag(normalize, "normalize") else "raw"
+    problem = backend, u.device, u.dtype, 1, u.shape[1]
+    pair = resolve(INSTANCE if kind == "leading" else MODALITY, *problem)
     column = None if mask is None else mask[:, None]
     batch = inputs.Batch((u,), column, len(u), 1, u.shape[1], u.device, u.dtype)
-    spread = inputs.spread_batch(group, local_sizes, batch, contrast, "u")
-    spectral = autograd.SpectralSettings(name, 1.0, True, False, constants.ALIGNMENT_SUM | constants.U)
-    settings = autograd.ObjectiveSettings(spectral, contrast, fixed, 1.0, spread)
-    return autograd.objective(settings, column, None, tau, (u,))[2]
+    spread = inputs.spread_batch(group, local_sizes, batch, kind, "u")
+    contrast = Contrast(pair, kind, fixed, spread)
+    if kind == "raw":
+        return function.apply(RawContrast(contrast), (column, tau, u))[0]
+    # A normalised row is the leading vector of an instance of one modality.
+    spectral = Spectral(resolve(SPECTRAL, *problem), spec.ALIGNMENT_SUM | spec.U, spectrum=False)
+    return function.apply(Objective(spectral, contrast, 1.0), (column, None, tau, u))[2]
 
 
 @overload
@@ -281,12 +288,15 @@ def pmrl_loss(
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
     contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
     return_components = inputs.flag(return_components, "return_components")
-    name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
+    problem = backend, batch.device, batch.dtype, batch.k, batch.d
+    by_modality = contrast == "modality"
+    pairs = resolve(SPECTRAL, *problem), resolve(MODALITY if by_modality else INSTANCE, *problem)
 
     spread = inputs.spread_batch(group, local_sizes, batch, contrast)
-    alignment_flag = constants.ALIGNMENT_MEAN if spread is None else constants.ALIGNMENT_SUM
-    wanted = alignment_flag | constants.U | (constants.Z if contrast == "modality" else 0)
-    spectral = autograd.SpectralSettings(name, fixed, normalize, spectrum, wanted)
-    settings = autograd.ObjectiveSettings(spectral, contrast, fixed2, weight, spread)
-    total, alignment, instance = autograd.objective(settings, batch.mask, tau, tau2, batch.tensors)
+    wanted = spec.ALIGNMENT_MEAN if spread is None else spec.ALIGNMENT_SUM
+    wanted |= spec.U | spec.Z if by_modality else spec.U
+    call = Objective(
+        Spectral(pairs[0], wanted, spectrum, normalize, fixed), Contrast(pairs[1], contrast, fixed2, spread), weight
+    )
+    total, alignment, instance = function.apply(call, (batch.mask, tau, tau2, *batch.tensors))
     return PMRLComponents(total, alignment, instance) if return_components else total

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import autograd, inputs
+from . import inputs
 from .inputs import Embeddings, Mask
-from .ops import constants, resolve
+from .ops import function, resolve
+from .ops.spectral.spec import SIGMA, SPECTRAL, Spectral, U, V
 
 
 class DominantTriplet(NamedTuple):
@@ -66,7 +67,7 @@ def singular_values(
         >>> singular_values(x, y, normalize=False)
         tensor([[5., 3.]])
     """
-    return _spectral(embeddings, mask, normalize, backend, spectrum=True, wanted=constants.SIGMA)[0]
+    return _spectral(embeddings, mask, normalize, backend, spectrum=True, wanted=SIGMA)[0]
 
 
 def dominant_singular_value(
@@ -99,7 +100,7 @@ def dominant_singular_value(
         >>> dominant_singular_value(x, x, x)
         tensor([1.7321])
     """
-    return _spectral(embeddings, mask, normalize, backend, spectrum=False, wanted=constants.SIGMA)[0][:, 0]
+    return _spectral(embeddings, mask, normalize, backend, spectrum=False, wanted=SIGMA)[0][:, 0]
 
 
 def dominant_singular_triplet(
@@ -138,7 +139,7 @@ def dominant_singular_triplet(
         >>> torch.allclose(u, x), torch.allclose(v, torch.tensor([[0.5, 0.5, 0.0]]).sqrt())
         (True, True)
     """
-    wanted = constants.SIGMA | constants.U | constants.V
+    wanted = SIGMA | U | V
     sigma, u, v = _spectral(embeddings, mask, normalize, backend, spectrum=False, wanted=wanted)
     return DominantTriplet(sigma[:, 0], u, v)
 
@@ -154,6 +155,5 @@ def _spectral(
 ) -> tuple[Tensor, ...]:
     batch = inputs.canonical(embeddings, mask)
     normalize = inputs.flag(normalize, "normalize")
-    name = resolve(backend, batch.device, batch.dtype, batch.k, batch.d)
-    settings = autograd.SpectralSettings(name, 1.0, normalize, spectrum, wanted)
-    return autograd.spectral(settings, batch.mask, None, batch.tensors)
+    pair = resolve(SPECTRAL, backend, batch.device, batch.dtype, batch.k, batch.d)
+    return function.apply(Spectral(pair, wanted, spectrum, normalize), (batch.mask, None, *batch.tensors))

@@ -10,11 +10,15 @@ import torch
 
 from pmrl_kernels import ops
 
+# What they assert tells its values, as in tests.
+pytest.register_assert_rewrite("tests.tools.arguments", "tests.tools.scalars")
+collect_ignore = ["tools"]  # programs and helpers, some of which need what is not everywhere
+
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 LAUNCHES = {  # the largest batch of the latency layout, and how dot products are summed
     "triton-latency": (1 << 30, "float64"),
     "triton-throughput": (0, "float64"),
-    "triton-pairs": (4, "float32"),
+    "triton-double-float": (4, "float32"),
 }
 
 
@@ -29,7 +33,7 @@ ON_A_CPU = [v for v in VARIANTS if _runs(v, "cpu")]
 CPU_BACKENDS = tuple(dict.fromkeys(v.partition("-")[0] for v in ON_A_CPU))
 
 if "triton-latency" in ON_A_CPU:
-    import interpreter
+    from tests.tools import interpreter
 
     interpreter.hasten()
 
@@ -79,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         k, variant = params.get("k", 2), params.get("backend")
-        repeats = variant in ("triton-throughput", "triton-pairs") and k > 8  # the kernels of the latency layout
+        repeats = variant in ("triton-throughput", "triton-double-float") and k > 8  # the kernels of the latency layout
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
         number = zlib.crc32(f"{seed}{item.nodeid}".encode())
@@ -109,9 +113,10 @@ def seeded() -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param in LAUNCHES:
-        from pmrl_kernels.ops.triton import launch
+        from pmrl_kernels.ops.spectral.triton import launch
+        from pmrl_kernels.ops.triton import runtime
 
         largest, sums = LAUNCHES[request.param]
         monkeypatch.setattr(launch, "LATENCY_BATCH", largest)
-        monkeypatch.setattr(launch, "SUMS", sums)
+        monkeypatch.setattr(runtime, "SUMS", sums)
     return request.param.partition("-")[0]

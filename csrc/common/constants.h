@@ -1,5 +1,6 @@
-// The numbers every kernel shares: where a value counts as zero, tied, or too flat to differentiate.
-// They are those of pmrl_kernels/ops/constants.py, which says why each is what it is; a test compares the two.
+// The numbers that all kernels share: where a value counts as zero, tied, or too flat to differentiate. They are those
+// of pmrl_kernels/ops/constants.py, which says why each is what it is; a test compares the two. And how functions are
+// declared that both host and device compile.
 #pragma once
 
 #define PMRL_PRAGMA(text) _Pragma(#text)
@@ -9,43 +10,60 @@
 #define PMRL_FUNCTION static __host__ __device__ __forceinline__
 #else
 #define PMRL_UNROLL(n) PMRL_PRAGMA(GCC unroll n)
-// Always inlined and of internal linkage: the CPU kernels are compiled once per instruction set, and the
-// linker must never fold an AVX-512 copy of a function into the baseline.
+// Always inlined and of internal linkage: the CPU kernels are compiled once per instruction set, and the linker must
+// never take an AVX-512 copy of a function for the baseline one.
 #define PMRL_INLINE static inline __attribute__((always_inline))
-#define PMRL_FUNCTION static __attribute__((noinline))  // once per k: what is large and called from several places
+#define PMRL_FUNCTION static __attribute__((noinline))  // large and called from several places: one copy per k
 #endif
 
 namespace pmrl {
 
 constexpr int kMaxModalities = 32;
-constexpr int kTemplatedModalities = 8;  // up to here k is a template argument, beyond it an ordinary one
+constexpr int kTemplatedModalities = 8;  // up to here k is a template argument, above it an ordinary number
+
+constexpr double kLog2 = 0.69314718055994530942;
+constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: x + this has the integer nearest to x in its low bits
 
 constexpr double kEps32 = 1.0 / (1 << 23);
 constexpr double kEps64 = kEps32 * kEps32 / 64;  // 2^-52
 constexpr double kPeakTie = 4 * kEps32;
 constexpr double kRankOne = 1e-12;
 
-// Jacobi stops at 2 off^2 <= this * diag^2. Eigenvalues would do with less up to 32-bit inputs, but the sum of v1's
-// entries must come out below zero_sum over the gap where it is zero; off / diag = 1e-15 leaves up to 1e-15 k over it.
+// Jacobi stops where 2 off^2 <= this * diag^2, off and diag the norms of the entries off and on the diagonal. For the
+// eigenvalues of 32-bit inputs a larger number would do. But where the sum of v1's entries is zero, it must come out
+// below zero_sum over the gap, and off / diag = 1e-15 leaves up to 1e-15 k over the gap.
 constexpr double kJacobiTolerance = 1e-30;
-// Quadratic convergence needs 4 to 6 sweeps for k <= 8 and up to 10 for 32. The cap only ever ends a solve
-// that rounding keeps from meeting the tolerance.
+// Convergence is quadratic and takes 4 to 6 sweeps for k <= 8, up to 10 for k = 32. The cap ends only those solves that
+// rounding keeps from meeting the tolerance.
 constexpr int kMaxSweeps = 20;
 
-PMRL_INLINE constexpr double eigenvalue_gap(int k, bool wide) { return wide ? 16 * k * kEps64 : 4 * kEps32; }
+// Eigenvalues closer than this, relative to the largest, are tied.
+PMRL_INLINE constexpr double eigenvalue_gap(int k, bool float64_input) {
+  return float64_input ? 16 * k * kEps64 : 4 * kEps32;
+}
 
+// The sum of a unit eigenvector's entries, times its relative gap, is zero up to here.
 PMRL_INLINE constexpr double zero_sum(int k) { return 16 * k * kEps64; }
 
 // The square of the relative floor below which a singular value has weight 0.
-PMRL_INLINE constexpr double eigenvalue_floor(int k, bool wide) { return wide ? k * kEps64 : kEps32 * kEps32; }
+PMRL_INLINE constexpr double eigenvalue_floor(int k, bool float64_input) {
+  return float64_input ? k * kEps64 : kEps32 * kEps32;
+}
 
-PMRL_INLINE constexpr int squarings(int k, bool wide) {
+// Between these the square of a column's norm can be squared once more, as solvers do. A float64 instance with one
+// outside is scaled by powers of two first.
+constexpr double kLeastSquare = 0x1p-300;
+constexpr double kLargestSquare = 0x1p300;
+
+// How often power iteration squares at most: enough for any gap that is no tie.
+PMRL_INLINE constexpr int squarings(int k, bool float64_input) {
   int steps = 0;
-  for (double share = eigenvalue_gap(k, wide); share < 10.0; share *= 2) ++steps;
+  for (double share = eigenvalue_gap(k, float64_input); share < 10.0; share *= 2) ++steps;
   return steps;
 }
 
-// What a spectral operator is asked for, added up; outputs come in this order.
+// What a spectral operator is asked for: a sum of these, with one form of the alignment term at most. Its outputs come
+// in this order, kZ being k of them.
 enum Wanted {
   kAlignment = 1,
   kAlignmentSum = 2,

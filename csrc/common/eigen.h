@@ -1,7 +1,11 @@
-// Eigenpairs of symmetric positive semidefinite k x k matrices, in registers where k is a template argument:
-// cyclic Jacobi for all of them, power iteration by repeated squaring for the leading pair.
+// Eigenpairs of symmetric positive semidefinite k x k matrices:
 //
-// K is k, or 0 for a k known at run time. Only upper triangles, at[i][j] with i <= j, are read and written.
+//   eigenpairs    A = V diag(values) V^T, by cyclic Jacobi rotations
+//   leading_pair  A v = value v for the largest value, by repeated squaring of A / tr A
+//   oriented      v1, the eigenvector that the orientation rule picks in the top eigenspace
+//
+// K is k, or 0 for a k known at run time; where it is k, matrices live in registers. Of symmetric matrices the upper
+// triangle alone, at[i][j] with i <= j, is read and written. Nothing else in memory is touched.
 #pragma once
 
 #include "elementary.h"
@@ -38,7 +42,7 @@ PMRL_INLINE const Real& upper(const Matrix<K, Real>& A, int i, int j) {
   return i < j ? A.at[i][j] : A.at[j][i];
 }
 
-// 0 where all entries are finite, NaN where one is not.
+// 0 if all entries are finite, NaN if one is not.
 template <int K, class Real>
 PMRL_INLINE Real zero_or_nan(const Matrix<K, Real>& A, int k) {
   Real sum(0.0);
@@ -49,12 +53,13 @@ PMRL_INLINE Real zero_or_nan(const Matrix<K, Real>& A, int k) {
 
 // One rotation in the plane (p, q): tan(angle) = 2 a_pq sign(d) / (|d| + sqrt(d^2 + 4 a_pq^2)), d = a_qq - a_pp.
 //
-// The angle is found in single precision, where square roots and divisions cost a quarter, and made a rotation
-// in double precision (c^2 + s^2 = 1 to the last bit). What an angle that is off by 1e-7 leaves of a_pq is kept, and
-// goes with the next sweep; nothing is lost. An a_pq of which a_pq^2 is not above `least` stays: between equal
-// eigenvalues it is rounding noise, by which one would turn at random, and stir up what other rotations have settled.
-// Turning by 0 leaves every bit alone, so lanes that have converged (`least` infinite) do not depend on their neighbours
-// in the pack.
+// The angle is computed in single precision, where square roots and divisions cost a quarter; cosine and sine are then
+// corrected in double precision, so that c^2 + s^2 = 1 to the last bit. An angle that is off by 1e-7 leaves a little of
+// a_pq, which stays in the matrix and is removed by the next sweep.
+//
+// Where a_pq^2 is not above `least` the angle is 0. Between equal eigenvalues such an a_pq is rounding noise, and the
+// angle it gives would be random and undo what other rotations have achieved. A rotation by 0 changes no bit, so lanes
+// that have converged (`least` is infinite there) do not depend on their neighbours in the pack.
 template <class Real>
 PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Real least, Real& c, Real& s) {
   const Real d = aqq - app, e = apq + apq;
@@ -71,8 +76,9 @@ PMRL_INLINE void rotation(Real app, Real apq, Real aqq, Real least, Real& c, Rea
   s = select(turns, s * f, Real(0.0));
 }
 
-// A <- R^T A R for the rotation R in the plane (p, q). The diagonal moves by what it gains and loses, c^2 + s^2 = 1 being
-// used up: rounding then costs in proportion to the angle, and the many small rotations of the last sweeps cost nothing.
+// A <- R^T A R for the rotation R in the plane (p, q). With c^2 + s^2 = 1 the new diagonal is the old one plus and
+// minus `gain`, which is proportional to the sine. Written like this its rounding error is, too, and the many small
+// rotations of the last sweeps add none.
 template <int K, class Real>
 PMRL_INLINE void rotate(Matrix<K, Real>& A, Real c, Real s, int p, int q, int k) {
   const Real app = A.at[p][p], apq = A.at[p][q], aqq = A.at[q][q];
@@ -98,8 +104,9 @@ PMRL_INLINE void rotate_row(Real* row, Real c, Real s, int p, int q) {
   row[q] = s * a + c * b;
 }
 
-// The pairs of a sweep in the order of a round-robin tournament. Those of one round share no index, so their angles
-// are found together, and the long chains of square roots and divisions overlap. Game 0 is played by who sits still.
+// The pairs (p, q) of a sweep, in the order of a round-robin tournament. The pairs of one round share no index, so
+// their angles can be computed side by side, and the processor overlaps their long chains of square roots and
+// divisions. In game 0 one of the two is the last player, who keeps the seat while the others move round the circle.
 struct Game {
   int p, q;
 };
@@ -160,7 +167,8 @@ PMRL_INLINE void turn_row(Real* row, const Turns<K, Real>& t) {
   }
 }
 
-// Every pair once. V's rows take all rotations of the sweep one row at a time, which stay in registers meanwhile.
+// One sweep: a rotation for every pair, applied to A and to V. V takes all rotations of the sweep row by row, so that
+// the row stays in registers.
 template <int K, class Real>
 PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k) {
   Turns<K, Real> t;
@@ -190,7 +198,7 @@ PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k
   }
 }
 
-// Swap columns i < j where their eigenvalues are in the wrong order.
+// Swaps eigenpairs i < j where they are in the wrong order.
 template <int K, class Real>
 PMRL_INLINE void order(Eigenpairs<K, Real>& E, int i, int j, int k) {
   const Real a = E.values.at[i], b = E.values.at[j];
@@ -206,7 +214,7 @@ PMRL_INLINE void order(Eigenpairs<K, Real>& E, int i, int j, int k) {
   }
 }
 
-// All eigenpairs of A, destroying it. Eigenvalues are clamped at 0; a matrix that is not finite gives NaN.
+// All eigenpairs of A, which is overwritten. Negative eigenvalues become 0; a matrix that is not finite gives NaN.
 template <int K, class Real>
 PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k) {
   const Real broken = zero_or_nan(A, k);
@@ -228,11 +236,11 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k)
     const Real tolerance = Real(kJacobiTolerance) * diagonal;
     const auto active = off + off > tolerance;
     if (!any(active)) break;
-    // entries that all stay add up to less than the tolerance
+    // Entries below this are left alone: all of them together do not exceed the tolerance.
     sweep<K>(A, E.V, select(active, tolerance * Real(1.0 / (k * k)), Real(HUGE_VAL)), k);
   }
   for (int i = 0; i < k; ++i) E.values.at[i] = A.at[i][i];
-  for (int i = 0; i < k; ++i)  // an insertion sort that no lane's data can steer
+  for (int i = 0; i < k; ++i)  // an insertion sort that makes the same comparisons whatever a lane holds
     for (int j = i; j > 0; --j) order(E, j - 1, j, k);
   for (int i = 0; i < k; ++i) {
     E.values.at[i] = max(E.values.at[i], Real(0.0)) * scale + broken;
@@ -240,13 +248,14 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k)
   }
 }
 
-// Where an eigenvalue cannot be told from the largest.
+// Whether an eigenvalue counts as equal to the largest.
 template <class Real>
 PMRL_INLINE auto is_tied(Real top, Real value, double gap) {
   return top - value <= Real(gap) * top;
 }
 
-// The row of P (symmetric, upper) with the largest diagonal entry; the first of those within a relative `tie` of it.
+// The row of the symmetric P with the largest diagonal entry, or the first whose entry is within a relative `tie` of
+// it.
 template <int K, class Real>
 PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Real tie, Vector<K, Real>& row, int k) {
   Real largest(0.0);
@@ -260,18 +269,18 @@ PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Real tie, Vector<K, Real>&
 }
 
 // v1: the all-ones vector projected on the top eigenspace and normalised. For a simple eigenvalue this is the
-// eigenvector whose entries have a positive sum. Where the projection is zero, up to what rounding makes of it if the
-// next eigenvalue is near, a unit vector e_m is projected instead, m the modality nearest the eigenspace. 0 where the
-// largest eigenvalue is 0.
+// eigenvector whose entries have a positive sum. Where the projection is zero, a unit vector e_m is projected instead,
+// m being the modality nearest to the eigenspace. What counts as zero grows as the next eigenvalue comes near, because
+// the rounding error of the sum does. v1 = 0 where the largest eigenvalue is 0.
 template <int K, class Real>
-PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, int k, bool wide) {
+PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, int k, bool float64_input) {
   const Real top = E.values.at[0];
   Vector<K, Real> along;  // coefficients of the projection
   Real length(0.0), next(0.0);
   for (int j = 0; j < k; ++j) {
     Real sum(0.0);
     for (int m = 0; m < k; ++m) sum = sum + E.V.at[m][j];
-    const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(k, wide));
+    const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input));
     along.at[j] = select(tied, sum, Real(0.0));
     length = length + along.at[j] * along.at[j];
     next = max(next, select(tied, Real(0.0), E.values.at[j]));
@@ -289,8 +298,8 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
       for (int m = i; m < k; ++m) {
         Real sum(0.0);
         for (int j = 0; j < k; ++j)
-          sum = sum + select(is_tied(top, E.values.at[j], eigenvalue_gap(k, wide)), E.V.at[i][j] * E.V.at[m][j],
-                             Real(0.0));
+          sum = sum + select(is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input)),
+                             E.V.at[i][j] * E.V.at[m][j], Real(0.0));
         P.at[i][m] = sum;
       }
     const Real share = noise / gap;
@@ -322,28 +331,32 @@ PMRL_INLINE void normalise(Vector<K, Real>& x, int k) {
   for (int i = 0; i < k; ++i) x.at[i] = x.at[i] * inverse;
 }
 
-// The leading eigenvalue and its oriented eigenvector, by repeated squaring: P = (A / tr A)^(2^s) tends to
-// v1 v1^T in a bounded number of squarings s for any gap that counts. The largest row of P is v1 with the sign of the
-// orientation's second rule; its sum then decides by the first. One step on A itself and a Rayleigh quotient finish.
+// The leading eigenvalue and its oriented eigenvector (see `oriented`), by repeated squaring: for any gap that is no
+// tie, P = (A / tr A)^(2^n) comes down to v1 v1^T within a bounded number n of squarings. The row of P with the largest
+// diagonal entry is then v1, with the sign of the orientation's second rule (e_m projected); where the sum of its
+// entries is not zero, the first rule decides about the sign. One multiplication by A itself and a Rayleigh quotient
+// follow.
 //
-// Where P has not come down to rank 1 the top is tied, or within rounding of it, and squaring would only amplify what
-// rounding left of the tie: those lanes take the answer of `eigenpairs`. So do those whose sum is too near what counts
-// as zero, which depends on the gap: n squarings down to rank 1 tell that it is between 28 and 64 times 2^-n.
+// Two kinds of lanes take the answer of `eigenpairs` and `oriented` instead. One where P is not of rank 1 in the end:
+// the top is tied, or so nearly that squaring would amplify the rounding error. The other where the sum of v1's entries
+// is close to what counts as zero. That depends on the gap, of which squaring gives an estimate: if n squarings are
+// needed for rank 1, the relative gap is between 28 and 64 times 2^-n.
 template <int K, class Real>
-PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k, bool wide) {
+PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k,
+                                bool float64_input) {
   const Real broken = zero_or_nan(A, k);
   Real trace(0.0);
   for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
   const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
   Matrix<K, Real> P;
   const Real inverse_trace = Real(1.0) / trace;
-  for (int i = 0; i < k; ++i)  // lanes without an answer hold e_1 e_1^T, which is rank 1 at once
+  for (int i = 0; i < k; ++i)  // lanes without an answer hold e_1 e_1^T, which is of rank 1, and need no squaring
     for (int j = i; j < k; ++j)
       P.at[i][j] = select(fine, A.at[i][j] * inverse_trace, Real(i + j == 0 ? 1.0 : 0.0));
 
   auto moving = fine;
-  Real reach(zero_sum(k) / 64);  // times 2^n: at most zero_sum over the gap, and at least a third of that
-  for (int step = 0; step < squarings(k, wide) && any(moving); ++step) {
+  Real reach(zero_sum(k) / 64);  // times 2^n this is between a third of zero_sum over the gap and all of it
+  for (int step = 0; step < squarings(k, float64_input) && any(moving); ++step) {
     Matrix<K, Real> Q;
     Real sum(0.0), change(0.0);
     for (int i = 0; i < k; ++i)
@@ -392,7 +405,7 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
     Eigenpairs<K, Real> E;
     Vector<K, Real> w;
     eigenpairs(copy, E, k);
-    oriented(E, w, k, wide);
+    oriented(E, w, k, float64_input);
     value = select(undecided, E.values.at[0], value);
     for (int i = 0; i < k; ++i) x.at[i] = select(undecided, w.at[i], x.at[i]);
   }

@@ -1,26 +1,33 @@
-// The loss and its gradient in k-space (docs/mathematics.md): from a k x k Gram matrix to singular values,
-// leading vector and alignment, and from incoming gradients to the coefficients of dX = h c^T + X C.
+// The loss and its gradient in k-space, where an instance is a few k x k numbers (docs/mathematics.md has the proofs):
+//
+//   forward   from the Gram matrix G = X^T X of an instance X (d, k) to its singular values sigma_j = sqrt(lambda_j),
+//             its leading vector v1, and its alignment term, log(sum_j exp((sigma_j - sigma_1) / tau)) or
+//             ||X|| - sigma_1
+//   backward  from incoming gradients to the coefficients C (k, k) and c (k,) of dX = h c^T + X C + direct gradients,
+//             h = dL/du1 (d,)
+//
+// Reads and writes nothing but its arguments. `Columns` are those of X: modalities.
 #pragma once
 
 #include "eigen.h"
 
 namespace pmrl {
 
-// What does not change within a batch.
+// What is the same for all instances of a batch.
 struct Settings {
-  int k;             // modalities
-  int count;         // min(d, k)
-  double tau;        // temperature; NaN if it was not a positive number
-  bool normalize;    // columns are divided by their norms
-  bool spectrum;     // all eigenpairs and the softmax objective; else the leading pair and ||Z|| - sigma_1
-  bool wide;         // float64 input: other thresholds, and columns scaled by powers of two
+  int k;               // modalities
+  int count;           // min(d, k), the number of singular values
+  double tau;          // temperature; NaN if it was not a positive number
+  bool normalize;      // columns are divided by their norms
+  bool spectrum;       // all eigenpairs and the softmax objective; else the leading pair and ||X|| - sigma_1
+  bool float64_input;  // an embedding is float64: other thresholds, and columns are scaled by powers of two
 };
 
 // One instance's (or pack's) normalisation and mask.
 template <int K, class Real>
 struct Columns {
   Vector<K, Real> inverse_norms;  // 1/n, 0 for zero vectors; with `normalize`
-  Vector<K, Real> exponents;      // column m was scaled by 2^-e before its Gram entries were formed; with `wide`
+  Vector<K, Real> exponents;      // e: column m was scaled by 2^-e before G was formed; with `float64_input`
   Vector<K, Real> present;        // 1 or 0
 };
 
@@ -31,7 +38,7 @@ PMRL_INLINE Real number_present(const Columns<K, Real>& c, int k) {
   return sum;
 }
 
-// G_ij <- G_ij / (n_i n_j), one after the other: the product of two norms may underflow.
+// G_ij <- G_ij / (n_i n_j), dividing by one norm after the other, as the product of two may underflow.
 template <int K, class Real>
 PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) {
   for (int m = 0; m < k; ++m) {
@@ -43,7 +50,8 @@ PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) 
     for (int j = i + 1; j < k; ++j) G.at[i][j] = G.at[i][j] * c.inverse_norms.at[i] * c.inverse_norms.at[j];
 }
 
-// The Gram matrix has k eigenvalues, an instance min(d, k_i) singular values: the rest are zeros that are no logits.
+// The Gram matrix has k eigenvalues, an instance of k' present modalities min(d, k') singular values. The other
+// eigenvalues are rounding errors and become 0; they are no logits of the softmax. `broken` is 0 or NaN.
 template <int K, class Real>
 PMRL_INLINE void drop_surplus(Vector<K, Real>& values, const Columns<K, Real>& c, const Settings& s, Real broken) {
   const Real present = number_present(c, s.k);
@@ -53,12 +61,13 @@ PMRL_INLINE void drop_surplus(Vector<K, Real>& values, const Columns<K, Real>& c
   }
 }
 
-// Gaps (sigma_1 - sigma_j) / tau and weights exp(-gap), the latter 0 at j = 0 and where there is no logit.
+// Gaps (sigma_1 - sigma_j) / tau and weights exp(-gap), which are 0 at j = 0 and where there is no logit. Returns the
+// sum of the weights.
 template <int K, class Real>
 PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, Real>& c, const Settings& s,
                                  Vector<K, Real>& gaps, Vector<K, Real>& weights) {
   const Real present = number_present(c, s.k);
-  const bool rescale = s.wide && !s.normalize;
+  const bool rescale = s.float64_input && !s.normalize;
   Real sum(0.0);
   gaps.at[0] = weights.at[0] = Real(0.0);
   for (int j = 1; j < s.k; ++j) {
@@ -73,8 +82,8 @@ PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, 
   return sum;
 }
 
-// The alignment term: log1p(sum of weights), or ||Z|| - sigma_1 as (tr G - lambda_1) / (||Z|| + sigma_1).
-// 0 with fewer than two modalities, but a NaN in one must not be swallowed.
+// The alignment term: log1p(sum of weights), or ||X|| - sigma_1 as (tr G - lambda_1) / (||X|| + sigma_1), which does
+// not cancel. With fewer than two modalities 0, unless one holds a NaN: that must show.
 template <int K, class Real>
 PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Columns<K, Real>& c, const Settings& s) {
   Real result;
@@ -86,7 +95,7 @@ PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Colu
   } else {
     const Real rest = max(trace - values.at[0], Real(0.0));
     result = rest * reciprocal(sqrt(trace) + sqrt(values.at[0]));
-    if (s.wide && !s.normalize) result = scaled(result, c.exponents.at[0]);
+    if (s.float64_input && !s.normalize) result = scaled(result, c.exponents.at[0]);
   }
   const auto alignable = number_present(c, s.k) >= Real(2.0);
   result = select(alignable | (result != result), result, Real(0.0));
@@ -98,7 +107,7 @@ template <int K, class Real>
 struct Incoming {
   Real alignment;          // dL/d alignment
   Vector<K, Real> sigma;   // dL/d sigma_j
-  Vector<K, Real> w;       // Z^T dL/du_1 (X^T dL/du_1 on entry)
+  Vector<K, Real> w;       // Z^T dL/du_1, Z having normalised columns where X is normalised (X^T dL/du_1 on entry)
   Vector<K, Real> q;       // dL/dv_1
   Vector<K, Real> direct;  // z_m . dL/dz_m (x_m . dL/dz_m on entry)
 };
@@ -107,13 +116,14 @@ template <int K, class Real>
 struct Coefficients {
   Matrix<K, Real> C;         // symmetric, upper triangle
   Vector<K, Real> c;         // of dL/du_1
-  Vector<K, Real> exponent;  // the gradient of column m is 2^e times what C and c give; with `wide`
+  Vector<K, Real> exponent;  // e: dX's column m is 2^e times what C and c give; with `float64_input`
   Real slope;                // dL/d tau
 };
 
-// Gradient of a function of singular values: M = V diag(g_j / sigma_j) V^T, weights of unresolved sigma_j being
-// 0 (the minimum-norm subgradient). In a tied top eigenspace v1 is singled out by the orientation rule and the
-// others share their mean weight, so M does not depend on the solver's basis there. Also the diagonal of G M.
+// Gradient of a function of the singular values, from g_j = dL/d sigma_j: M = V diag(g_j / sigma_j) V^T, and the
+// diagonal of G M into `radial`. Below the floor, where sigma_j is rounding error, the weight is 0 (the minimum-norm
+// subgradient). In a tied top eigenspace the orientation rule determines v1, and all other vectors there get the mean
+// of their weights, so that M does not depend on the basis that the solver found.
 template <int K, class Real>
 PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
                                   const Settings& s, Matrix<K, Real>& M, Vector<K, Real>& radial) {
@@ -122,10 +132,10 @@ PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K
   Real shared(0.0), others(0.0);
   for (int j = 0; j < s.k; ++j) {
     const Real value = E.values.at[j];
-    const auto resolved = value > Real(eigenvalue_floor(s.k, s.wide)) * top;
+    const auto resolved = value > Real(eigenvalue_floor(s.k, s.float64_input)) * top;
     weight.at[j] = select(resolved | (value != value), g.at[j] / sqrt(value), Real(0.0));
     if (j > 0) {
-      const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.wide));
+      const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.float64_input));
       shared = shared + select(tied, weight.at[j], Real(0.0));
       others = others + select(tied, Real(1.0), Real(0.0));
     }
@@ -133,7 +143,7 @@ PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K
   shared = shared / max(others, Real(1.0));
   const Real first = weight.at[0] - shared;
   for (int j = 0; j < s.k; ++j)
-    weight.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.wide)), shared, weight.at[j]);
+    weight.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.float64_input)), shared, weight.at[j]);
   for (int i = 0; i < s.k; ++i) {
     Vector<K, Real> row;
     Real along(0.0);
@@ -168,7 +178,8 @@ PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Eigenpairs
     Real dot(0.0);
     for (int m = 0; m < s.k; ++m) dot = dot + E.V.at[m][j] * (in.w.at[m] * inverse_sigma + in.q.at[m]);
     const Real gap = top - E.values.at[j];
-    const Real share = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.wide)), dot * Real(0.0), dot / gap);
+    const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.float64_input));
+    const Real share = select(tied, dot * Real(0.0), dot / gap);
     for (int m = 0; m < s.k; ++m) {
       y.at[m] = y.at[m] + share * E.V.at[m][j];
       Gy.at[m] = Gy.at[m] + share * E.values.at[j] * E.V.at[m][j];
@@ -181,16 +192,16 @@ PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Eigenpairs
   }
 }
 
-// All incoming gradients to the coefficients. `G` is the Gram matrix where there is no spectrum (`E` then holds
-// lambda_1 alone, and is completed here if a gradient comes through u_1 or v_1).
+// From all incoming gradients to the coefficients. With `spectrum`, E holds all eigenpairs and G nothing. Without, E
+// holds lambda_1 alone and G the Gram matrix, from which E is completed here if a gradient comes through u_1 or v_1.
 template <int K, class Real>
 PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool through_leading, Eigenpairs<K, Real>& E,
                               Matrix<K, Real>& G, const Vector<K, Real>& v, const Columns<K, Real>& c,
                               const Settings& s, Coefficients<K, Real>& out) {
   const int k = s.k;
-  const bool rescale = s.wide && !s.normalize;
+  const bool rescale = s.float64_input && !s.normalize;
   const Real top = E.values.at[0], sigma_1 = sqrt(top), inverse_sigma = reciprocal(sigma_1);
-  // An instance with fewer than two modalities has no alignment term, whatever comes in for it.
+  // The alignment term of an instance with fewer than two modalities is a constant.
   const auto alignable = number_present(c, k) >= Real(2.0);
   in.alignment = select(alignable, in.alignment, Real(0.0));
   Matrix<K, Real>& A = out.C;
@@ -216,11 +227,12 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       p.at[j] = p.at[j] / total;
       const Real pull = in.alignment * p.at[j] / Real(s.tau);
       g.at[j] = in.sigma.at[j] + pull;
-      g.at[0] = g.at[0] - pull;  // rather than (p_1 - 1) / tau, which cancels
-      // where p underflows to 0 beside an infinite gap, their product tends to 0
+      g.at[0] = g.at[0] - pull;  // and not (p_1 - 1) / tau, which would cancel
+      // p gap tends to 0 where the gap is infinite and p underflows
       out.slope = out.slope + select(p.at[j] == Real(0.0), p.at[j], p.at[j] * gaps.at[j]);
     }
-    // 1 / tau need not be finite where gaps are 0; NaN where the term is, which need not have a logit.
+    // Divided once, at the end: 1 / tau may be infinite where all gaps are 0. NaN wherever the alignment term is, also
+    // in an instance without a logit.
     out.slope = in.alignment * out.slope / Real(s.tau) + (top - top);
     through_spectrum(g, E, v, s, A, radial);
   } else {
@@ -236,14 +248,14 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       in.direct.at[m] = in.direct.at[m] * c.inverse_norms.at[m];
     }
     out.c.at[m] = v.at[m] * inverse_sigma;
-    if (s.wide) out.exponent.at[m] = s.normalize ? -c.exponents.at[m] : Real(0.0);
+    if (s.float64_input) out.exponent.at[m] = s.normalize ? -c.exponents.at[m] : Real(0.0);
   }
   if (through_leading) {
     Matrix<K, Real> N;
     through_vectors(in, E, v, inverse_sigma, s, N, radial);
     if (rescale) {
-      // N and c are 2^-e times these, M is not. Up or down, the factor goes where nothing overflows before the
-      // sum is formed: on N and c, or on M now and on the gradient at the end.
+      // As computed, N and c lack a factor 2^-e, and M (in A) does not. For e > 0 they are multiplied by it here. For
+      // e < 0 that could overflow, so M is multiplied by 2^e, and the whole gradient by 2^-e at the end.
       const Real e = c.exponents.at[0], up = max(e, Real(0.0)), down = e - up;
       for (int i = 0; i < k; ++i) {
         out.exponent.at[i] = -down;
@@ -268,7 +280,7 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] * c.inverse_norms.at[i] * c.inverse_norms.at[m];
     }
   }
-  for (int i = 0; i < k; ++i)  // absent columns are neither read nor written
+  for (int i = 0; i < k; ++i)  // absent modalities contribute nothing, and nobody contributes to them
     for (int m = i; m < k; ++m)
       A.at[i][m] = select(c.present.at[i] * c.present.at[m] > Real(0.0), A.at[i][m], Real(0.0));
 }

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best this processor has, or the one PMRL_KERNELS_ISA names.
+// Which instruction set runs: the best that this processor has, or the one that PMRL_KERNELS_ISA names.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -17,7 +17,7 @@ const Kernels* const kCompiled[] = {&kernels_baseline, nullptr};
 
 bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
-  // These ask the operating system too: a processor's registers are of no use if it does not save them.
+  // These builtins also ask whether the operating system saves the registers, without which they cannot be used.
   if (&kernels == &kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -1,6 +1,7 @@
 // The vector types of one instruction set, and loads and stores of every dtype through float64.
 //
-// Everything here is in an unnamed namespace: each instruction set compiles its own copy, and none may be merged.
+// Everything here is in an unnamed namespace: each instruction set compiles its own copy, and the linker must merge
+// none.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@
 namespace pmrl {
 namespace {
 
-using pmrl::abs;  // those of double stay visible beside those of packs
+using pmrl::abs;  // the functions of double, which those of packs below would hide
 using pmrl::any;
 using pmrl::binade;
 using pmrl::max;
@@ -78,11 +79,11 @@ PMRL_INLINE F32 narrow(F64 x) {
 
 // ---- a pack: one double for each of kLanes instances --------------------------------------------
 
-// Two registers, so that one's square roots and divisions wait while the other's run: the chains of a rotation are
-// long, and packs of one register leave a third to a half of the time unused (k = 3, 4).
+// Two registers: while the square roots and divisions of one are under way, those of the other can run. The operations
+// of a rotation depend on one another, and with one register a third to a half of the time is spent waiting (k = 3, 4).
 constexpr int kParts = 2;
 constexpr int kLanes = kParts * kNative;
-static_assert(kLanes <= kMostLanes, "the state has no room for so many");
+static_assert(kLanes <= kMostLanes, "the state has no room for so many lanes");
 
 struct PackMask {
   I64 part[kParts];
@@ -174,7 +175,7 @@ PMRL_INLINE bool any(PackMask condition) {
 #endif
 }
 PMRL_INLINE Pack pow2(Pack n) {
-  for (int i = 0; i < kParts; ++i) n.part[i] = (F64)((I64)(n.part[i] + (6755399441055744.0 + 1023.0)) << 52);
+  for (int i = 0; i < kParts; ++i) n.part[i] = (F64)((I64)(n.part[i] + (kRounder + 1023.0)) << 52);
   return n;
 }
 
@@ -183,7 +184,7 @@ PMRL_INLINE Pack binade(Pack x) {
   return x;
 }
 
-// The same in single precision, for the solvers' rotation angles.
+// A pack in single precision, for the solvers' rotation angles.
 struct PackSingle {
   F32 part[kParts];
   PackSingle() = default;
@@ -228,7 +229,7 @@ PMRL_INLINE double sum(F64 x) {
 #endif
 }
 
-// ---- a pack of floats, whole registers of them: similarities and what is made of them ------------
+// ---- a pack of floats, two whole registers: similarities and what is made of them ----------------
 
 struct FloatsMask {
   typedef int32_t Part __attribute__((vector_size(kNative * sizeof(double))));
@@ -288,8 +289,8 @@ PMRL_INLINE double sum(Floats x) {
 PMRL_INLINE double sum(Pack x) { return sum(x.part[0] + x.part[1]); }
 static_assert(kParts == 2, "sums add two registers");
 
-// What exp2_of_product has to know of a format. Adding `magic` leaves an integer in the low bits of a number; `bias`
-// more, shifted, makes it a power of two. Powers below `least` would be subnormal.
+// What exp2_of_product has to know of a number format. n + magic has the integer n in its low bits; those of n + magic
+// + bias, moved up by `shift`, are the number 2^n. Below n = least that would be subnormal. `terms`: of the polynomial.
 template <class V>
 struct Exponential;
 template <>
@@ -303,7 +304,7 @@ template <>
 struct Exponential<Pack> {
   using Element = double;
   using Integers = I64;
-  static constexpr double magic = 6755399441055744.0, bias = 1023.0, least = -1022.0;
+  static constexpr double magic = kRounder, bias = 1023.0, least = -1022.0;
   static constexpr int shift = 52, terms = 14;
 };
 
@@ -313,13 +314,14 @@ struct PowersOfLog2 {
   typename Format::Element at[Format::terms];
   constexpr PowersOfLog2() : at() {
     double x = 1.0;
-    for (int i = 0; i < Format::terms; ++i, x *= 0.69314718055994530942 / i) at[i] = static_cast<typename Format::Element>(x);
+    for (int i = 0; i < Format::terms; ++i, x *= kLog2 / i)
+      at[i] = static_cast<typename Format::Element>(x);
   }
 };
 
-// 2^(x factor - offset) for an integral offset, where that is not far above 1 or kCutOff, at 2; 0 where it would be
-// subnormal, NaN for a NaN. Where the processor multiplies and adds in one, the fraction r is that of the exact product,
-// and the error about a unit in the last place however large the product is.
+// 2^(x factor - offset) for an integral offset: 0 where that would be subnormal, NaN for a NaN. It must not be far
+// above 1, unless kCutOff, which makes it 2 at most. Where the processor fuses multiplications and additions, r is the
+// fraction of the exact product, and the error is about a unit in the last place however large the product is.
 template <bool kCutOff = false, class V>
 PMRL_INLINE V exp2_of_product(V x, V factor, V offset) {
   using Format = Exponential<V>;
@@ -360,7 +362,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Rounded to odd: a second rounding, to a narrower format, then gives what a single one would have.
+// To float32, rounded to odd: rounding that to a narrower format gives what rounding x itself to that format would.
 PMRL_INLINE U32 narrow_to_odd(F64 x) {
   const F32 near = narrow(x);
   const F64 back = widen(near);

@@ -1,28 +1,15 @@
-// What the operators share: dtypes, new tensors, temperatures, and the kernels of this processor.
+// Tensors on the CPU, as its operators need them: new ones, rows, temperatures; and the kernels of this processor.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <limits>
 #include <optional>
 
+#include "../checks.h"
 #include "kernels.h"
-#include "ops.h"
 
 namespace pmrl {
-
-using torch::headeronly::ScalarType;
-
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "pmrl_kernels: embeddings must be float32, float64, bfloat16 or float16");
-  }
-}
 
 inline int32_t code_of(ScalarType dtype) {
   switch (dtype) {
@@ -34,8 +21,8 @@ inline int32_t code_of(ScalarType dtype) {
 }
 
 // A contiguous tensor on the CPU, not yet written. (torch::stable::empty boxes its arguments and takes four times as
-// long; aoti_torch_empty_strided is quicker still, but PyTorch's filling of such memory, which finds elements that
-// nobody wrote, passes it by.)
+// long. aoti_torch_empty_strided is quicker still, but memory from there does not get PyTorch's debugging fill, which
+// makes elements that nobody wrote visible.)
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t code = code_of(dtype), layout = aoti_torch_layout_strided(), device = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
@@ -45,10 +32,10 @@ inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, Sca
   return Tensor(handle);
 }
 
-// A number in a 0-d tensor, NaN if it is not within these bounds. Nothing waits for it: this is a CPU.
+// A number in a 0-d tensor, NaN if it is not within these bounds.
 inline double read_temperature(const std::optional<Tensor>& tensor, double fixed, double least, double largest) {
   if (!tensor) return fixed;
-  STD_TORCH_CHECK(tensor->dim() == 0, "pmrl_kernels: temperature must be 0-d");
+  check_temperature(*tensor);
   double tau = std::numeric_limits<double>::quiet_NaN();
   const void* data = tensor->const_data_ptr();
   switch (tensor->scalar_type()) {
@@ -60,10 +47,15 @@ inline double read_temperature(const std::optional<Tensor>& tensor, double fixed
   return least <= tau && tau <= largest ? tau : std::numeric_limits<double>::quiet_NaN();
 }
 
-// Rows need their last dimension contiguous; anything else is copied, that one tensor alone.
+// Kernels need rows that are contiguous. A tensor whose rows are not is copied, the others are not.
 inline Tensor with_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Kernels read a mask by one pointer.
+inline const uint8_t* mask_data(const Tensor& contiguous) {
+  return static_cast<const uint8_t*>(contiguous.const_data_ptr());
 }
 
 inline const Kernels& kernels() {

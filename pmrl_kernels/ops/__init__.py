@@ -1,16 +1,20 @@
-"""Which implementation runs: one pure resolver over the backends of this installation.
+"""Which op families there are, which backends implement them here, and which one runs.
 
-A backend is a module of this package that has
+An *op family* is a folder of this package with
 
-* ``NAME``, and ``unavailable()`` and ``rejects(device, dtype, k, d)``: a reason, or None;
-* ``operators``: a namespace with the six functions of ``reference.py`` under the same names and
-  signatures. The ``state`` that a forward function returns is read by its own backward alone.
+* ``OPS``: its ops, see ``operators.py``;
+* ``implementations(backend)``: that backend's pairs of operators, by the names of the ops.
 
-To add one, write the module, name it in ``_PREFERENCE`` and import it in ``_import``.
+To add one, write the folder and name it in ``FAMILIES``.
 
-The reference always works. A backend that does not is left out with a reason, whatever happened: logged when the
-package is imported (logger ``pmrl_kernels``), at INFO where something is merely not there, at WARNING where something
-is broken, which is what an exception means, or a module's ``broken``.
+A *backend* is a module of this package with ``NAME``, and ``unavailable()`` and ``rejects(device, dtype, k, d)``: a
+reason, or None. It offers the ops it is good at; for the others the next one in order of speed runs. To add one, write
+the module, name it in ``_PREFERENCE`` and import it in ``_import``.
+
+The reference always works, and has every op. A backend that does not work is left out with a reason, whatever
+happened, and so are its pairs for one family: logged when the package is imported (logger ``pmrl_kernels``), at INFO
+where something is merely not there, at WARNING where something is broken, which is what an exception means, or a
+module's ``broken``.
 """
 
 from __future__ import annotations
@@ -18,25 +22,32 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import Any, NamedTuple
 
 import torch
 
+from . import contrast, spectral
+from .operators import Op, Pair
+
 _logger = logging.getLogger("pmrl_kernels")
+
+FAMILIES: tuple[Any, ...] = (spectral, contrast)
 
 _PREFERENCE = ("native", "triton", "reference")  # fastest first
 
 
-class Backend(Protocol):
-    """What the resolver and the autograd Functions ask of a backend module."""
+class Backend(NamedTuple):
+    """A backend that works here."""
 
-    NAME: str
-    operators: Any
-
-    def unavailable(self) -> str | None: ...
-
-    def rejects(self, device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None: ...
+    name: str
+    rejects: Any
+    """(device, dtype, k, d) -> why it cannot take (B, d) embeddings of k modalities there, or None."""
+    pairs: Mapping[str, Pair]
+    """By the names of ops."""
+    lacking: Mapping[str, str]
+    """Why it does not offer the others."""
 
 
 def _import(name: str) -> Any:
@@ -64,7 +75,31 @@ def _why_not(name: str, error: Exception) -> tuple[str, bool]:
     return f"{type(error).__name__}: {error}", True
 
 
-def _load() -> tuple[dict[str, Any], dict[str, str]]:
+def _log(broken: bool, message: str, *arguments: str) -> None:
+    _logger.log(logging.WARNING if broken else logging.INFO, message, *arguments)
+
+
+def _pairs(name: str) -> tuple[dict[str, Pair], dict[str, str]]:
+    """A backend's pairs by the names of ops, and why it lacks others."""
+    pairs: dict[str, Pair] = {}
+    lacking: dict[str, str] = {}
+    for family in FAMILIES:
+        reason = "there are none"
+        found: Mapping[str, Pair] = {}
+        try:
+            found = family.implementations(name)
+        except Exception as error:
+            if name == "reference":
+                raise
+            reason, broken = _why_not(name, error)
+            what = ", ".join(op.name for op in family.OPS)
+            _log(broken, "the %s backend has no kernels for %s: %s", name, what, reason)
+        pairs.update(found)
+        lacking.update({op.name: reason for op in family.OPS if op.name not in found})
+    return pairs, lacking
+
+
+def _load() -> tuple[dict[str, Backend], dict[str, str]]:
     """The backends that work here by name, fastest first, and why the others do not."""
     loaded, reasons = {}, {}
     for name in _PREFERENCE:
@@ -72,17 +107,19 @@ def _load() -> tuple[dict[str, Any], dict[str, str]]:
         try:
             module = _import(name)
             reason, broken = module.unavailable(), getattr(module, "broken", False)
+            if reason is None:
+                pairs, lacking = _pairs(name)
+                if pairs:
+                    loaded[name] = Backend(name, module.rejects, pairs, lacking)
+                else:
+                    reasons[name] = f"it has no kernels: {'; '.join(dict.fromkeys(lacking.values()))}"
         except Exception as error:
             if name == "reference":
                 raise
             reason, broken = _why_not(name, error)
-        if reason is None:
-            loaded[name] = module
-        else:
+        if reason is not None:
             reasons[name] = reason
-            _logger.log(
-                logging.WARNING if broken else logging.INFO, "the %s backend is not available: %s", name, reason
-            )
+            _log(broken, "the %s backend is not available: %s", name, reason)
     return loaded, reasons
 
 
@@ -91,41 +128,46 @@ available, unavailable_reasons = _load()
 default_name = os.environ.get("PMRL_KERNELS_BACKEND") or None
 """What ``backend=None`` means in this process; read once, when the package is imported."""
 
-_logged: set[str] = set()
+_logged: set[tuple[str, str]] = set()
+_resolved: dict[tuple[Any, ...], Pair] = {}
+"""What ``resolve`` has found: a small call would wait for the search longer than for its arithmetic."""
 
 
 def choose(
+    op: str,
     candidates: Sequence[Backend],
     requested: str | None,
     device: torch.device,
     dtype: torch.dtype,
     k: int,
     d: int,
-    reasons: dict[str, str],
-) -> tuple[str, str | None]:
-    """The name of the backend to run, and why a faster one was passed over (or None).
+    reasons: Mapping[str, str],
+) -> tuple[Pair, str | None]:
+    """The pair of operators to run, and why faster backends, or the one requested, were passed over (or None).
 
-    Pure: it reads nothing but its arguments. ``candidates`` come fastest first, ``reasons`` tells of
-    the backends that are not among them. Raises RuntimeError for a requested backend that cannot run.
+    Pure: it reads nothing but its arguments. ``candidates`` come fastest first, ``reasons`` tells of the backends that
+    are not among them. A requested backend that lacks the op leaves it to those after it; raises RuntimeError for one
+    that cannot run.
     """
     if requested is not None:
-        for candidate in candidates:
-            if requested == candidate.NAME:
-                reason = candidate.rejects(device, dtype, k, d)
-                if reason is None:
-                    return candidate.NAME, None
-                raise RuntimeError(
-                    f"backend {requested!r} cannot run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}"
-                )
-        raise RuntimeError(f"backend {requested!r} is not available: {reasons[requested]}")
-    passed_over = None
+        names = [candidate.name for candidate in candidates]
+        if requested not in names:
+            raise RuntimeError(f"backend {requested!r} is not available: {reasons[requested]}")
+        candidates = candidates[names.index(requested) :]
+        reason = (candidates[0].pairs.get(op) or candidates[0]).rejects(device, dtype, k, d)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {requested!r} cannot run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}"
+            )
+    passed_over: list[str] = []
     for candidate in candidates:
-        reason = candidate.rejects(device, dtype, k, d)
-        if reason is None:
-            return candidate.NAME, passed_over
-        passed_over = passed_over or f"{candidate.NAME}: {reason}"
-    reason = passed_over or "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(f"no backend can run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}")
+        pair = candidate.pairs.get(op)
+        reason = (pair or candidate).rejects(device, dtype, k, d)
+        if pair is not None and reason is None:
+            return pair, "; ".join(passed_over) or None
+        passed_over.append(f"{candidate.name}: {reason or f'no kernels for {op}, {candidate.lacking[op]}'}")
+    told = passed_over or [f"{name}: {reason}" for name, reason in reasons.items()]
+    raise RuntimeError(f"no backend can run {dtype} embeddings of k = {k}, d = {d} on {device}: {'; '.join(told)}")
 
 
 def check_name(requested: str | None, source: str = "backend") -> str | None:
@@ -135,20 +177,32 @@ def check_name(requested: str | None, source: str = "backend") -> str | None:
     return requested
 
 
-def resolve(requested: str | None, device: torch.device, dtype: torch.dtype, k: int, d: int) -> str:
-    """The name of the backend for such embeddings: as requested, else as the environment says, else the fastest.
+def resolve(op: Op, requested: str | None, device: torch.device, dtype: torch.dtype, k: int, d: int) -> Pair:
+    """Who computes the op for such embeddings: as requested, else as the environment says, else the fastest.
 
-    A faster backend passed over is logged once (logger ``pmrl_kernels``, level INFO).
+    A backend passed over is logged once for each reason (logger ``pmrl_kernels``, level INFO).
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: a known backend that cannot run here, with the reason.
     """
+    key = op.name, requested, device, dtype, k, d
+    # A compiler must see what the choice depends on. (And sizes may be symbols there, which are no keys.)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and type(requested) in (str, NoneType):
+        found = _resolved.get(key)
+        if found is not None:
+            return found
     check_name(requested)
     if requested is None and default_name is not None:
         requested = check_name(default_name, "environment variable PMRL_KERNELS_BACKEND")
-    name, passed_over = choose(tuple(available.values()), requested, device, dtype, k, d, unavailable_reasons)
-    if passed_over is not None and not torch.compiler.is_compiling() and passed_over not in _logged:
-        _logged.add(passed_over)
-        _logger.info("using the %s backend; passed over %s", name, passed_over)
-    return name
+    pair, passed_over = choose(op.name, tuple(available.values()), requested, device, dtype, k, d, unavailable_reasons)
+    if compiling:
+        return pair
+    if len(_resolved) >= 1024:
+        _resolved.clear()
+    _resolved[key] = pair
+    if passed_over is not None and (op.name, passed_over) not in _logged:
+        _logged.add((op.name, passed_over))
+        _logger.info("%s: using the %s backend; passed over %s", op.name, pair.backend, passed_over)
+    return pair

@@ -67,12 +67,5 @@ JACOBI_TOLERANCE = 1e-30
 MAX_SWEEPS = 20
 """A cap on it, which only ever ends a solve that rounding keeps from meeting the tolerance."""
 
-ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z = (1 << bit for bit in range(7))
-"""What a spectral function is asked for, added up: one of the first three at most (the alignment terms (B,), their
-sum, or their mean over the instances with at least two modalities), singular values, u₁, v₁, and the k normalised
-embeddings. Its outputs come in this order."""
-
-ANY_ALIGNMENT = ALIGNMENT | ALIGNMENT_SUM | ALIGNMENT_MEAN
-
 SUMS = ("float64", "float32")
 """What dot products of embeddings of up to 32 bits may be summed in; float32 in pairs. The Triton backend has both."""

@@ -1,28 +1,26 @@
-"""The native backend: compiled kernels for the CPU, on PyTorch's stable ABI.
+"""The native backend: compiled kernels, on PyTorch's stable ABI.
 
-The library registers its operators itself (csrc/library.cpp); here they get the shape functions that
+The library registers its operators itself (csrc/library.cpp); ``pair`` gives them the shape functions that
 ``torch.compile`` and fake tensors need. Importing this module raises nothing: what keeps the library from working is
 the reason that ``unavailable`` gives.
 """
 
 from __future__ import annotations
 
-import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import binary, reference
+from . import binary
+from .operators import Op, Pair
 
 NAME = "native"
 
 _PACKAGE = Path(__file__).parent.parent
 _LIBRARY = _PACKAGE / binary.LIBRARY
-_LANES = 16  # instances solved together, at most: the state comes in blocks of them
 
 
 def _record() -> list[str]:
@@ -88,78 +86,21 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
     return None
 
 
-def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, wide: bool) -> tuple[int, int]:
-    """As csrc/cpu says: state_size numbers an instance, with room for whole blocks."""
-    pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
-    return B + _LANES - 1, pairs + k * (1 + int(normalize) + int(wide))  # a symbolic k takes no bool as a factor
+def pair(op: Op, forward_shapes: Callable[..., Any]) -> Pair:
+    """The library's operators for an op. Raises ImportError where it has none, or others of these names.
 
-
-def _spectral_forward_shapes(
-    embeddings: Sequence[Tensor],
-    mask: Any,
-    temperature: Any,
-    fixed_temperature: float,
-    normalize: bool,
-    spectrum: bool,
-    wanted: int,
-) -> Any:
-    first = embeddings[0]
-    B, k = first.shape[0], first.shape[1] if first.dim() == 3 else len(embeddings)
-    wide = any(x.dtype == torch.float64 for x in embeddings)
-    state = first.new_empty(_state_shape(B, k, normalize, spectrum, wide), dtype=torch.float64)
-    return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
-
-
-# The contrasts keep similarities for their backward passes while there are few of them.
-
-
-def _kept(count: int, n: int, columns: int, size: int) -> int:
-    """As csrc/cpu/contrast.cpp says: nothing, or ``size`` numbers for each of ``count`` matrices (n, columns)."""
-    return count * size if count * n * columns <= 1 << 22 else 0
-
-
-def _instance_forward_shapes(u: Tensor, columns: Tensor | None, *_: Any) -> Any:
-    n = u.shape[0]
-    if columns is None:
-        state = _kept(1, n, n, n * (n + 192) // 2)
-    else:
-        state = _kept(1, n, columns.shape[0], n * (columns.shape[0] + 32))
-    return u.new_empty(()), u.new_empty((n,), dtype=torch.float64), u.new_empty((state,))
-
-
-def _modality_forward_shapes(
-    z: Sequence[Tensor], u: Tensor, mask: Tensor | None, columns: Sequence[Tensor], *_: Any
-) -> Any:
-    n, k = u.shape[0], len(z)
-    others = columns[0].shape[0] if columns else n
-    state = k * others + k + _kept(2 * k if columns else k, n, others, n * (others + 32))
-    return u.new_empty(()), u.new_empty((2, k, n), dtype=torch.float64), u.new_empty((state,))
-
-
-operators: Any = None
-"""What ``autograd.py`` calls."""
-
-_SHAPES: dict[str, Callable[..., Any]] = {
-    "spectral_forward": _spectral_forward_shapes,
-    "spectral_backward": reference.spectral_backward_shapes,
-    "instance_forward": _instance_forward_shapes,
-    "instance_backward": reference.instance_backward_shapes,
-    "modality_forward": _modality_forward_shapes,
-    "modality_backward": reference.modality_backward_shapes,
-}
-
-
-def _operators() -> Any:
-    """The library's operators. They take one shape function in a process, so that of the first copy of the package."""
-    found = {}
-    for name, shapes in _SHAPES.items():
-        found[name] = getattr(torch.ops.pmrl_kernels, name).default
-        wanted = torch._C.parse_schema(f"pmrl_kernels::{name}{reference.signatures[name]}")
-        if found[name]._schema != wanted:
-            raise ImportError(f"{_LIBRARY.name} is of another version: got {found[name]._schema}, wanted {wanted}")
+    They take one shape function in a process, so that of the first copy of the package.
+    """
+    found = []
+    for (name, signature), shapes in zip(op.signatures().items(), (forward_shapes, op.backward_shapes), strict=True):
+        operator = getattr(torch.ops.pmrl_kernels, name).default
+        wanted = torch._C.parse_schema(f"pmrl_kernels::{name}{signature}")
+        if operator._schema != wanted:
+            raise ImportError(f"{_LIBRARY.name} is of another version: got {operator._schema}, wanted {wanted}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pmrl_kernels::{name}", "Meta"):
             torch.library.register_fake(f"pmrl_kernels::{name}", shapes)
-    return types.SimpleNamespace(**found)
+        found.append(operator)
+    return Pair(NAME, found[0], found[1], rejects)
 
 
 try:
@@ -171,8 +112,6 @@ try:
                 "pmrl_kernels: the native library was not built from the sources beside it; run `make build`",
                 stacklevel=2,
             )
-        if _unavailable is None:
-            operators = _operators()
     else:
         _unavailable = f"this installation has no compiled library: {describe()}"
 except Exception as error:

@@ -1,32 +1,25 @@
 """The Triton backend: fused kernels for NVIDIA and AMD GPUs, compiled on first use, no compiler needed at installation.
 
-This module imports neither triton nor the kernels; ``launch`` does, the first time that an operator runs. On a
-machine without a GPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Python starts: slow,
-and meant for tests. Contrasts are the reference's, which are matrix products.
+Here is what op families share: whether it can run, and (``runtime.py`` and its neighbours) what their kernels are
+compiled, launched and made of. This module imports no triton. On a machine without a GPU the kernels run in Triton's
+interpreter, if TRITON_INTERPRET=1 is set before Python starts: slow, and meant for tests.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import pkgutil
 import re
-import sys
-import types
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
-
 NAME = "triton"
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 _OLDEST = (3, 6)
@@ -68,7 +61,7 @@ def unavailable() -> str | None:
     if not installed():
         return "it needs the module 'triton', which is not installed"
     # Whether there is a GPU is not asked: torch would start the driver, and no process forked later could use it.
-    if not _INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
+    if not INTERPRETED and torch.version.cuda is None and torch.version.hip is None:
         return "this torch is built for CPUs alone (to interpret the kernels there, set TRITON_INTERPRET=1)"
     found = version()
     if () < _release(found) < _OLDEST:  # one that nobody knows the version of may do
@@ -82,58 +75,15 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
         if k > 8 and _NO_FLOAT64_DOT:
             return "for k > 8 on AMD's GPUs it needs Triton 3.9, which has float64 matrix products there"
         return None
-    if device.type == "cpu" and _INTERPRETED:
+    if device.type == "cpu" and INTERPRETED:
         return None
     return f"it has kernels for GPUs, not for {device.type}"
-
-
-@functools.cache
-def _launch() -> types.ModuleType:
-    from . import launch
-
-    return launch
-
-
-@functools.cache
-def _untraced(name: str) -> Any:
-    return torch.compiler.disable(getattr(_launch(), name))
-
-
-# Around a graph break Dynamo would compile what lies between tensors and launches too, piece by piece. Where nobody
-# has loaded it, there is no need to, and that takes a second.
-
-
-def _forward(*arguments: Any) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _untraced("forward")(*arguments)
-    return _launch().forward(*arguments)
-
-
-def _backward(*arguments: Any) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _untraced("backward")(*arguments)
-    return _launch().backward(*arguments)
-
-
-def _forward_shapes(
-    embeddings: Sequence[Tensor],
-    mask: Any,
-    temperature: Any,
-    fixed_temperature: float,
-    normalize: bool,
-    spectrum: bool,
-    wanted: int,
-) -> Any:
-    first = embeddings[0]
-    k = first.shape[1] if first.dim() == 3 else len(embeddings)
-    state = first.new_empty((_launch().state_size(first.shape[0], k),), dtype=torch.float64)
-    return reference.spectral_output_shapes(embeddings, spectrum, wanted), [state]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _observed(tensors: Sequence[Tensor | None]) -> bool:
+def observed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether someone must see an operator: a compiler, fake tensors, a subclass, a ``torch.func`` transform; and what
     makes tensors of memory that holds their negatives, or nothing where they are zero."""
     if torch.compiler.is_compiling():  # first, since Dynamo cannot trace the rest
@@ -145,62 +95,3 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
 
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-# An operator written in Python takes the host some ten microseconds more than the function itself.
-
-
-def _forward_or_operator(embeddings: Sequence[Tensor], mask: Any, temperature: Any, *settings: Any) -> Any:
-    observed = _observed((*embeddings, mask, temperature))
-    function = _operators["spectral_forward"] if observed else _forward
-    return function(embeddings, mask, temperature, *settings)
-
-
-def _backward_or_operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
-    mask, temperature, *_, grads, _ = arguments
-    observed = _observed((*embeddings, mask, temperature, *grads))
-    function = _operators["spectral_backward"] if observed else _backward
-    return function(embeddings, *arguments)
-
-
-_operators: dict[str, Any] = {}
-
-
-def _layout() -> str:
-    """A word for what a state is, for the operators' names: torch.compile keeps graphs on disk by these, and would run
-    those made for the states of another version."""
-    try:
-        sources = [pkgutil.get_data(__name__, name) or b"" for name in ("kspace.py", "launch.py")]
-    except OSError:  # a program that was packed without sources never meets another version
-        sources = []
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
-
-
-def _registered() -> torch.library.Library:
-    """The library with its operators, which nothing else holds before it is complete."""
-    library = reference.new_library(f"pmrl_triton_{_layout()}")
-    for name, implementation, shapes in (
-        ("spectral_forward", _forward, _forward_shapes),
-        ("spectral_backward", _backward, reference.spectral_backward_shapes),
-    ):
-        library.define(name + reference.signatures[name], tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
-            library.impl(name, implementation, key)
-        torch.library.register_fake(f"{library.ns}::{name}", shapes, lib=library)
-        _operators[name] = getattr(getattr(torch.ops, library.ns), name).default
-    return library
-
-
-operators: Any = None
-"""What ``autograd.py`` calls."""
-
-if unavailable() is None:
-    _library = _registered()
-    operators = types.SimpleNamespace(
-        spectral_forward=_forward_or_operator,
-        spectral_backward=_backward_or_operator,
-        instance_forward=reference.operators.instance_forward,
-        instance_backward=reference.operators.instance_backward,
-        modality_forward=reference.operators.modality_forward,
-        modality_backward=reference.operators.modality_backward,
-    )

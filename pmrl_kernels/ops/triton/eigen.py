@@ -90,20 +90,20 @@ def times_generator(K, y):
 
 
 # Functions of k and of whether the input is float64, as tables: Triton follows no plain function from a kernel.
-_CASES = [(k, wide) for k in range(1, constants.MAX_MODALITIES + 1) for wide in (False, True)]
+_CASES = [(k, float64) for k in range(1, constants.MAX_MODALITIES + 1) for float64 in (False, True)]
 _SQUARINGS = {case: constants.squarings(*case) for case in _CASES}
 _GAPS = {case: constants.eigenvalue_gap(*case) for case in _CASES}
 _ZERO_SUMS = {case: constants.zero_sum(case[0]) for case in _CASES}
 
 
 @triton.constexpr_function
-def squarings(k, wide):
-    return _SQUARINGS[k, wide]
+def squarings(k, float64_input):
+    return _SQUARINGS[k, float64_input]
 
 
 @triton.constexpr_function
-def eigenvalue_gap(k, wide):
-    return _GAPS[k, wide]
+def eigenvalue_gap(k, float64_input):
+    return _GAPS[k, float64_input]
 
 
 @triton.constexpr_function
@@ -299,7 +299,7 @@ def _unit(x, k: tl.constexpr):
 
 
 @triton.jit
-def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
+def power_lanes(P, k: tl.constexpr, FLOAT64: tl.constexpr):
     """The oriented v₁ of A = P (k blocks [N]) but for a last step on A itself (``finish_forward`` takes it, so A is
     not kept meanwhile), and where Jacobi has to decide: where the top is tied, or within rounding of it, or the sum
     of v₁'s entries within rounding of what counts as zero.
@@ -335,7 +335,7 @@ def power_lanes(P, k: tl.constexpr, WIDE: tl.constexpr):
             P = put(P, at, tl.where(moving > 0, step, P[at]))
         moving = tl.where(change > FOUR_EPS64, moving, 0)
         steps += 1
-        going = tl.where(steps < squarings(k, WIDE), tl.max(moving, 0), 0)
+        going = tl.where(steps < squarings(k, FLOAT64), tl.max(moving, 0), 0)
 
     frobenius = tl.zeros_like(trace)
     largest = tl.zeros_like(trace)
@@ -488,7 +488,7 @@ def _tile_unit(x):
 
 
 @triton.jit
-def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, FLOAT64: tl.constexpr):
     """As ``power_lanes``: v₁ [N, K] of A = P, and where Jacobi has to decide."""
     inverse = (1.0 / tl.sum(P[0], 1))[:, None]
     for y in tl.static_range(K):
@@ -509,7 +509,7 @@ def power_tiles(P, lane, k: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
             P = put(P, y, tl.where(moving[:, None] > 0, step, P[y]))
         moving = tl.where(tl.max(change, 1) > FOUR_EPS64, moving, 0)
         steps += 1
-        going = tl.where(steps < squarings(k, WIDE), tl.max(moving, 0), 0)
+        going = tl.where(steps < squarings(k, FLOAT64), tl.max(moving, 0), 0)
 
     squares = P[0] * P[0]
     for y in tl.static_range(1, K):

@@ -1,0 +1,157 @@
+// Checks of operators' arguments, for every device. Users' arguments were checked in Python (pmrl_kernels/inputs.py),
+// which can name them. Checked here is what reading and writing memory depends on, for callers that use the operators
+// directly. Only sizes, strides and dtypes of tensors are read, no elements.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "common/layout.h"
+
+namespace pmrl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  bool equal = x.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) equal = equal && x.size(i) == sizes.begin()[i];
+  return equal;
+}
+
+inline constexpr ScalarType float_dtype(bool is_float64) { return is_float64 ? ScalarType::Double : ScalarType::Float; }
+
+// ---- of several operators -----------------------------------------------------------------------
+
+// (B, k). Contiguous it need not be.
+inline void check_mask(const Tensor& mask, int64_t B, int64_t k) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && has_sizes(mask, {B, k}),
+                  "pmrl_kernels: mask must be a bool tensor (B, k)");
+}
+
+inline void check_temperature(const Tensor& temperature) {
+  STD_TORCH_CHECK(temperature.dim() == 0, "pmrl_kernels: temperature must be 0-d");
+}
+
+// What a forward operator saved: `size` numbers.
+inline void check_state(const Tensor& state, int64_t size, ScalarType dtype) {
+  STD_TORCH_CHECK(state.numel() == size && state.scalar_type() == dtype && state.is_contiguous(),
+                  "pmrl_kernels: state is not that of this batch");
+}
+
+// ---- spectral operators -------------------------------------------------------------------------
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "pmrl_kernels: embeddings must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// What k embeddings (B, d), or one tensor (B, k, d) that holds them all, have in common.
+struct Embeddings {
+  int64_t B, k, d;
+  bool stacked;  // one tensor
+  Dtype dtype;   // of all, or kMixed
+  bool float64_input;  // one is float64
+};
+
+inline Embeddings check_embeddings(const std::vector<Tensor>& xs) {
+  STD_TORCH_CHECK(!xs.empty(), "pmrl_kernels: embeddings must be k tensors (B, d) or one (B, k, d)");
+  const int64_t dim = xs[0].dim();
+  const bool stacked = dim == 3;
+  STD_TORCH_CHECK(dim == 2 || stacked, "pmrl_kernels: embeddings must have equal shapes (B, d)");
+  STD_TORCH_CHECK(!stacked || xs.size() == 1, "pmrl_kernels: a (B, k, d) tensor must come alone");
+  const Dtype first = dtype_of(xs[0]);
+  const int64_t k = stacked ? xs[0].size(1) : static_cast<int64_t>(xs.size());
+  Embeddings found{xs[0].size(0), k, xs[0].size(dim - 1), stacked, first, first == Dtype::kFloat64};
+  STD_TORCH_CHECK(k >= 1 && k <= kMaxModalities, "pmrl_kernels: k must be in 1..", kMaxModalities, ", got ", k);
+  for (size_t m = 1; m < xs.size(); ++m) {
+    STD_TORCH_CHECK(has_sizes(xs[m], {found.B, found.d}), "pmrl_kernels: embeddings must have equal shapes (B, d)");
+    const Dtype dtype = dtype_of(xs[m]);
+    if (dtype != first) found.dtype = Dtype::kMixed;
+    found.float64_input = found.float64_input || dtype == Dtype::kFloat64;
+  }
+  return found;
+}
+
+// A sum of flags (see Wanted) with one form of the alignment term at most.
+inline void check_wanted(int64_t wanted) {
+  const int64_t alignment = wanted & kAnyAlignment;
+  STD_TORCH_CHECK(wanted >= 0 && wanted < 2 * kZ && (alignment & (alignment - 1)) == 0,
+                  "pmrl_kernels: wanted must be a sum of flags with one reduction at most, got ", wanted);
+}
+
+// Which embeddings, or whether the one tensor of them, need a gradient.
+inline void check_needed(const std::vector<bool>& needed, const std::vector<Tensor>& embeddings) {
+  STD_TORCH_CHECK(needed.size() == embeddings.size(), "pmrl_kernels: needed must name each embedding");
+}
+
+// The incoming gradients of the wanted outputs, one after the other in the order of the outputs.
+class IncomingGradients {
+ public:
+  IncomingGradients(const std::vector<std::optional<Tensor>>& grads, ScalarType dtype) : grads_(grads), dtype_(dtype) {}
+
+  // That of the next output, which has these sizes; or nothing comes in for it.
+  const std::optional<Tensor>& next(std::initializer_list<int64_t> sizes) {
+    STD_TORCH_CHECK(next_ < grads_.size(), "pmrl_kernels: grads must name each wanted output");
+    const std::optional<Tensor>& grad = grads_[next_++];
+    STD_TORCH_CHECK(!grad || (grad->scalar_type() == dtype_ && has_sizes(*grad, sizes)),
+                    "pmrl_kernels: an incoming gradient must have its output's shape and dtype");
+    return grad;
+  }
+  // To be called after the last output.
+  void finish() const {
+    STD_TORCH_CHECK(next_ == grads_.size(), "pmrl_kernels: grads must name each wanted output");
+  }
+
+ private:
+  const std::vector<std::optional<Tensor>>& grads_;
+  ScalarType dtype_;
+  size_t next_ = 0;
+};
+
+// ---- contrasts ----------------------------------------------------------------------------------
+
+// Leading vectors, or others of one modality: (B, d). All other vectors have to be like them.
+inline void check_leading(const Tensor& u) {
+  STD_TORCH_CHECK(u.dim() == 2 && u.size(1) >= 1 &&
+                      (u.scalar_type() == ScalarType::Float || u.scalar_type() == ScalarType::Double),
+                  "pmrl_kernels: u must be (B, d), float32 or float64");
+}
+
+// (n, d), d and dtype as of u.
+inline void check_vectors(const Tensor& x, const Tensor& u, int64_t n) {
+  STD_TORCH_CHECK(x.scalar_type() == u.scalar_type() && has_sizes(x, {n, u.size(1)}),
+                  "pmrl_kernels: vectors must be (B, d) and of one dtype, float32 or float64");
+}
+
+// u and the k embeddings of all processes, or nothing where there are no others.
+inline void check_everyone(const std::vector<Tensor>& everyone, size_t k) {
+  STD_TORCH_CHECK(everyone.empty() || everyone.size() == k + 1,
+                  "pmrl_kernels: everyone must be u and the k embeddings of all processes");
+}
+
+// Whether rows [start, start + n) are within everyone's N.
+inline void check_place(int64_t start, int64_t n, int64_t N) {
+  STD_TORCH_CHECK(start >= 0 && start + n <= N, "pmrl_kernels: u must lie within everyone's rows");
+}
+
+// The losses of all processes.
+inline void check_losses(const Tensor& losses, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(losses.scalar_type() == ScalarType::Double && has_sizes(losses, sizes),
+                  "pmrl_kernels: losses must be everyone's, (N,) or (2, k, N), in float64");
+}
+
+// What comes in for a mean.
+inline void check_scalar_gradient(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.dim() == 0, "pmrl_kernels: an incoming gradient must be 0-d");
+}
+
+}  // namespace pmrl

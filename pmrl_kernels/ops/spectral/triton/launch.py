@@ -1,0 +1,348 @@
+"""From tensors to launches: what is allocated, which kernels run, and in what steps."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...triton import runtime
+from ...triton.arguments import (
+    Mode,
+    Step,
+    Sums,
+    Temperature,
+    Values,
+    canonical,
+    dense,
+    mode,
+    rows,
+    some_rows,
+    targets,
+    values,
+)
+from ...triton.eigen import next_power_of_two
+from ...triton.record import HEAD as _HEAD
+from ...triton.record import state_size
+from ...triton.runtime import Launch
+from .. import spec
+from . import forward as kernels
+from .backward import Gradients, backward_kernel
+from .forward import Outputs, Solve
+
+HEAD = _HEAD.value
+
+
+class Plan(NamedTuple):
+    """Launch parameters. See ``plan``."""
+
+    latency: bool  # forward_kernel; else gram, solve and vectors one after the other
+    lanes: bool  # the solve takes an instance per lane; else K lanes for each
+    solve_instances: int  # of a program of solve_kernel
+    solve_part: int  # of these, how many go through the k-space algebra at a time
+    solve_warps: int
+    pass_rows: int  # instances of a program of the other kernels
+    pass_warps: int
+    pass_block: int  # columns taken at a time by these
+    latency_rows: int  # instances of a program of forward_kernel, and of the backward pass of u₁ and z
+    latency_block: int  # columns taken at a time by these
+    latency_warps: int
+    vector: int  # elements in 16 bytes
+    double_float: bool  # sums in pairs of float32
+
+
+LATENCY_BATCH = 1024
+"""Up to this B one program per instance has the lower latency; beyond, the solve is better spread over lanes."""
+
+BATCH = 256  # numbers that the last step of a sum over the batch takes at a time
+SHARE = 1024  # instances whose terms one program of reduce_kernel adds up, a multiple of BATCH
+
+
+@functools.cache
+def plan(k: int, d: int, small: bool, itemsize: int, slow_float64: bool) -> Plan:
+    """The static table of launch parameters, by what a batch is."""
+    K = next_power_of_two(k)
+    double_float = slow_float64 and itemsize <= 4 and K < 16
+    # A product in double_float is ten instructions, and what Triton takes to compile grows with their number.
+    vector = 1 if double_float else 16 // itemsize
+    whole = next_power_of_two(d)
+    lanes = k <= 6
+    together = runtime.INTERPRETED and K < 16 and not double_float  # costs the interpreter no more than one
+    return Plan(
+        latency=small or K >= 16,
+        lanes=lanes,
+        solve_instances=32 if lanes else 4,
+        solve_part={2: 32, 4: 8, 8: 2}.get(K, 1),
+        solve_warps=1,
+        pass_rows=1 if double_float else 16,
+        pass_warps=1 if double_float else 4,
+        pass_block=32 if double_float else max(min(8 * vector, whole), vector),
+        latency_rows=4 if together else 1,
+        latency_block=32 if K >= 16 or double_float else max(min(32 * vector, whole), vector),
+        latency_warps=4 if K >= 16 else 1,
+        vector=vector,
+        double_float=double_float,
+    )
+
+
+def _vector(p: Plan, multiple: int, elements: int, warps: int) -> int:
+    """How many neighbouring columns of the ``elements`` that a program takes at a time are in one lane: as many as
+    16 bytes hold, if rows are aligned and there are enough for all lanes, else one.
+
+    To add neighbours up across lanes would not do: each lane fuses its own product with the other's.
+    """
+    return p.vector if multiple > 1 and elements >= 32 * warps * p.vector else 1
+
+
+def _nothing(temperature: Tensor) -> Tensor:
+    """What a sum over no instances is: 0, but a bad temperature shows there too."""
+    return torch.where((temperature > 0) & temperature.isfinite(), 0.0, torch.nan).double()
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]  # type: ignore[no-any-return]
+
+
+_Call = tuple[Sequence[Tensor], int, int, int, Plan, Mode]
+"""What both passes make of their arguments: the embeddings, of one dtype and with contiguous rows; B, k, d; and how."""
+
+
+def _call(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted: int) -> _Call:
+    xs = canonical(embeddings)
+    first = xs[0]
+    shape, dtype = first.shape, first.dtype
+    B, d, k = shape[0], shape[-1], shape[1] if len(shape) == 3 else len(xs)
+    p = plan(k, d, B <= LATENCY_BATCH, first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
+    aligns = wanted & spec.ANY_ALIGNMENT != 0
+    return xs, B, k, d, p, mode(k, spectrum, normalize, aligns, dtype == torch.float64, p.double_float)
+
+
+# ------------------------------------------------------------------------------------------------
+# Forward
+# ------------------------------------------------------------------------------------------------
+
+_Allocated = tuple[Tensor | None, Outputs, Tensor | None, list[Tensor] | None, list[Tensor]]
+"""The alignment term's sum or mean, what is k numbers long, u, the z (None for what is not wanted); all, in order."""
+
+
+def _allocated(call: _Call, wanted: int) -> _Allocated:
+    xs, B, k, d, _, MODE = call
+    first = xs[0]
+    device, out = first.device, first.dtype if MODE.float64_input else torch.float32
+    total = alignment = sigma = u = v = z = None
+    outputs = []
+    if wanted & spec.ALIGNMENT:
+        alignment = torch.empty(B, dtype=out, device=device)
+        outputs.append(alignment)
+    elif wanted & spec.ANY_ALIGNMENT:
+        total = first.new_empty((), dtype=out)
+        outputs.append(total)
+    if wanted & spec.SIGMA:
+        sigma = torch.empty((B, min(d, k) if MODE.spectrum else 1), dtype=out, device=device)
+        outputs.append(sigma)
+    if wanted & spec.U:
+        u = torch.empty((B, d), dtype=out, device=device)
+        outputs.append(u)
+    if wanted & spec.V:
+        v = torch.empty((B, k), dtype=out, device=device)
+        outputs.append(v)
+    if wanted & spec.Z:
+        z = [torch.empty((B, d), dtype=out, device=device) for _ in range(k)]
+        outputs += z
+    return total, Outputs(alignment, sigma, v), u, z, outputs
+
+
+def forward(
+    embeddings: Sequence[Tensor],
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    wanted: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As ``reference.spectral_forward``; the state is one tensor, for ``backward``."""
+    device = embeddings[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return forward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted)
+    call = xs, B, _, d, p, MODE = _call(embeddings, normalize, spectrum, wanted)
+    total, small, u, zs, outputs = _allocated(call, wanted)
+    state = xs[0].new_empty(state_size(B, MODE.record), dtype=torch.float64)
+    if B == 0:
+        if total is not None:
+            total.zero_() if temperature is None or not spectrum else total.copy_(_nothing(temperature))
+        return outputs, [state]
+
+    x, multiple = rows(xs, d)
+    z, u_multiple, z_multiple = None, 1, 1
+    if zs is not None:
+        z, z_multiple = targets(zs, d)
+    if multiple == 1:
+        z_multiple = 1
+    elif u is not None and u.data_ptr() % 16 == 0:
+        u_multiple = multiple
+    if mask is not None:
+        mask = mask.contiguous()
+    sums = Sums(total, None, None)
+    if total is not None and (not p.latency or B > SHARE):
+        sums = Sums(total, state[HEAD + B * MODE.record.size :], state[-1:].view(torch.int32))
+    tau = Temperature(temperature, _bits(fixed_temperature))
+    vectors, mean = wanted & (spec.U | spec.V) != 0, wanted & spec.ALIGNMENT_MEAN != 0
+    parameters: tuple[Any, ...]
+    if p.latency:
+        R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
+        arguments = (x, mask, tau, state, sums.counter, small, u, z, B, d)
+        parameters = (MODE, Step(R, block, _vector(p, multiple, R * block, warps)), vectors)
+        multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, 1, multiple)
+        runtime.run(Launch(kernels.forward_kernel, -(-B // R), warps, arguments, parameters, multiples))
+        if total is not None:
+            programs, parameters = -(-B // SHARE), (MODE, mean, BATCH, SHARE)
+            runtime.run(Launch(kernels.reduce_kernel, programs, 4, (mask, state, sums, B), parameters, (1, 1, 1, 1)))
+        return outputs, [state]
+
+    R, block, warps = p.pass_rows, p.pass_block, p.pass_warps
+    programs, at_once = -(-B // R), _vector(p, multiple, R * block, warps)
+    found = (x, mask, state, sums.counter, B, d), (MODE, Step(R, block, at_once)), (multiple, 1, 1, 1, 1, multiple)
+    runtime.run(Launch(kernels.gram_kernel, programs, warps, *found))
+    solve = Solve(p.solve_instances, p.solve_part, p.lanes)
+    solved = (mask, tau, state, sums, small, B, d), (MODE, solve, vectors, mean, BATCH), (1,) * 7
+    runtime.run(Launch(kernels.solve_kernel, -(-B // solve.instances), p.solve_warps, *solved))
+    if u is not None or z is not None:
+        aligned = (multiple, 1, 1, u_multiple, z_multiple, 1, multiple)
+        written = (x, mask, state, u, z, B, d), (MODE, Step(R, block, 1)), aligned
+        runtime.run(Launch(kernels.vectors_kernel, programs, warps, *written))
+    return outputs, [state]
+
+
+# ------------------------------------------------------------------------------------------------
+# Backward
+# ------------------------------------------------------------------------------------------------
+
+
+_Incoming = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
+"""Gradients of the alignment term, sigma, u, v and the z; None where nothing comes in."""
+
+
+def _incoming(grads: Sequence[Tensor | None], wanted: int) -> _Incoming:
+    rest = list(grads)
+    alignment = rest.pop(0) if wanted & spec.ANY_ALIGNMENT else None
+    sigma = rest.pop(0) if wanted & spec.SIGMA else None
+    u = rest.pop(0) if wanted & spec.U else None
+    v = rest.pop(0) if wanted & spec.V else None
+    z = [None if g is None else dense(g) for g in rest]
+    return alignment, sigma, None if u is None else dense(u), v, z
+
+
+def _gradients(xs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Tensors for the gradients of the embeddings; empty ones where none is asked for."""
+    dtype = xs[0].dtype
+    # the interpreter rounds to bfloat16 by cutting off
+    written = torch.float32 if runtime.INTERPRETED and dtype == torch.bfloat16 else dtype
+    found = []
+    for x, want in zip(xs, needed, strict=True):
+        if want and written == dtype and x.is_contiguous():
+            found.append(torch.empty_like(x))  # which takes the host half the time
+        else:
+            found.append(torch.empty(x.shape if want else 0, dtype=written, device=x.device))
+    return found
+
+
+def _slope(call: _Call, temperature: Tensor, grad: Tensor | None, state: Tensor, mean: bool, here: bool) -> Tensor:
+    """∂L/∂τ, or 0 for backward_kernel to write it there, unless it is formed ``here``."""
+    _, B, _, _, _, MODE = call
+    if grad is None or not MODE.spectrum or (B > 0 and not here):
+        return torch.zeros((), dtype=torch.float64, device=temperature.device)
+    if B == 0:
+        return _nothing(temperature)
+    record = MODE.record
+    slopes = state[HEAD : HEAD + B * record.size].view(B, record.size)[:, record.slope]
+    return (grad.double() * (slopes / state[0] if mean else slopes)).sum()
+
+
+def backward(
+    embeddings: Sequence[Tensor],
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    fixed_temperature: float,
+    normalize: bool,
+    spectrum: bool,
+    wanted: int,
+    state: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """As ``reference.spectral_backward``."""
+    device = embeddings[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            settings = (mask, temperature, fixed_temperature, normalize, spectrum, wanted)
+            return backward(embeddings, *settings, state, grads, needed)
+    call = _call(embeddings, normalize, spectrum, wanted)
+    found = _gradients(call[0], needed)
+    to: Sequence[Tensor | None] = [g if want else None for g, want in zip(found, needed, strict=True)]
+    given = any(g is not None for g in grads)
+    writes = given and call[1] > 0 and any(needed)
+    if not given:  # what is not asked for is not in the records either
+        for g in to:
+            if g is not None:
+                g.zero_()
+    incoming = _incoming(grads, wanted)
+    summed, mean = not wanted & spec.ALIGNMENT, wanted & spec.ALIGNMENT_MEAN != 0
+    slope = None
+    if temperature is not None:
+        slope = _slope(call, temperature, incoming[0], state[0], mean, not (summed and writes))
+    if writes:
+        learned = slope if summed and spectrum and incoming[0] is not None else None
+        if mask is not None:
+            mask = mask.contiguous()
+        _launch_backward(call, mask, state[0], learned, incoming, to, summed, mean)
+    for at, (one, x) in enumerate(zip(found, embeddings, strict=True)):
+        if one.dtype != x.dtype:
+            found[at] = one.to(x.dtype)
+    return found if slope is None else [*found, slope]
+
+
+def _launch_backward(
+    call: _Call,
+    mask: Tensor | None,
+    state: Tensor,
+    slope: Tensor | None,
+    incoming: _Incoming,
+    to: Sequence[Tensor | None],
+    summed: bool,
+    mean: bool,
+) -> None:
+    xs, B, _, d, p, MODE = call
+    grad_alignment, grad_sigma, grad_u, grad_v, grad_z = incoming
+    x, multiple = rows(xs, d)
+    out, out_multiple = targets(to, d)
+    u, z, u_multiple, z_multiple = None, None, 1, 1
+    if grad_u is not None:
+        (_, _, strides), u_multiple = rows([grad_u], d)
+        u = Values(grad_u, strides)
+    if grad_z:
+        z, z_multiple = some_rows(grad_z, d)
+    if multiple == 1:
+        u_multiple = z_multiple = out_multiple = 1
+    alignment = None
+    if grad_alignment is not None:
+        alignment = Values(grad_alignment, (0,) if summed else grad_alignment.stride())
+    small = Gradients(alignment, values(grad_sigma), values(grad_v))
+
+    simple = grad_sigma is None and grad_v is None and u is None and z is None
+    resident = not simple and d <= p.latency_block and MODE.K < 16
+    R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
+    if simple and MODE.K < 16:
+        R, block, warps = p.pass_rows, p.pass_block, p.pass_warps
+    coefficients = None
+    if not simple or p.double_float:
+        coefficients = state.new_empty(B * MODE.coefficients.size)
+    arguments = (x, mask, state, coefficients, slope, small, u, z, out, B, d)
+    multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, out_multiple, 1, multiple)
+    parameters = (MODE, Step(R, block, p.vector), mean, resident)
+    runtime.run(Launch(backward_kernel, -(-B // R), warps, arguments, parameters, multiples))

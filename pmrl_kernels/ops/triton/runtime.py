@@ -1,0 +1,185 @@
+"""Compiling and launching kernels: of any op family, and told of another target, for machines that are not here.
+
+Kernels are compiled through ``triton.compile`` from explicit signatures, and launched by the compiled function
+itself: what runs is what tests/data/resources.py compiles ahead of time, and a launch costs the host a few
+microseconds instead of the tens that binding and specialising arguments takes each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .. import constants
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+# ------------------------------------------------------------------------------------------------
+# Targets
+# ------------------------------------------------------------------------------------------------
+
+_FAST_FLOAT64 = frozenset((60, 70, 80, 90, 100, "gfx906", "gfx908", "gfx90a", "gfx940", "gfx941", "gfx942", "gfx950"))
+
+
+def slow_float64(target: GPUTarget) -> bool:
+    """Whether float64 arithmetic would hold the memory up there; data-centre cards have it at half the rate."""
+    return target.arch not in _FAST_FLOAT64
+
+
+SUMS = os.environ.get("PMRL_KERNELS_SUMS") or None
+"""How dot products of embeddings of up to 32 bits are summed: "float64", "float32" (in pairs), or by the card."""
+
+
+@functools.cache
+def double_float(index: int | None, sums: str | None) -> bool:
+    """Whether they are pairs of float32, on a device."""
+    if sums is not None and sums not in constants.SUMS:
+        raise ValueError(f"environment variable PMRL_KERNELS_SUMS: got {sums!r}, wanted 'float64' or 'float32'")
+    if sums is not None:
+        return sums == "float32"
+    return index is not None and slow_float64(triton.runtime.driver.active.get_current_target())
+
+
+# ------------------------------------------------------------------------------------------------
+# Compiling
+# ------------------------------------------------------------------------------------------------
+
+
+class Compilation(NamedTuple):
+    """All that a compiled kernel follows from, but for the kernel and the target: ``compile_for`` sees nothing else.
+
+    So it is the key of what was compiled, too, and no parameter can be missing from that.
+    """
+
+    kinds: tuple[Any, ...]  # of the arguments, see ``_kinds``
+    parameters: tuple[Any, ...]  # known when a kernel is compiled
+    multiples: tuple[int, ...]  # of the arguments, see ``Launch``
+    warps: int
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    arguments: tuple[Any, ...]
+    parameters: tuple[Any, ...]
+    multiples: tuple[int, ...]
+    """For each argument, what all integers in it are multiples of; where that is not 1, addresses are multiples of 16
+    bytes."""
+
+    def compilation(self) -> Compilation:
+        return Compilation(_kinds(self.arguments), self.parameters, self.multiples, self.warps)
+
+
+def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of each, what is compiled for it: a tensor's dtype, ``int``, None, or of a tuple its class and the same of what
+    is in it. Plain tuples hold integers, and None."""
+    kinds: list[Any] = []
+    for value in values:
+        cls = type(value)
+        if value is None:
+            kinds.append(None)
+        elif cls is int:
+            kinds.append(int)
+        elif cls is tuple and None not in value:
+            kinds.append((tuple, (int,) * len(value)))
+        elif isinstance(value, tuple):
+            kinds.append((cls, _kinds(value)))
+        else:
+            kinds.append(value.dtype)
+    return tuple(kinds)
+
+
+def _rebuilt(cls: type, parts: list[Any]) -> Any:
+    return tuple(parts) if cls is tuple else cls(*parts)
+
+
+class _Source:
+    """The parts of an ``ASTSource``, path by path: (argument,), (argument, field), ..."""
+
+    def __init__(self) -> None:
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+
+    def argument(self, kind: Any, multiple: int, path: tuple[int, ...]) -> Any:
+        """Its type, or a tuple of types."""
+        if kind is None:
+            self.constants[path] = None
+            return "constexpr"
+        if isinstance(kind, tuple):
+            cls, kinds = kind
+            return _rebuilt(cls, [self.argument(part, multiple, (*path, at)) for at, part in enumerate(kinds)])
+        if multiple > 1:
+            self.attributes[path] = [["tt.divisibility", multiple if kind is int else 16]]
+        if kind is int:
+            return "i32" if len(path) == 1 else "i64"
+        return _TYPES[kind]
+
+    def parameter(self, value: Any, path: tuple[int, ...]) -> Any:
+        """Field by field: Triton 3.6 makes no constant of a tuple."""
+        if isinstance(value, tuple):
+            return _rebuilt(type(value), [self.parameter(part, (*path, at)) for at, part in enumerate(value)])
+        self.constants[path] = value
+        return "constexpr"
+
+
+def _source(kernel: Any, compilation: Compilation) -> ASTSource:
+    """Arguments in order, first the values, then what is known when a kernel is compiled."""
+    source = _Source()
+    paired = zip(compilation.kinds, compilation.multiples, strict=True)
+    types = [source.argument(kind, multiple, (at,)) for at, (kind, multiple) in enumerate(paired)]
+    types += [source.parameter(value, (at,)) for at, value in enumerate(compilation.parameters, len(types))]
+    signature = dict(zip(kernel.arg_names, types, strict=True))
+    return ASTSource(kernel, signature, source.constants, source.attributes)
+
+
+def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any:
+    """The compiled kernel; needs no GPU. Multiplications and additions are fused, whatever Triton's default is."""
+    options = {"num_warps": compilation.warps, "enable_fp_fusion": True}
+    if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
+        options["maxnreg"] = min(255, 65536 // (32 * compilation.warps))
+    return triton.compile(_source(kernel, compilation), target=target, options=options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launching
+# ------------------------------------------------------------------------------------------------
+
+_compiled: dict[tuple[Any, int, Compilation], Any] = {}
+"""By the kernel's Python function, whose hash costs the host less than the kernel's, and the device."""
+
+
+def run(launch: Launch) -> None:
+    kernel, programs, _, arguments, parameters, _ = launch
+    if INTERPRETED:
+        kernel[(programs,)](*arguments, *parameters)
+        return
+    index = torch.cuda.current_device()
+    key = (kernel.fn, index, launch.compilation())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if torch.cuda.is_current_stream_capturing():  # a kernel is loaded, which ends a capture with an obscure error
+            raise RuntimeError(
+                f"pmrl_kernels: {kernel.fn.__name__} is not compiled for such a call yet, and cannot be while a CUDA "
+                "graph is captured; call pmrl_kernels.warm_up, or the same function on such embeddings, before that"
+            )
+        target = triton.runtime.driver.active.get_current_target()
+        compiled = _compiled[key] = compile_for(target, kernel, key[2])
+    compiled[(programs, 1, 1)](*arguments, *parameters, stream=torch._C._cuda_getCurrentRawStream(index))

@@ -1,0 +1,247 @@
+"""The library's operators: opcheck, torch.compile, and callers that go around the package's own checks."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmrl_kernels import dominant_sv_loss, pmrl_loss
+from pmrl_kernels.ops.contrast import native
+from pmrl_kernels.ops.spectral import spec
+from tests.tools import contrasts
+from tests.tools.native import ALL, OPS, everything, modalities, run, same_bits, some_mask
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 192, 1447, 1449, 2047, 2048, 2049])
+def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
+    """What is kept for the backward pass, and up to how many similarities, is written in two languages."""
+    u = torch.nn.functional.normalize(torch.randn(rows, 3), dim=1)
+    for columns in (None, torch.cat([u, u[:1]])):
+        arguments = (u, columns, 0, None, 0.5)
+        assert OPS.instance_forward(*arguments)[2].shape == native._instance_forward_shapes(*arguments)[2].shape
+    for z, columns in (([u], []), ([u, u], []), ([u], [u, u])):
+        arguments = (z, u, None, columns, None, 0, False, None, 0.5)
+        assert OPS.modality_forward(*arguments)[2].shape == native._modality_forward_shapes(*arguments)[2].shape
+
+
+def test_operators_read_masks_of_any_bytes():
+    """They may be called with what inputs.py has not read: a mask's bytes are 0 or not."""
+    xs, mask = [x.detach() for x in modalities(4, 37, 19, torch.float32)], some_mask(37, 4)
+    odd = (mask.to(torch.uint8) * 255).view(torch.bool)
+    weights = torch.linspace(0.5, 2.0, 37)
+    for a, b in zip(*(everything(xs, m, True, True, weights) for m in (mask, odd)), strict=True):
+        assert torch.equal(a, b)
+    u, *z = (torch.nn.functional.normalize(x) for x in [xs[0], *xs])
+    for raw, columns in itertools.product((False, True), ([], [u, *z])):
+        found = []
+        for m in (mask, odd):
+            given = (z, u, None if columns else m, columns, m if columns else None, 0, raw, None, 0.1)
+            loss, losses, state = OPS.modality_forward(*given)
+            gradients, h, _ = OPS.modality_backward(*given, losses, state, torch.ones(()))
+            found.append([loss, losses, h, *(g.masked_fill(~mask[:, j, None], 0) for j, g in enumerate(gradients))])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
+def forward_samples() -> Iterator[tuple[Any, ...]]:
+    """Arguments of spectral_forward: every flag both ways, forms, dtypes, masks and temperatures."""
+    tau = torch.tensor(0.5)
+    xs = [x.detach() for x in modalities(3, 9, 5)]
+    yield xs, None, None, 0.5, True, True, spec.ALIGNMENT_MEAN
+    yield xs, some_mask(9, 3), tau, 1.0, False, False, ALL
+    yield xs, some_mask(9, 3), tau, 1.0, False, True, spec.ALIGNMENT_SUM
+    yield [x.half() for x in xs], some_mask(9, 3), tau.half(), 1.0, False, True, ALL - spec.Z
+    yield [x.double() for x in xs], some_mask(9, 3), tau.double(), 1.0, True, True, ALL
+    yield [x.double() for x in xs], None, None, 0.5, False, True, spec.SIGMA | spec.Z
+    yield [xs[0].double(), xs[1].bfloat16(), xs[2].half()], None, None, 0.5, True, False, ALL
+    yield [x[:4, :2] for x in xs], some_mask(4, 6)[:, ::2], tau, 1.0, True, True, ALL - spec.V
+    yield [torch.stack(xs, 1)], some_mask(9, 3), tau, 1.0, True, True, ALL
+    yield [torch.stack(xs, 2).transpose(1, 2).bfloat16()], None, None, 0.5, True, False, spec.U
+    yield [x[:0] for x in xs], None, None, 0.5, True, True, ALL
+    yield [x[:0] for x in xs], None, tau, 1.0, True, True, spec.ALIGNMENT_MEAN
+    yield xs[:1], None, None, 0.5, True, True, ALL
+    yield [x[:, ::2] for x in xs], None, None, 0.5, True, True, ALL
+
+
+def backward_samples() -> Iterator[tuple[Any, ...]]:
+    """Arguments of spectral_backward: all gradients at once, one at a time, and for some embeddings only."""
+    for index, sample in enumerate(forward_samples()):
+        outputs, state = OPS.spectral_forward(*sample)
+        n, grads = len(sample[0]), [x.exp() for x in outputs]
+        yield *sample, state, grads, [True] * n
+        if index == 1:
+            for only in range(len(grads)):
+                some = [x if i == only else None for i, x in enumerate(grads)]
+                yield *sample, state, some, [m == only for m in range(n)]
+            yield *sample, state, [None if i == 4 else x for i, x in enumerate(grads)], [False] * n
+
+
+SAMPLES = {
+    "spectral_forward": forward_samples,
+    "spectral_backward": backward_samples,
+    **contrasts.samples(OPS),
+}
+CHECKED = [(op, sample) for op, make in SAMPLES.items() for sample in make()]
+
+
+@pytest.mark.parametrize(("op", "sample"), CHECKED, ids=[f"{op}-{i}" for i, (op, _) in enumerate(CHECKED)])
+def test_opcheck(op, sample):
+    """Schema, aliasing and mutation, fake against real outputs, and tracing with dynamic shapes."""
+    result = torch.library.opcheck(getattr(OPS, op).default, sample)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_operator_of_the_library_is_checked():
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "pmrl_kernels::" in name}
+    assert names == {*SAMPLES, "build_info"}
+
+
+LOSSES: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "dominant_sv_loss": (dominant_sv_loss, 1),
+    "pmrl_loss": (pmrl_loss, 2),
+}
+
+
+@pytest.mark.parametrize("objective", ["softmax", "leading"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_graphs_hold_the_operators_and_no_decomposition(name, objective):
+    """One graph forward and one backward, whose calls are seen; nothing of torch.linalg is left in them."""
+    from functorch.compile import make_boxed_func  # slow to import, and needed here alone
+    from torch._dynamo.backends.common import aot_autograd
+
+    function, calls = LOSSES[name]
+    graphs: list[list[str]] = []
+
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(function, backend=aot_autograd(fw_compiler=collect), fullgraph=True)
+        xs = modalities()
+        loss = compiled(*xs, objective=objective, backend="native")
+        gradients = torch.autograd.grad(loss, xs)
+    finally:
+        torch._dynamo.reset()
+    assert len(graphs) == 2
+    for graph, operator in zip(graphs, ("spectral_forward", "spectral_backward"), strict=True):
+        ours = [target for target in graph if "pmrl" in target]
+        assert ours.count(f"pmrl_kernels.{operator}.default") == 1
+        assert len(ours) == calls
+        assert not [target for target in graph if re.search("eigh|linalg|svd|bmm|while", target)]
+    expected = function(*(y := modalities()), objective=objective, backend="native")
+    torch.testing.assert_close(loss, expected)
+    assert same_bits(gradients, torch.autograd.grad(expected, y)) or name == "pmrl_loss"
+
+
+# What callers that go around the package's own checks may pass. Each in a process of its own, since the wrong
+# answer to most is to read memory that is not there.
+SANE = """
+import os, sys, torch
+import pmrl_kernels
+OPS = torch.ops.pmrl_kernels
+torch.set_num_threads(1)
+B, d = 20, 7
+x = [torch.randn(B, d) for _ in range(3)]
+ALL = 1 + 8 + 16 + 32 + 64
+
+def forward(xs=x, mask=None, tau=None, wanted=ALL):
+    return OPS.spectral_forward(xs, mask, tau, 0.5, True, True, wanted)
+
+state = forward()[1]
+
+fewer = forward(x[:2])[1]
+
+def backward(state=state, alignment=None, sigma=None, u=None, v=None, z=(None,) * 3, needed=(True,) * 3, wanted=ALL):
+    return OPS.spectral_backward(
+        x, None, None, 0.5, True, True, wanted, state, [alignment, sigma, u, v, *z], list(needed))
+"""
+NONSENSE = {
+    "no embeddings": "forward([])",
+    "other rows": "forward([x[0], x[1][:5], x[2]])",
+    "other columns": "forward([x[0], x[1][:, :5], x[2]])",
+    "a stack beside a matrix": "forward([torch.ones(B, 3, d), x[0]])",
+    "a matrix beside a stack": "forward([x[0], torch.ones(B, 3, d)])",
+    "no dimension": "forward([torch.tensor(1.0)])",
+    "one dimension": "forward([torch.ones(d)])",
+    "four dimensions": "forward([torch.ones(2, 2, 2, 2)])",
+    "33 embeddings": "forward([x[0]] * 33)",
+    "33 in a stack": "forward([torch.ones(B, 33, d)])",
+    "0 in a stack": "forward([torch.ones(B, 0, d)])",
+    "integers": "forward([torch.ones(B, d, dtype=torch.int64)] * 3)",
+    "complex numbers": "forward([torch.ones(B, d, dtype=torch.complex64)] * 3)",
+    "eight bits": "forward([torch.ones(B, d).to(torch.float8_e4m3fn)] * 3)",
+    "a sparse embedding": "forward([x[0].to_sparse(), x[1], x[2]])",
+    "a mask of floats": "forward(mask=torch.ones(B, 3))",
+    "a mask of another size": "forward(mask=torch.ones(B, 2, dtype=torch.bool))",
+    "a transposed mask": "forward(mask=torch.ones(3, B, dtype=torch.bool))",
+    "a mask in one dimension": "forward(mask=torch.ones(B, dtype=torch.bool))",
+    "a temperature without elements": "forward(tau=torch.ones(0))",
+    "temperatures": "forward(tau=torch.ones(3))",
+    "no state": "backward(state=[])",
+    "two states": "backward(state=[state[0], state[0]])",
+    "a short state": "backward(state=[state[0][:5]])",
+    "a state in float32": "backward(state=[state[0].float()])",
+    "a state in bytes": "backward(state=[state[0].to(torch.int8)])",
+    "a state without storage": "backward(state=[state[0][:1, :1].expand(state[0].shape)])",
+    "a state of fewer modalities": "backward(state=fewer)",
+    "too few needed": "backward(needed=[True])",
+    "too many needed": "backward(needed=[True] * 4)",
+    "alignment in float64": "backward(alignment=torch.ones(B, dtype=torch.float64))",
+    "alignment of fewer instances": "backward(alignment=torch.ones(2))",
+    "alignment of none": "backward(alignment=torch.ones(0))",
+    "alignment as a scalar": "backward(alignment=torch.ones(()))",
+    "sigma of fewer instances": "backward(sigma=torch.ones(2, 3))",
+    "sigma of fewer values": "backward(sigma=torch.ones(B, 1))",
+    "sigma in one dimension": "backward(sigma=torch.ones(B))",
+    "u of fewer instances": "backward(u=torch.ones(2, d))",
+    "u of fewer columns": "backward(u=torch.ones(B, 2))",
+    "u in one dimension": "backward(u=torch.ones(B))",
+    "u in bfloat16": "backward(u=torch.ones(B, d, dtype=torch.bfloat16))",
+    "v of fewer instances": "backward(v=torch.ones(2, 3))",
+    "v of fewer modalities": "backward(v=torch.ones(B, 2))",
+    "z of fewer instances": "backward(z=[torch.ones(2, d)] * 3)",
+    "z of fewer columns": "backward(z=[torch.ones(B, 2)] * 3)",
+    "z of more modalities": "backward(z=[torch.ones(B, d)] * 4)",
+    "z of fewer modalities": "backward(z=[torch.ones(B, d)] * 2)",
+    "a vector for a mean": "backward(alignment=torch.ones(B), wanted=ALL + 3)",
+    "two reductions": "forward(wanted=6)",
+    "a flag that is none": "forward(wanted=1024)",
+}
+ONE_PROCESS_EACH = """
+for name, call in NONSENSE.items():
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        try:
+            eval(call)
+            print(f"{name}: returned", flush=True)
+        except RuntimeError:
+            print(f"{name}: RuntimeError", flush=True)
+        except BaseException as error:
+            print(f"{name}: {type(error).__name__}", flush=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        print(f"{name}: died of signal {-status}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, str]:
+    """What became of each call."""
+    done = run("-c", f"{SANE}\nNONSENSE = {NONSENSE!r}\nforward(); backward()\n{ONE_PROCESS_EACH}")
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_operators_called_with_nonsense_raise(name, answers):
+    """A RuntimeError from each, and never a read of memory that is not there."""
+    assert answers[name] in ("RuntimeError", "NotImplementedError")

@@ -1,0 +1,265 @@
+"""setup.py and the Makefile: when a library is built, what is kept of an earlier build, what a wheel is called."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmrl_kernels.ops import binary, native
+from tests import ROOT
+from tests.tools.installation import RECORD, copied, elf, fake_torch
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[..., types.ModuleType]:
+    """setup.py as a module that sets nothing up, run with the given PMRL_KERNELS_NATIVE."""
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+
+    def load(requested: str = "") -> types.ModuleType:
+        monkeypatch.setenv("PMRL_KERNELS_NATIVE", requested)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+        spec = importlib.util.spec_from_file_location("pmrl_kernels_setup", ROOT / "setup.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module.sys, "platform", "linux")
+        return module
+
+    return load
+
+
+FOUND = {"torch": "/somewhere/torch", "version": "2.10.0+cpu", "pybind11": None}
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "on_path", "reason"),
+    [
+        (None, ["c++", "cmake"], r"torch was not found by \S+ at installation; .* --force-reinstall --no-deps .*"),
+        ("2.9.1", ["c++", "cmake"], r"it needs torch >= 2\.10 at installation, which had 2\.9\.1"),
+        ("1.13.1", ["c++", "cmake"], r"it needs torch >= 2\.10 at installation, which had 1\.13\.1"),
+        ("2.10.0", ["cmake"], r"no C\+\+ compiler was found at installation \(looked for c\+\+, g\+\+, clang\+\+\)"),
+        ("2.10.0a0+git1234567", ["clang++"], "cmake was not found at installation"),
+        ("3.0", ["clang++", "cmake"], None),
+    ],
+)
+def test_why_no_library_is_built(script, monkeypatch, tmp_path, torch_version, on_path, reason):
+    module = script()
+    facts = FOUND | ({"version": torch_version} if torch_version else {"torch": None})
+    monkeypatch.setattr(module, "probe", lambda: facts)
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    for name in on_path:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if reason is None:
+        assert module.survey() == facts
+    else:
+        with pytest.raises(module.NotBuiltError, match=f"^{reason}"):
+            module.survey()
+
+
+def test_cmake_is_found_in_an_environment_that_is_not_active(script, monkeypatch, tmp_path):
+    module = script()
+    monkeypatch.setattr(module, "probe", lambda: FOUND)
+    for folder, name in (("on the path", "c++"), ("environment", "cmake")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "on the path"))
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path / "environment"))
+    assert module.survey() == FOUND
+
+
+def test_other_systems_get_pure_python(script, monkeypatch):
+    module = script()
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    with pytest.raises(module.NotBuiltError, match=r"^it is built on Linux only, not on darwin$"):
+        module.survey()
+
+
+def test_the_compiler_that_cxx_names_is_looked_for(script, monkeypatch):
+    module = script()
+    monkeypatch.setattr(module, "probe", lambda: FOUND)
+    monkeypatch.setenv("CXX", "no-such-compiler --with options")
+    with pytest.raises(module.NotBuiltError, match=r"\(looked for no-such-compiler\)$"):
+        module.survey()
+
+
+def test_the_variable_that_wants_no_library(script):
+    module = script("0")
+    with pytest.raises(module.NotBuiltError, match=r"^PMRL_KERNELS_NATIVE=0 at installation$"):
+        module.survey()
+
+
+def test_a_variable_that_nobody_understands(script):
+    with pytest.raises(SystemExit, match=r"^PMRL_KERNELS_NATIVE: got 'yes', wanted 0, 1 or nothing$"):
+        script("yes").survey()
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_interpreters_torch_is_found(script, monkeypatch, tmp_path, isolated):
+    """Also where PYTHONPATH leads to a sitecustomize.py that hides it, which is how pip isolates builds."""
+    module = script()
+    if isolated:
+        hide = "import sys; sys.path[:] = [p for p in sys.path if not p.endswith('site-packages')]"
+        (tmp_path / "sitecustomize.py").write_text(hide)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts = module.probe()
+    assert facts["torch"] == os.path.realpath(torch.__path__[0])
+    assert facts["version"] == version("torch")
+
+
+def test_torch_is_found_by_pythonpath(script, monkeypatch, tmp_path):
+    fake_torch(tmp_path, "2.99")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts = script().probe()
+    assert facts["torch"] == os.path.realpath(tmp_path / "torch")
+    assert facts["version"] == "2.99"
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("a.cpp:1:2: error: no such thing\nb.cpp:1: error: more", "a.cpp:1:2: error: no such thing"),
+        ("CMake Error at CMakeLists.txt:5 (project):\n  The compiler\n\n  is broken.\n", "The compiler is broken."),
+        ("CMake Error: no generator", "CMake Error: no generator"),
+        ("first\nlast", "last"),
+        ("", "exit status 3"),
+    ],
+)
+def test_a_failed_compilation_is_known_by_its_first_error(script, capfd, says, told):
+    module = script()
+    with pytest.raises(module.NotBuiltError) as caught:
+        module.run(sys.executable, "-c", f"import sys; print({says!r}); sys.exit(3)")
+    assert str(caught.value) == f"the compilation failed at installation: {told}"
+    assert says in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("extensions", "tag"), [(True, r"py3-none-linux_\w+"), (False, "py3-none-any")])
+def test_a_wheel_is_for_every_python(script, extensions, tag):
+    module = script()
+    from setuptools import Distribution
+
+    modules = [module.Extension(module.LIBRARY, [])] if extensions else []
+    command = module.Wheel(Distribution({"name": "pmrl-kernels", "ext_modules": modules}))
+    command.ensure_finalized()
+    assert re.fullmatch(tag, "-".join(command.get_tag()))
+
+
+def build_nothing(package: Path, **variables: str) -> tuple[str, str]:
+    """The record after a build in place that makes nothing, and what it told."""
+    pytest.importorskip("setuptools", minversion="77")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    variables = {**os.environ, "PMRL_KERNELS_NATIVE": "", **variables}
+    done = subprocess.run(command, cwd=package.parent, env=variables, check=True, capture_output=True, text=True)
+    return (package / RECORD).read_text(), done.stdout + done.stderr
+
+
+NOTHING = {"not wanted": {"PMRL_KERNELS_NATIVE": "0"}, "no compiler": {"CXX": "no-such-compiler"}}
+WHY = {
+    "not wanted": "PMRL_KERNELS_NATIVE=0 at installation",
+    "no compiler": "no C++ compiler was found at installation (looked for no-such-compiler)",
+}
+TEST_MODULES = [f"_numerics.cpython-{number}-x86_64-linux-gnu.so" for number in (310, 311)]
+
+
+@pytest.mark.parametrize("why", NOTHING)
+@pytest.mark.parametrize("library", ["a text", "another version", "truncated", "none"])
+def test_building_nothing_in_place_removes_what_no_longer_fits(tmp_path, why, library):
+    """Or the record would speak of something else than what runs."""
+    package = copied(tmp_path / "source") / "pmrl_kernels"
+    if library == "a text":
+        (package / "libpmrl_kernels.so").write_text("of an earlier build")
+    elif library != "none":
+        code = elf() + binary.source_hash(package.parent).encode()
+        (package / "libpmrl_kernels.so").write_bytes(code if library == "another version" else code[:-500])
+    if library == "another version":
+        with (package.parent / "csrc" / "cpu" / "kernels.h").open("a") as file:
+            file.write("// changed\n")
+    for name in TEST_MODULES:
+        (package / name).write_text("of an earlier build")
+    assert build_nothing(package, **NOTHING[why])[0] == f"{WHY[why]}\n"
+    assert not [*package.glob("*.so")]
+
+
+@pytest.mark.parametrize("why", NOTHING)
+def test_building_nothing_in_place_keeps_what_fits(tmp_path, why):
+    """Several environments share a checkout. One without a compiler must not take another one's library away."""
+    package = copied(tmp_path / "source") / "pmrl_kernels"
+    code = elf() + binary.source_hash(package.parent).encode()
+    (package / "libpmrl_kernels.so").write_bytes(code)
+    (package / RECORD).write_text("built\n")
+    for name in TEST_MODULES:
+        (package / name).write_text("of an earlier build")
+    for _ in range(2):  # the second time it is the record of a kept one that is replaced
+        record, told = build_nothing(package, **NOTHING[why])
+        assert record == f"built\nkept by a later build, which made none: {WHY[why]}\n"
+        assert "warning" in told
+        assert f"no native library was built ({WHY[why]})" in told
+        assert (package / "libpmrl_kernels.so").read_bytes() == code
+        assert sorted(path.name for path in package.glob("*.so")) == sorted([*TEST_MODULES, "libpmrl_kernels.so"])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_build_in_place_keeps_the_test_modules_of_other_pythons_that_fit(script, monkeypatch, tmp_path, fits):
+    """The library is replaced, a test module for another version of Python only goes if it may be of other sources."""
+    module = script()
+    from setuptools import Distribution
+
+    root = copied(tmp_path / "source")
+    package = root / "pmrl_kernels"
+    code = elf() + binary.source_hash(root).encode()
+    (package / "libpmrl_kernels.so").write_bytes(code if fits else elf())
+    (package / TEST_MODULES[0]).write_text("for Python 3.10")
+    (root / "new.so").write_bytes(code)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(module, "survey", dict)
+    extensions = [module.Extension(module.LIBRARY, [])]
+    command = module.Build(Distribution({"name": "pmrl-kernels", "packages": [], "ext_modules": extensions}))
+    command.inplace = True
+    command.ensure_finalized()
+    monkeypatch.setattr(command, "_compile", lambda facts: {module.LIBRARY: root / "new.so"})
+    command.run()
+    assert (package / "libpmrl_kernels.so").read_bytes() == code
+    assert (package / RECORD).read_text() == "built\n"
+    assert (package / TEST_MODULES[0]).exists() == fits
+
+
+def test_the_record_tells_who_kept_the_library(monkeypatch, tmp_path):
+    (tmp_path / RECORD).write_text("built\nkept by a later build, which made none: no cmake\n")
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "build_info", {"isa": "x", "compiled": "x y", "compiler": "C", "torch": "2.10"})
+    assert native.describe() == "x of x y, by C with torch 2.10; kept by a later build, which made none: no cmake"
+
+
+def test_make_works_in_a_folder_with_a_space(tmp_path):
+    """Whose tools then come first on the PATH. Nothing is built: the interpreter only tells what it is called with."""
+    if not shutil.which("make"):
+        pytest.skip("no make")
+    root = copied(tmp_path / "with a spa ce and an ä")
+    shutil.copy(ROOT / "Makefile", root)
+    shutil.copy(ROOT / "constraints.txt", root)
+    tools = root / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "python").write_text('#!/bin/sh\necho "$PATH|$*" >> calls\n', encoding="utf-8")
+    (tools / "python").chmod(0o755)
+    (root / "dist").mkdir()
+    (root / "dist" / "a.whl").touch()
+    targets = ["build", "wheel", "sanitize", "test", "resources", "bench"]
+    done = subprocess.run(["make", f"PYTHON={sys.executable}", *targets], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [line.split("|") for line in (root / "calls").read_text(encoding="utf-8").splitlines()]
+    first = {arguments: path.split(os.pathsep)[0] for path, arguments in calls}
+    for told in ("install --no-build-isolation --no-deps -e .", "wheel --no-build-isolation", "sanitize.py"):
+        (called,) = (arguments for arguments in first if told in arguments)
+        assert first[called] == str(tools), called

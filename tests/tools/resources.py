@@ -1,0 +1,192 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and reports what they take.
+
+    python tests/tools/resources.py --write    compile everything, and rewrite tests/data/triton-resources.txt
+    python tests/tools/resources.py --quick     one shape on one target
+
+The launches of real calls are recorded instead of made, so what is compiled here is what runs. Registers, stack (where
+spilled registers live) and shared memory are read off the binary. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+
+from pmrl_kernels.ops.spectral import spec
+from pmrl_kernels.ops.spectral.triton import launch
+from pmrl_kernels.ops.triton import runtime
+
+TABLE = Path(__file__).resolve().parents[1] / "data" / "triton-resources.txt"
+TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+"""KiB."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+# What is asked for: the whole spectrum or the leading pair, and the outputs.
+CALLS = {
+    "alignment": (True, spec.ALIGNMENT_MEAN),
+    "leading": (False, spec.ALIGNMENT_MEAN),
+    "values": (True, spec.SIGMA),
+    "triplet": (False, spec.SIGMA | spec.U | spec.V),
+    "pmrl": (True, spec.ALIGNMENT_MEAN | spec.U | spec.Z),
+}
+
+
+class Case(NamedTuple):
+    target: str
+    call: str
+    dtype: str
+    k: int
+    masked: bool = False
+
+
+QUICK = [Case(target, "alignment", "fp32", 4) for target in ("sm_90", "sm_120", "gfx942")]
+CASES = [
+    *(Case("sm_90", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (2, 3, 4, 5, 6, 7, 8)),
+    *(Case("sm_90", call, "fp32", k) for call in ("leading", "values") for k in (4, 6, 8)),
+    *(Case("sm_90", call, dtype, 4) for call in ("alignment", "triplet") for dtype in ("bf16", "fp16", "fp64")),
+    *(Case("sm_90", call, "fp32", 4, True) for call in ("alignment", "pmrl")),
+    *(Case("sm_90", "alignment", "fp32", k) for k in (12, 32)),
+    *(
+        Case(target, call, "fp32", k)
+        for target in ("sm_80", "sm_100", "sm_120", "gfx942")
+        for call in ("alignment", "triplet")
+        for k in (4, 8)
+    ),
+    *(Case("sm_120", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (3, 6)),
+    *(Case("sm_120", call, dtype, 4) for call in ("alignment", "pmrl") for dtype in ("bf16", "fp16", "fp64")),
+    *(Case(target, "pmrl", "fp32", 4) for target in ("sm_75", "gfx1100")),
+    *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
+]
+
+
+def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
+    """The launches of a forward and a backward pass, in both layouts, and with sums as the target has them."""
+    spectrum, wanted = CALLS[case.call]
+    recorded: list[runtime.Launch] = []
+    make, runtime.run = runtime.run, recorded.append
+    slow = runtime.slow_float64(TARGETS[case.target])
+    sums, runtime.SUMS = runtime.SUMS, "float32" if slow else "float64"
+    try:
+        for B in (8, launch.LATENCY_BATCH + 8):
+            xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
+            mask = torch.ones(B, case.k, dtype=torch.bool) if case.masked else None
+            options = (mask, None, 0.05, True, spectrum, wanted)
+            outputs, state = launch.forward(xs, *options)
+            launch.backward(xs, *options, state, outputs, [True] * case.k)
+    finally:
+        runtime.run, runtime.SUMS = make, sums
+    seen = set()
+    for one in recorded:
+        key = (one.kernel, one.compilation())
+        if key not in seen:
+            seen.add(key)
+            yield one
+
+
+class Row(NamedTuple):
+    case: Case
+    kernel: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+
+    def __str__(self) -> str:
+        case = self.case
+        what = f"{case.target:7} {case.call + ('*' if case.masked else ''):10} {case.dtype} {case.k:2}"
+        used = f"{self.registers:4} {self.stack:5} {self.shared:6} {self.seconds:5.1f}"
+        return f"{what} {self.kernel:15} {self.warps} {used}"
+
+
+HEADER = (
+    "# triton {version}. * with a mask. Registers, stack and shared memory in bytes, seconds of one core to compile.\n"
+    "# target call     dtype  k kernel      warps regs stack shared seconds\n"
+)
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Raises if a kernel does not compile."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    rows = []
+    for one in launches(case):
+        begin = time.perf_counter()
+        binary = runtime.compile_for(TARGETS[case.target], one.kernel, one.compilation())
+        seconds = time.perf_counter() - begin
+        if case.target.startswith("gfx"):
+            text = binary.asm["amdgcn"]
+            names = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        else:
+            text = usage(binary.asm["cubin"])
+            names = (r"REG:(\d+)", r"STACK:(\d+)")
+        registers, stack = (int(re.search(name, text)[1]) for name in names)
+        rows.append(Row(case, one.kernel.fn.__name__, one.warps, registers, stack, binary.metadata.shared, seconds))
+    return rows
+
+
+def usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def faults(row: Row) -> list[str]:
+    """What no kernel may do: spill for k <= 8, or ask for more shared memory than there is."""
+    found = []
+    if row.stack and row.case.k <= 8:
+        found.append(f"spills: {row}")
+    if row.shared > SHARED_LIMIT[row.case.target] << 10:
+        found.append(f"too much shared memory: {row}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three cases")
+    parser.add_argument("--every", type=int, default=1, help="one case in so many")
+    parser.add_argument("--seed", default="", help="which ones: any word, such as a commit")
+    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
+    options = parser.parse_args()
+    if options.write and options.every > 1:
+        parser.error("--write: got --every, wanted all cases")
+    cases = QUICK if options.quick else CASES
+    cases = [case for case in cases if zlib.crc32(f"{options.seed}{case}".encode()) % options.every == 0]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for some in tqdm(pool.map(compile_case, cases), total=len(cases), disable=None) for row in some]
+    text = HEADER.format(version=triton.__version__) + "".join(f"{row}\n" for row in rows)
+    if options.write:
+        TABLE.write_text(text)
+    else:
+        sys.stdout.write(text)
+    found = [fault for row in rows for fault in faults(row)]
+    sys.stderr.write("".join(f"{fault}\n" for fault in found))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Kernels compiled ahead of time, without a GPU: what they take, and what their instructions are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no packages for this system")
+
+from pmrl_kernels.ops.triton import runtime
+from tests import TOOLS
+from tests.tools import resources
+from tests.tools.processes import run
+
+if runtime.INTERPRETED:
+    pytest.skip("this process interprets; these tests start such processes themselves", allow_module_level=True)
+
+
+def compiled(*arguments: str) -> str:
+    done = run(str(TOOLS / "resources.py"), *arguments, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert not done.stderr  # some errors of AMD's compiler show there alone
+    return done.stdout
+
+
+def compiled_for(target: str, one: runtime.Launch) -> Any:
+    return runtime.compile_for(resources.TARGETS[target], one.kernel, one.compilation())
+
+
+def rows_of(text: str) -> dict[tuple[str, ...], list[list[int]]]:
+    """(target, call, dtype, k, kernel, warps) -> registers, stack, shared memory of each kernel that is called so."""
+    rows: dict[tuple[str, ...], list[list[int]]] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            row = line.split()
+            rows.setdefault(tuple(row[:6]), []).append(list(map(int, row[6:9])))
+    return rows
+
+
+def test_kernels_compile_without_spills():
+    rows = rows_of(compiled("--quick"))
+    assert {key[0] for key in rows} == {case.target for case in resources.QUICK}
+    assert {key[4] for key in rows} >= {"forward_kernel", "gram_kernel", "solve_kernel", "backward_kernel"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_products_on_tensor_cores_compile(dtype):
+    """Triton 3.6 has a layout for their operands only if it sees no narrow load behind them."""
+    for one in resources.launches(resources.Case("sm_90", "alignment", dtype, 12, masked=True)):
+        binary = compiled_for("sm_90", one)
+        if one.kernel.fn.__name__ != "reduce_kernel":
+            assert re.search(r"\bmma\.sync\S*f64", binary.asm["ptx"])
+
+
+def test_two_modalities_compile():
+    """Triton 3.6 could not lay out the columns of 2 x 2 matrices."""
+    for one in resources.launches(resources.Case("sm_90", "triplet", "fp32", 2)):
+        assert compiled_for("sm_90", one).asm["cubin"]
+
+
+@pytest.mark.slow
+def test_resources_are_those_of_the_table(sampled):
+    """A kernel that takes more than it did is seen where it is reviewed: `make resources` rewrites the table."""
+    text, written = compiled(*sampled(1, "--every")), resources.TABLE.read_text()
+    assert text.splitlines()[0] == written.splitlines()[0], "another version of Triton: rewrite the table"
+    rows, table = rows_of(text), rows_of(written)
+    cases = {key[:4] for key in rows}
+    assert rows == {key: row for key, row in table.items() if key[:4] in cases}
+    assert len(cases) >= 5
+
+
+def widths(value: Any, integers: int) -> list[int]:
+    """Of what is passed for an argument, in bits; integers in a tuple are distances between addresses."""
+    if isinstance(value, tuple):
+        return [width for part in value for width in widths(part, 64)]
+    return [] if value is None else [integers if isinstance(value, int) else 64]
+
+
+def test_binaries_take_what_launches_pass():
+    """Arguments go to the compiled function as they are: what has a value, in order, tuples flattened."""
+    for one in resources.launches(resources.Case("sm_90", "pmrl", "fp32", 3, masked=True)):
+        passed = [width for value in one.arguments for width in widths(value, 32)]
+        binary = compiled_for("sm_90", one)
+        entry = binary.asm["ptx"].partition(".entry")[2].partition(")")[0]
+        taken = [int(width) for width in re.findall(r"\.param \.[a-z](\d\d)", entry)]
+        assert taken == [*passed, 64, 64], "two more are Triton's own"
+
+
+def test_sums_in_double_float_use_no_float64():
+    """Passes over d would go at its rate: nothing d numbers long may need it, only a few numbers for each instance."""
+    per_element = r"\b(?:mul|fma|div|sqrt)[\w.]*\.f64"
+    counted = {}
+    for call in ("alignment", "pmrl"):
+        for one in resources.launches(resources.Case("sm_120", call, "fp32", 3)):
+            name = one.kernel.fn.__name__
+            if name not in ("gram_kernel", "vectors_kernel", "backward_kernel"):
+                continue
+            text = compiled_for("sm_120", one).asm["ptx"]
+            loops = re.findall(r"^(\$L__BB\d+_\d+):(.*?)\bbra[.\w]*\s+\1;", text, re.MULTILINE | re.DOTALL)
+            assert any("fma.rn.f32" in body for _, body in loops)
+            counted[name] = sum(len(re.findall(per_element, body)) for _, body in loops)
+    assert counted == dict.fromkeys(("gram_kernel", "vectors_kernel", "backward_kernel"), 0)
+
+
+@pytest.mark.parametrize("stack", [0, 8])
+@pytest.mark.parametrize("k", [8, 9])
+def test_the_gate_sees_spills(k, stack):
+    row = resources.Row(resources.Case("sm_90", "alignment", "fp32", k), "kernel", 1, 255, stack, 0, 1.0)
+    assert bool(resources.faults(row)) == (stack > 0 and k <= 8)
+    assert resources.faults(row._replace(stack=0, shared=1 << 20))
+
+
+def test_nothing_adds_floating_point_numbers_atomically():
+    """It would add them in another order each time."""
+    atomics = []
+    for one in resources.launches(resources.Case("sm_90", "alignment", "fp32", 3)):
+        text = compiled_for("sm_90", one).asm["ptx"]
+        atomics += re.findall(r"\b(?:atom|red)\.[\w.:]+", text)
+    assert atomics, "the last program of solve_kernel is found by counting"
+    assert not [name for name in atomics if re.search(r"\.(f|bf)\d+", name)]

@@ -1,0 +1,259 @@
+"""Launches, counted instead of made: which kernels, with which arguments, compiled when."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no packages for this system")
+
+from pmrl_kernels import compilation
+from pmrl_kernels.ops.spectral import spec, triton
+from pmrl_kernels.ops.spectral.triton import launch
+from pmrl_kernels.ops.triton import arguments, record, runtime
+from tests.tools import resources
+from tests.tools.processes import run
+
+if runtime.INTERPRETED:
+    pytest.skip("this process interprets; these tests start such processes themselves", allow_module_level=True)
+
+OUTPUTS = {
+    "alignment": spec.ALIGNMENT_MEAN,
+    "values": spec.SIGMA,
+    "everything": spec.ALIGNMENT_MEAN | spec.SIGMA | spec.U | spec.V | spec.Z,
+}
+
+
+@pytest.fixture
+def launched(monkeypatch) -> Iterator[list[str]]:
+    names: list[str] = []
+    monkeypatch.setattr(runtime, "run", lambda one: names.append(one.kernel.fn.__name__))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("wanted", "B", "forward"),
+    [
+        ("alignment", 64, ["forward_kernel", "reduce_kernel"]),
+        ("values", 64, ["forward_kernel"]),
+        ("everything", 64, ["forward_kernel", "reduce_kernel"]),
+        ("alignment", 65536, ["gram_kernel", "solve_kernel"]),
+        ("values", 65536, ["gram_kernel", "solve_kernel"]),
+        ("everything", 65536, ["gram_kernel", "solve_kernel", "vectors_kernel"]),
+        ("everything", 0, []),
+    ],
+)
+def test_launches(launched, wanted, B, forward):
+    """One or two for the alignment term forward, one backward whatever comes in."""
+    xs = [torch.empty(B, 4) for _ in range(3)]
+    options = (None, None, 0.05, True, True, OUTPUTS[wanted])
+    outputs, state = launch.forward(xs, *options)
+    assert launched == forward
+    launch.backward(xs, *options, state, outputs, [True, False, True])
+    assert launched == forward + (["backward_kernel"] if B else [])
+
+
+def test_a_large_batch_is_summed_by_several_programs(monkeypatch):
+    """Also for k > 8, where no solve_kernel does it on its way."""
+    launched: dict[str, runtime.Launch] = {}
+    monkeypatch.setattr(runtime, "run", lambda one: launched.update({one.kernel.fn.__name__: one}))
+    for B, programs in ((launch.SHARE, 1), (launch.SHARE + 1, 2), (65536, 64)):
+        launch.forward([torch.empty(B, 4) for _ in range(12)], None, None, 0.05, True, True, OUTPUTS["alignment"])
+        one = launched["reduce_kernel"]
+        (sums,) = (value for value in one.arguments if isinstance(value, arguments.Sums))
+        assert one.programs == programs
+        assert (sums.counter is None) == (sums.partial is None) == (programs == 1)
+
+
+class Compiled:
+    """In place of a compiled kernel: whether what it is launched with is what it was compiled for."""
+
+    def __init__(self, kernel: Any, compilation: runtime.Compilation) -> None:
+        self.kernel, self.compilation, self.launches = kernel, compilation, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.check
+
+    def check(self, *values: Any, stream: int) -> None:
+        self.launches += 1
+        kinds, parameters, multiples, _ = self.compilation
+        assert values[len(kinds) :] == parameters
+        for name, value, kind, multiple in zip(self.kernel.arg_names, values, kinds, multiples, strict=False):
+            self.check_one(name, value, kind, multiple)
+
+    def check_one(self, name: str, value: Any, kind: Any, multiple: int) -> None:
+        if isinstance(kind, tuple):
+            assert type(value) is kind[0], name
+            for part, one in zip(value, kind[1], strict=True):
+                self.check_one(name, part, one, multiple)
+        elif isinstance(value, torch.Tensor):
+            assert (value.dtype, multiple > 1 and value.data_ptr() % 16) == (kind, 0), name
+        elif value is None or kind is None:
+            assert value is kind, name
+        else:
+            assert isinstance(value, kind), name
+            assert value % multiple == 0, name
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch) -> Iterator[dict[Any, Compiled]]:
+    """What is kept for later launches, of a backend that compiles and launches as on a GPU but for the kernels."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: resources.TARGETS["sm_90"]))
+    monkeypatch.setattr(runtime.triton.runtime, "driver", driver)
+    monkeypatch.setattr(runtime, "compile_for", lambda target, kernel, compilation: Compiled(kernel, compilation))
+    monkeypatch.setattr(runtime, "_compiled", {})
+    # Nothing is written or read here, so that filling outputs and states of large batches would be all there is to do.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return runtime._compiled
+
+
+@pytest.mark.parametrize("sums", ["float64", "float32"])
+def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, monkeypatch, sums):
+    """Kernels are kept by a key. Equal keys must mean equal sources, whatever was called before: once a width was left
+    out of it, by which backward_kernel differs, and a second width got the kernel of the first."""
+    monkeypatch.setattr(runtime, "SUMS", sums)
+    for d, k, dtype, B, masked, learned, spectrum, name in itertools.product(
+        (1, 16, 64, 100, 128, 256, 512, 1024),
+        (2, 4, 12),
+        (torch.float32, torch.bfloat16, torch.float64),
+        (8, launch.LATENCY_BATCH + 8),
+        (False, True),
+        (False, True),
+        (False, True),
+        OUTPUTS,
+    ):
+        xs = [torch.empty(1, d, dtype=dtype).expand(B, d) for _ in range(k)]
+        mask = torch.ones(1, k, dtype=torch.bool).expand(B, k) if masked else None
+        tau = torch.ones(()) if learned else None
+        options = (mask, tau, 0.05, True, spectrum, OUTPUTS[name])
+        outputs, state = launch.forward(xs, *options)
+        grads = [None, *outputs[1:]] if name == "everything" and masked else outputs
+        launch.backward(xs, *options, state, grads, [True] * (k - 1) + [not masked])
+    made = [(one.kernel, one.compilation) for one in compiled_kernels.values()]
+    sources = {(runtime._source(kernel, compilation).hash(), compilation.warps) for kernel, compilation in made}
+    assert len(sources) == len(compiled_kernels) >= 300, "two keys for one source compile it twice"
+    assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
+
+
+def test_a_first_call_while_a_graph_is_captured(compiled_kernels, monkeypatch):
+    """To load a kernel would end the capture. What is there already runs."""
+    xs = [torch.empty(8, 16) for _ in range(3)]
+    options = (None, None, 0.05, True, True, OUTPUTS["alignment"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"forward_kernel is not compiled .* call pmrl_kernels\.warm_up"):
+        launch.forward(xs, *options)
+    assert not compiled_kernels
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch.forward(xs, *options)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launch.forward(xs, *options)
+
+
+def test_cards_with_slow_float64_sum_in_double_float(monkeypatch):
+    """By the card, unless PMRL_KERNELS_SUMS says otherwise; embeddings in float64 and k > 8 never do."""
+    slow = {name for name, target in resources.TARGETS.items() if runtime.slow_float64(target)}
+    assert slow == {"sm_75", "sm_120", "gfx1100"}
+    assert launch.plan(8, 64, True, 4, True).double_float
+    assert not launch.plan(8, 64, True, 4, False).double_float
+    assert not launch.plan(8, 64, True, 8, True).double_float
+    assert not launch.plan(9, 64, True, 4, True).double_float
+    assert runtime.double_float(0, "float32")
+    assert not runtime.double_float(0, "float64")
+    with pytest.raises(ValueError, match="PMRL_KERNELS_SUMS: got 'bf16'"):
+        runtime.double_float(0, "bf16")
+    for name, target in resources.TARGETS.items():
+        driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda target=target: target))
+        monkeypatch.setattr(runtime.triton.runtime, "driver", driver)
+        runtime.double_float.cache_clear()
+        assert runtime.double_float(0, None) == (name in slow)
+    runtime.double_float.cache_clear()
+
+
+def test_warm_up_compiles_all_that_is_needed_later():
+    code = """
+import json, torch
+from pmrl_kernels import dominant_singular_triplet, pmrl_loss, warm_up
+from pmrl_kernels.ops.spectral.triton import launch
+from pmrl_kernels.ops.triton import runtime
+
+seen = set()
+runtime.run = lambda one: seen.add((one.kernel.fn.__name__, one.compilation()))
+
+def calls(B):
+    xs = [torch.randn(B, 32, requires_grad=True) for _ in range(3)]
+    mask = torch.ones(B, 3, dtype=torch.bool)
+    pmrl_loss(dict(zip("abc", xs)), mask={name: mask[:, 0] for name in "abc"}).backward()
+    dominant_singular_triplet(xs[0].detach(), *xs[1:]).sigma.sum().backward()
+
+xs = [torch.randn(5, 32) for _ in range(3)]
+mask = torch.ones(5, dtype=torch.bool)
+warm_up(pmrl_loss, dict(zip("abc", xs)), mask=dict.fromkeys("abc", mask))
+xs[1].requires_grad_(), xs[2].requires_grad_()
+warm_up(lambda *xs: dominant_singular_triplet(*xs).sigma, *xs)
+assert all(x.grad is None for x in xs)
+before = set(seen)
+for B in (1, 3, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 3000):
+    calls(B)
+print(len(before), len(seen))
+"""
+    done = run("-c", code, TRITON_INTERPRET="1", PMRL_KERNELS_BACKEND="triton")
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled_before, needed = map(int, done.stdout.split())
+    assert compiled_before == needed >= 8
+
+
+def test_warm_up_takes_a_batch_of_each_kind():
+    small, large = compilation._BATCHES
+    assert small <= min(launch.LATENCY_BATCH, launch.SHARE)
+    assert large > max(launch.LATENCY_BATCH, launch.SHARE)
+
+
+def test_shapes_without_running(launched):
+    """Outputs are those of the reference, the state is as large as the fake one that torch.compile sees."""
+    for stacked in (False, True):
+        xs = [torch.empty(5, 3, 4)] if stacked else [torch.empty(5, 4) for _ in range(3)]
+        for wanted in OUTPUTS.values():
+            outputs, state = launch.forward(xs, None, None, 0.05, True, True, wanted)
+            expected = spec.output_shapes(xs, True, wanted)
+            assert [(x.shape, x.dtype) for x in outputs] == [(x.shape, x.dtype) for x in expected]
+            kept = record.layout(3, True, True, wanted & spec.ANY_ALIGNMENT != 0)
+            assert state[0].shape == (record.state_size(5, kept),)
+
+
+def test_operators_of_another_layout_have_another_name(monkeypatch):
+    """torch.compile keeps compiled graphs on disk, states of a fixed size in them, by the names of operators."""
+    name = triton._layout()
+    assert re.fullmatch("[0-9a-f]{8}", name)
+    assert triton._layout() == name
+    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: b"another " + file.encode())
+    assert triton._layout() != name
+    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: None)
+    assert re.fullmatch("[0-9a-f]{8}", triton._layout())
+
+
+def test_a_record_has_room_for_its_fields():
+    """Which lie side by side, but for the Gram matrix and what takes the place of another's."""
+    for k, spectrum, normalize, alignment in itertools.product((1, 2, 4, 9, 32), *[(False, True)] * 3):
+        half = k * (k + 1) // 2
+        sizes = dict.fromkeys(record.Layout._fields, k)
+        sizes |= {"gram": half, "eigenvectors": k * k, "through_alignment": half, "resolvent": half}
+        sizes |= dict.fromkeys(("slope", "alignment", "undecided"), 1)
+        kept = record.layout(k, spectrum, normalize, alignment)
+        starts = {name: at for name, at in kept._asdict().items() if at is not None and name != "size"}
+        assert starts.pop("gram") == 0
+        assert spectrum or starts.pop("resolvent") == starts["eigenvectors"] == half
+        assert list(starts.values()) == sorted(starts.values())
+        ends = [at + sizes[name] for name, at in starts.items()]
+        assert [0 if spectrum else half, *ends] == [*starts.values(), ends[-1]]
+        assert kept.size in (ends[-1], ends[-1] + 1)
+        assert (kept.inverse_norms is None, kept.undecided is None) == (not normalize, spectrum)
+        assert (kept.slope is None) == (kept.alignment is None) == (kept.through_alignment is None) == (not alignment)
