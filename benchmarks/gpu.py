@@ -14,38 +14,29 @@ What matters most is measured first, and results are written as they come: a run
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
-import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__" and "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-import accuracy
-import formulations
 import torch
-from bench import number, table
-from cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
-from measure import commit
+from lib import accuracy, cases, figures, formulations, report, run
+from lib.cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
+from lib.measure import Clock, captured
+from lib.report import number, table
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from tqdm import tqdm
 
 from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
 
-RESULTS = Path(__file__).with_name("results")
-SECONDS = 0.15  # for each number
-SLOW = 1.0  # a call that takes longer is timed once
 LONGEST = 4.0  # a call that is expected to take longer is not made
 FULL_SVD_BATCH = 256
 OURS = "triton"
@@ -69,14 +60,6 @@ def _by_driver(driver: str | None, xs: Sequence[Tensor]) -> Tensor:
     return formulations.alignment(sigma, TEMPERATURE)
 
 
-def _loss(**options: Any) -> Callable[[Sequence[Tensor]], Tensor]:
-    return functools.partial(dominant_sv_loss, temperature=TEMPERATURE, **options)
-
-
-def _rival(function: Callable[..., Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-    return functools.partial(function, temperature=TEMPERATURE)
-
-
 def _squared_error(xs: Sequence[Tensor]) -> Sequence[Tensor]:
     """The price of an ordinary loss: one over all embeddings."""
     half = len(xs) // 2
@@ -96,22 +79,15 @@ def _triplet(xs: Sequence[Tensor]) -> Sequence[Tensor]:
 def contenders(dry: bool) -> tuple[Contender, ...]:
     """As in cases.py, with what only a GPU has. Those without a loss are scales to read the others against."""
     drivers = () if dry else ("gesvd", "gesvdj", "gesvda")
-    compiled = (
-        Contender("torch k-space, compiled", "compiled", _rival(formulations.k_space_compiled), rival="compiled"),
-        Contender("torch k-space, compiled Jacobi", "Jacobi", _rival(formulations.k_space_jacobi), rival="compiled"),
-    )
+    by_driver = [Contender(f"reduced SVD, {d}", d, functools.partial(_by_driver, d), waits=True) for d in drivers]
+    in_torch = [c for one in cases.IN_TORCH for c in (by_driver if one.name == cases.REDUCED else [one])]
     return (
-        Contender("full SVD", "full SVD", _rival(formulations.full_svd), largest=1 << 30),
-        *(Contender(f"reduced SVD, {d}", d, functools.partial(_by_driver, d)) for d in drivers),
-        Contender("svdvals", "svdvals", _rival(formulations.svdvals)),
-        Contender("Gram + eigh", "eigh", _rival(formulations.gram_eigh)),
-        Contender("torch k-space", "k-space", _rival(formulations.k_space), rival="eager"),
-        *(() if dry else compiled),
-        Contender("reference", "reference", _loss(backend="reference"), tolerance=1e-6),
-        Contender(OURS, OURS, _loss(backend=OURS), tolerance=1e-6),
+        *(c for c in in_torch if not (dry and c.rival == "compiled")),
+        cases.REFERENCE,
+        Contender(OURS, OURS, cases.ours(OURS), tolerance=1e-6),
         Contender(f"{OURS}, leading", "leading", work=_leading),
         Contender(f"{OURS}, triplet", "triplet", work=_triplet),
-        Contender(f"{OURS}, sums in pairs of float32", "pairs", work=_in_pairs),
+        Contender(f"{OURS}, sums in pairs of float32", "pairs", work=_in_double_float),
         Contender("F.mse_loss", "mse_loss", work=_squared_error),
         Contender("copy", "copy", work=_copy),
     )
@@ -121,20 +97,15 @@ def _of_ours(contender: Contender) -> bool:
     return OURS in contender.name
 
 
-def _waits(contender: Contender) -> bool:
-    """Whether it asks torch.linalg for eigenvalues or singular values, on whose outcome the host waits."""
-    return contender.loss is not None and not _of_ours(contender) and "Jacobi" not in contender.name
-
-
-def _in_pairs(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _in_double_float(xs: Sequence[Tensor]) -> Sequence[Tensor]:
     """As cards with slow float64 sum."""
-    from pmrl_kernels.ops.triton import launch
+    from pmrl_kernels.ops.triton import runtime
 
-    sums, launch.SUMS = launch.SUMS, "float32"
+    sums, runtime.SUMS = runtime.SUMS, "float32"
     try:
-        return torch.autograd.grad(_loss(backend=OURS)(xs), xs)
+        return torch.autograd.grad(cases.ours(OURS)(xs), xs)
     finally:
-        launch.SUMS = sums
+        runtime.SUMS = sums
 
 
 def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -144,46 +115,6 @@ def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:
 # ------------------------------------------------------------------------------------------------
 # Time
 # ------------------------------------------------------------------------------------------------
-
-
-class Clock(NamedTuple):
-    device: str
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Callable[[], Any], times: int) -> float:
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        self.wait()
-        return (time.perf_counter() - start) / times
-
-    def median(self, call: Callable[[], Any], once: float | None = None) -> float:
-        """Of five rounds that together take about SECONDS; of one call if that takes long, or took: ``once``."""
-        if once is None:
-            call()
-            once = self.seconds(call, 1)
-        if once > SLOW:
-            return once
-        times = max(1, int(SECONDS / 5 / min(once, self.seconds(call, 3))))
-        return statistics.median(self.seconds(call, times) for _ in range(5))
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """A CUDA graph of the call. Raises what capturing raises."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
@@ -197,7 +128,7 @@ def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
     once = clock.seconds(call, 1)
     row: Row = {"peak_MiB": (torch.cuda.max_memory_allocated() - before) / 2**20} if gpu else {}
     row["wall_us"] = 1e6 * clock.median(call, once)
-    if _waits(contender):
+    if contender.waits:
         row["no_graph"] = "torch.linalg makes the host wait"
     elif gpu:
         try:
@@ -232,7 +163,7 @@ def times(wanted: Sequence[Work], clock: Clock, deadline: float) -> Iterator[Row
                 row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": name}
                 large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
                 expected = pace.get(name, 0.0) * B * d * k
-                if large or (k > 8 and "compiled" in name):
+                if large or (k > 8 and contender.rival == "compiled"):
                     continue
                 if time.monotonic() > deadline:
                     yield row | {"not_run": "no time was left"}
@@ -278,7 +209,7 @@ def _prepare(name: str, B: int, d: int, k: int, dtype: torch.dtype, device: str)
 
 def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     """Fills Triton's cache with our kernels for all shapes, on all cores: one would take minutes."""
-    from pmrl_kernels.ops.triton import launch
+    from pmrl_kernels.ops.spectral.triton import launch
 
     small = DRY_SHAPES[0][0] if device == "cpu" else 16
     jobs = {  # beyond 256 columns kernels are the same
@@ -291,25 +222,15 @@ def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     slowest_first = sorted(jobs, key=lambda job: -job[3])
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(_prepare, *job) for job in slowest_first]
-        for future in tqdm(waiting, desc="compiling", file=sys.stderr):
-            future.exception()  # it will be met again, and told, where that kernel is to be timed
+        with run.progress(len(waiting), "compiling") as bar:
+            for future in waiting:
+                future.exception()  # it will be met again, and told, where that kernel is to be timed
+                bar.update()
 
 
 # ------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------
-
-
-def conditions(device: str) -> dict[str, Any]:
-    import platform
-
-    import triton
-
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    if device == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-        facts |= {"driver": str(getattr(torch.cuda, "driver_version", lambda: "unknown")())}
-    return facts | {"commit": commit()}
 
 
 def bandwidth_of_copy(rows: Sequence[Row]) -> float:
@@ -367,10 +288,10 @@ def marks(rows: Sequence[Row], bandwidth: float) -> list[str]:
     return lines
 
 
-def report(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     rows = results["time"]
     bandwidth = bandwidth_of_copy(rows)
-    lines = [", ".join(f"{key} {value}" for key, value in results["conditions"].items())]
+    lines = [report.facts(results["conditions"])]
     lines.append(f"bandwidth of a device-to-device copy: {bandwidth / 1e9:.0f} GB/s\n")
     for kind, name in (
         ("wall_us", "Wall, µs"),
@@ -413,50 +334,15 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Wall and device time by batch size at d = 512, k = 4, float32."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5.5), sharey=True, constrained_layout=True)
-    rows = [r for r in results["time"] if (r["d"], r["k"], r["dtype"]) == (512, 4, "float32")]
-    for ax, kind, title in zip(
-        axes, ("wall_us", "device_us"), ("Eager wall time", "Device time, graph replay"), strict=True
-    ):
-        for name in dict.fromkeys(row["contender"] for row in rows):
-            points = [(row["B"], row[kind]) for row in rows if row["contender"] == name and kind in row]
-            if points:
-                style = {"linewidth": 3} if name == OURS else {"linewidth": 1, "alpha": 0.8}
-                ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-        ax.set(
-            xscale="log", yscale="log", xlabel="batch size B", ylabel="µs", title=f"{title}, d = 512, k = 4, float32"
-        )
-        ax.grid(alpha=0.3)
-    if rows:
-        axes[0].legend(fontsize=8)
-    facts = results["conditions"]
-    figure.suptitle(", ".join(f"{key} {facts[key]}" for key in ("device", "torch", "triton", "commit") if key in facts))
-    figure.savefig(path, dpi=150)
-
-
 def write(results: dict[str, Any], folder: Path) -> None:
-    (folder / "gpu.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    columns = ["B", "d", "k", "dtype", "contender", "wall_us", "device_us", "peak_MiB", "no_graph", "not_run"]
-    with (folder / "gpu.csv").open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in results["conditions"].items())
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(results["time"])
+    columns = ("B", "d", "k", "dtype", "contender", "wall_us", "device_us", "peak_MiB", "no_graph", "not_run")
+    run.write_json(results, folder / "gpu.json")
+    run.write_csv(results, columns, folder / "gpu.csv")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels interpreted")
-    parser.add_argument(
-        "--output", type=Path, help=f"folder for the results; default: {RESULTS.name}/, none for a dry run"
-    )
+    where = f"folder for the results; default: {run.RESULTS.name}/, none for a dry run"
+    parser = run.parser(__doc__, dry_run="toy sizes on the CPU, kernels interpreted", output=where)
     parser.add_argument("--once", type=int, nargs=3, metavar=("B", "d", "k"), help="two calls, and no times")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
     options = parser.parse_args()
@@ -471,22 +357,19 @@ def main() -> None:
     compile_ahead(work(candidates, dry), clock.device)
     candidates, left_out = gate(candidates, clock, dry)
     wanted, rows = work(candidates, dry), []
-    results = {"conditions": conditions(clock.device), "left_out": left_out, "time": rows}
-    folder = options.output or (None if dry else RESULTS)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    total = sum(len(shapes) * len(some) for shapes, _, some in wanted)
-    with tqdm(total=total, file=sys.stderr) as progress:
+    results = {"conditions": run.on_a_gpu(clock.device), "left_out": left_out, "time": rows}
+    folder = options.output or (None if dry else run.RESULTS)
+    with run.progress(sum(len(shapes) * len(some) for shapes, _, some in wanted)) as bar:
         for row in times(wanted, clock, deadline):
             rows.append(row)
-            progress.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
-            progress.update()
+            bar.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
+            bar.update()
             if folder:
                 write(results, folder)
-    print(report(results))
+    print(text(results))
     if folder:
         try:
-            draw(results, folder / "gpu.png")
+            figures.draw_gpu(results, folder / "gpu.png")
         except ModuleNotFoundError as error:
             print(f"no figure: {error}", file=sys.stderr)
 

@@ -47,12 +47,13 @@ class Step(NamedTuple):
 def steps(options: argparse.Namespace) -> dict[str, Step]:
     """By name, in order."""
     dry = options.dry_run
-    results = ["--output", str(options.output.resolve()), *(["--dry-run"] if dry else [])]
+    output = ["--output", str(options.output.resolve())]
+    results = [*output, *(["--dry-run"] if dry else [])]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=10"]
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
-    selected = ["-k", f"triton and {where}", "--one-in", str(share)]
-    sanitized = [*pytest, "tests/test_gpu.py", "-k", SANITIZED]
+    selected = ["-k", f"triton and {where} and not oracle", "--one-in", str(share)]
+    sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 
@@ -64,7 +65,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
-        "gpu": Step([*pytest, *parallel, "tests/test_gpu.py"], 180),
+        "gpu": Step([*pytest, *parallel, "tests/triton/test_gpu.py"], 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),
         "counters": Step(
@@ -77,13 +78,13 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
             120,
             ("ncu", "--clock-control", "none", "-k", OUR_KERNELS, *sections),
         ),
-        "host": Step(["benchmarks/host.py"], 60),
-        "wheel": Step(["tests/data/environments.py", str(options.wheel)], 120),
+        "host": Step(["benchmarks/host.py", *output, *(["--quick"] if dry else [])], 60),
+        "wheel": Step(["tests/tools/environments.py", str(options.wheel)], 120),
         "memcheck": checked("memcheck"),
         "racecheck": checked("racecheck"),
         "initcheck": checked("initcheck", "--unpoisoned"),
         "synccheck": checked("synccheck"),
-        "contract": Step([*pytest, *parallel, "tests/test_contract.py", *selected], options.limit),
+        "contract": Step([*pytest, *parallel, "tests/contract", *selected], options.limit),
     }
 
 

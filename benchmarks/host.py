@@ -1,29 +1,192 @@
-"""What the Python path of the Triton backend costs up to the launch, on a machine without a GPU.
+"""What the host spends on a small call, forward + backward, in microseconds: four embeddings (8, 16) on a CPU.
 
-    python benchmarks/host.py
+    python benchmarks/host.py                     # both sections, some ten seconds
+    python benchmarks/host.py --sections native   # the native backend, part by part
+    python benchmarks/host.py --output FOLDER     # host.json too
 
-A call goes through everything that it goes through on a GPU, arguments, autograd, allocations and the choice of
-kernels, except that the compiled kernel at its end does nothing. Beside it F.mse_loss on the same tensors, whose time
-on the CPU contains its arithmetic, and the native backend, whose does too.
+*native*: where the time of a call goes. *Operators* are the native operators alone, with the arguments that the call
+gives them. *Empty Function* is a ``torch.autograd.Function`` with as many inputs and outputs, which computes and saves
+nothing: what PyTorch takes for differentiating at all. *Both in one* is what that Function takes beyond the two once it
+calls the operators: each runs slower where the other has been in the processor's caches. The rest is *ours*, the whole
+less the Function that calls the operators: in the forward pass reading arguments, choosing a backend and saving, in the
+backward pass what comes before and after the operators. Lower quartiles stand beside the medians, since they hold out
+longer where other processes want the processor too.
+
+*triton*: the Python path up to the launch, without a GPU. A call goes through everything that it goes through on a
+GPU, arguments, autograd, allocations and the choice of kernels, except that the compiled kernel at its end does
+nothing. Beside it F.mse_loss on the same tensors and the native backend, whose times contain their arithmetic.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "1"  # so that the backend takes tensors on a CPU; nothing is interpreted
+os.environ["TRITON_INTERPRET"] = "1"  # so that Triton's backend takes tensors on a CPU; nothing is interpreted
 
 import torch
-from bench import number, table
+from lib import cases, measure, report, run
+from lib.report import number, table
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn.functional import mse_loss
 
-from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops
-from pmrl_kernels.ops.triton import launch
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops, pmrl_loss
+from pmrl_kernels.ops.operators import Pair
+
+SECONDS = 4.0  # for each section
+
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------
+# The native backend, part by part
+# ------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """A public function, and the form of its autograd Function."""
+
+    loss: Callable[..., Tensor]
+    others: int
+    """Inputs of the Function beside the embeddings: settings, mask, temperatures."""
+    outputs: int
+
+
+MEASURED = {
+    "dominant_sv_loss": Measured(dominant_sv_loss, others=3, outputs=1),
+    "pmrl_loss": Measured(pmrl_loss, others=4, outputs=3),
+}
+
+
+class Recorded(NamedTuple):
+    """An operator as a call has called it."""
+
+    name: str
+    operator: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def recorded(call: Callable[[], object]) -> list[Recorded]:
+    """The native operators that a call calls, in order."""
+    found: list[Recorded] = []
+
+    def recording(name: str, operator: Callable[..., Any], *arguments: Any) -> Any:
+        found.append(Recorded(name, operator, arguments))
+        return operator(*arguments)
+
+    def both(name: str, pair: Pair) -> Pair:
+        forward = functools.partial(recording, f"{name}_forward", pair.forward)
+        return pair._replace(forward=forward, backward=functools.partial(recording, f"{name}_backward", pair.backward))
+
+    native, resolved = ops.available["native"], ops._resolved
+    recorder = native._replace(pairs={name: both(name, pair) for name, pair in native.pairs.items()})
+    try:
+        ops.available["native"], ops._resolved = recorder, {}
+        call()
+    finally:
+        ops.available["native"], ops._resolved = native, resolved
+    return found
+
+
+def run_all(operators: Sequence[Recorded]) -> None:
+    for _, operator, arguments in operators:
+        operator(*arguments)
+
+
+def function_around(
+    forward_operators: Sequence[Recorded],
+    backward_operators: Sequence[Recorded],
+    xs: Sequence[Tensor],
+    measured: Measured,
+) -> Callable[[], Tensor]:
+    """A call of a Function that runs these with arguments that are ready, and returns tensors that are, both ways."""
+    outputs = tuple(torch.zeros(()) for _ in range(measured.outputs))
+    gradients = (*(None for _ in range(measured.others)), *(torch.zeros_like(x) for x in xs))
+
+    class Around(Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            run_all(forward_operators)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            run_all(backward_operators)
+            return gradients
+
+    others = (object(), *(None for _ in range(measured.others - 1)))
+    return lambda: Around.apply(*others, *xs)[0]
+
+
+def part_calls(measured: Measured) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    xs = cases.embeddings(cases.OVERHEAD)
+
+    def forward() -> Tensor:
+        return measured.loss(*xs, backend="native")
+
+    def differentiated(forward: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(), xs)
+
+    forward_operators = recorded(forward)
+    all_operators = recorded(differentiated(forward))
+    backward_operators = all_operators[len(forward_operators) :]
+
+    def operators() -> None:
+        with torch.no_grad():
+            run_all(all_operators)
+
+    around = function_around(forward_operators, backward_operators, xs, measured)
+    return {
+        "whole": differentiated(forward),
+        "whole, forward": forward,
+        "operators": operators,
+        "empty Function": differentiated(function_around((), (), xs, measured)),
+        "Function around operators": differentiated(around),
+        "Function around operators, forward": around,
+    }
+
+
+def parts(us: Mapping[str, float]) -> dict[str, float]:
+    """What the times of the calls say."""
+    around = us["Function around operators"]
+    ours_forward = us["whole, forward"] - us["Function around operators, forward"]
+    return {
+        "whole": us["whole"],
+        "operators": us["operators"],
+        "empty Function": us["empty Function"],
+        "both in one": around - us["operators"] - us["empty Function"],
+        "ours": us["whole"] - around,
+        "ours, forward": ours_forward,
+        "ours, backward": us["whole"] - around - ours_forward,
+    }
+
+
+def part_rows(seconds: float) -> list[Row]:
+    """For each function: microseconds by part, of medians and of lower quartiles, and the times they come from."""
+    calls = {(name, part): call for name, m in MEASURED.items() for part, call in part_calls(m).items()}
+    timings = measure.interleaved(calls, seconds)
+    rows = []
+    for name in MEASURED:
+        found = {part: timing for (of, part), timing in timings.items() if of == name}
+        for statistic, ms in (("median", "median_ms"), ("lower quartile", "low_ms")):
+            us = {part: 1e3 * getattr(timing, ms) for part, timing in found.items()}
+            rows.append({"function": name, "statistic": statistic, "parts": parts(us), "times": us})
+    return rows
+
+
+def parts_text(rows: Sequence[Row]) -> str:
+    header = ["", *(f"{row['function']}, {row['statistic']}" for row in rows)]
+    body = [[part, *(number(row["parts"][part]) for row in rows)] for part in rows[0]["parts"]]
+    return table(header, body)
+
+
+# ------------------------------------------------------------------------------------------------
+# Triton's backend up to the launch
+# ------------------------------------------------------------------------------------------------
 
 launches = 0
 
@@ -40,9 +203,11 @@ class Nothing:
 
 
 def without_a_gpu() -> None:
-    launch.INTERPRETED = False
-    launch.compile_for = lambda *_: Nothing()
-    launch.triton.runtime.driver = _Driver
+    from pmrl_kernels.ops.triton import runtime
+
+    runtime.INTERPRETED = False
+    runtime.compile_for = lambda *_: Nothing()
+    runtime.triton.runtime.driver = _Driver
     torch.cuda.current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda index: 0
@@ -71,27 +236,48 @@ CALLS = {
 }
 
 
-def main() -> None:
+def launch_rows(seconds: float) -> list[Row]:
     without_a_gpu()
-    rows = []
-    xs = [torch.randn(8, 16, requires_grad=True) for _ in range(4)]
-    samples: dict[str, list[float]] = {name: [] for name in CALLS}
-    counts = {}
+    xs, counts = cases.embeddings(cases.OVERHEAD), {}
     for name, call in CALLS.items():
         call(xs)
         before = launches
         call(xs)
         counts[name] = launches - before
-    for _ in range(15):
-        for name, call in CALLS.items():
-            start = time.perf_counter()
-            for _ in range(200):
-                call(xs)
-            samples[name].append((time.perf_counter() - start) / 200 * 1e6)
-    for name, times in samples.items():
-        rows.append([name, number(statistics.median(times)), number(min(times)), str(counts[name])])
-    print(f"forward + backward of 4 x (8, 16), torch {torch.__version__}, one process, µs a call\n")
-    print(table(["", "median", "least", "launches"], rows))
+    timings = measure.interleaved({name: functools.partial(call, xs) for name, call in CALLS.items()}, seconds)
+    return [
+        {"call": name, "median": 1e3 * t.median_ms, "low": 1e3 * t.low_ms, "launches": counts[name]}
+        for name, t in timings.items()
+    ]
+
+
+def launches_text(rows: Sequence[Row]) -> str:
+    body = [[row["call"], number(row["median"]), number(row["low"]), str(row["launches"])] for row in rows]
+    return table(["", "median", "lower quartile", "launches"], body)
+
+
+# By backend: what is measured, and how it is told. Triton's comes last, since it changes PyTorch for good.
+SECTIONS = {"native": (part_rows, parts_text), "triton": (launch_rows, launches_text)}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = run.parser(__doc__, quick="a tenth of the time", output="folder for host.json")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    options = parser.parse_args(argv)
+    results: dict[str, Any] = {"conditions": run.on_a_cpu(force=True)}
+    print(f"forward + backward at {cases.OVERHEAD}, torch {torch.__version__}, one process, µs a call")
+    for name, (rows, text) in SECTIONS.items():
+        if name not in options.sections:
+            continue
+        if name not in ops.available:
+            print(f"\n{name}: not here, {ops.unavailable_reasons.get(name)}")
+            continue
+        results[name] = rows(SECONDS / (10 if options.quick else 1))
+        print(f"\n{name}\n{text(results[name])}")
+    print("\n".join(["", *report.warning(results["conditions"])]))
+    if options.output:
+        run.write_json(results, options.output / "host.json")
+    return results
 
 
 if __name__ == "__main__":

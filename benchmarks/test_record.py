@@ -3,7 +3,7 @@
     python -m pytest benchmarks/test_record.py --benchmark-autosave
     python -m pytest benchmarks/test_record.py --benchmark-compare
 
-Ratios between contenders are bench.py's: here they do not take turns. Plain ``pytest`` does not collect this.
+Ratios between contenders are cpu.py's: here they do not take turns. Plain ``pytest`` does not collect this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import CONTENDERS, QUICK, Case, Contender, embeddings
+from lib.cases import CONTENDERS, QUICK, Case, Contender, embeddings
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=1.0, warmup=False)

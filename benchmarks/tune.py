@@ -17,11 +17,9 @@ import sys
 if "--dry-run" in sys.argv:  # read when Triton is imported; the processes that compile must not see it
     os.environ["TRITON_INTERPRET"] = "1" if __name__ == "__main__" else "0"
 
-import argparse
 import contextlib
 import functools
 import itertools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,17 +28,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench import number, table
-from cases import TEMPERATURE, Case, embeddings
-from gpu import Clock, captured, conditions
+from lib import report, run
+from lib.cases import TEMPERATURE, Case, embeddings
+from lib.measure import Clock, captured
+from lib.report import number, table
 from torch import Tensor
 from tqdm import tqdm
 
 from pmrl_kernels import dominant_sv_loss
-from pmrl_kernels.ops.triton import launch
+from pmrl_kernels.ops.spectral.triton import launch
+from pmrl_kernels.ops.triton import runtime
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
-import resources
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.tools import resources
 
 DTYPES = resources.DTYPES
 SECONDS = 0.02  # for each number
@@ -73,14 +73,14 @@ def product(**values: Sequence[int]) -> list[Changes]:
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
 
 
-def streams(shape: Shape) -> list[Changes]:
+def passes(shape: Shape) -> list[Changes]:
     """One or two 16-byte loads of each embedding a lane and step."""
     vector = 16 // DTYPES[shape.dtype].itemsize
     settings = product(
-        stream_rows=(1, 2, 4, 8, 16, 32), stream_warps=(1, 2, 4, 8), block=[n * vector for n in (4, 8, 16, 32, 64)]
+        pass_rows=(1, 2, 4, 8, 16, 32), pass_warps=(1, 2, 4, 8), pass_block=[n * vector for n in (4, 8, 16, 32, 64)]
     )
-    lanes = [(s, s["stream_rows"] * s["block"] / (32 * s["stream_warps"] * vector)) for s in settings]
-    return [s for s, each in lanes if each in (1, 2) and s["block"] <= shape.d]
+    lanes = [(s, s["pass_rows"] * s["pass_block"] / (32 * s["pass_warps"] * vector)) for s in settings]
+    return [s for s, each in lanes if each in (1, 2) and s["pass_block"] <= shape.d]
 
 
 def solves(shape: Shape) -> list[Changes]:
@@ -113,15 +113,15 @@ LATENCY = (
     *(Shape(256, 1024, 4), Shape(256, 512, 4, "bf16")),
 )
 FAMILIES = {
-    "streams": Family(("gram_kernel", "backward_kernel"), THROUGHPUT, streams),
+    "passes": Family(("gram_kernel", "backward_kernel"), THROUGHPUT, passes),
     "solves": Family(("solve_kernel",), THROUGHPUT, solves),
     "latencies": Family(("forward_kernel",), LATENCY, latencies),
 }
 LAYOUTS = tuple(Shape(B, 512, k) for k in (3, 4, 6, 8) for B in (64, 256, 512, 1024, 2048, 4096, 8192, 16384))
 
 DRY = {
-    "streams": FAMILIES["streams"]._replace(
-        shapes=(Shape(9, 32, 3),), settings=lambda _: product(stream_rows=(4, 8), stream_warps=(1,), block=(16,))
+    "passes": FAMILIES["passes"]._replace(
+        shapes=(Shape(9, 32, 3),), settings=lambda _: product(pass_rows=(4, 8), pass_warps=(1,), pass_block=(16,))
     ),
     "solves": FAMILIES["solves"]._replace(
         shapes=(Shape(9, 32, 3),),
@@ -168,7 +168,7 @@ def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], changes: Chang
         try:
             for one in resources.launches(resources.Case(name, "alignment", shape.dtype, shape.k), shape.d):
                 if one.kernel.fn.__name__ in kernels:
-                    launch.compile_for(target, one.kernel, one.compilation())
+                    runtime.compile_for(target, one.kernel, one.compilation())
         except Exception as error:  # whatever a compiler throws: this setting is out, the others are not
             return f"{type(error).__name__}: {str(error).strip()[:200]}"
     return None
@@ -192,21 +192,21 @@ def agree(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def launches(xs: Sequence[Tensor]) -> tuple[dict[str, launch.Launch], Sequence[Tensor]]:
+def launches(xs: Sequence[Tensor]) -> tuple[dict[str, runtime.Launch], Sequence[Tensor]]:
     """The launches of a step by kernel, and what the step returned: kernels that write k gradients hold one of them and
     the distances to the others, which have to stay where they are."""
-    seen: dict[str, launch.Launch] = {}
-    make = launch.run
+    seen: dict[str, runtime.Launch] = {}
+    make = runtime.run
 
-    def recording(one: launch.Launch) -> None:
+    def recording(one: runtime.Launch) -> None:
         seen[one.kernel.fn.__name__] = one
         make(one)
 
-    launch.run = recording
+    runtime.run = recording
     try:
         return seen, step(xs)
     finally:
-        launch.run = make
+        runtime.run = make
 
 
 def repeated(call: Callable[[], None], clock: Clock) -> float:
@@ -226,10 +226,10 @@ def repeated(call: Callable[[], None], clock: Clock) -> float:
     return statistics.median(clock.seconds(replay, 1) for _ in range(5)) / times
 
 
-def registers(one: launch.Launch) -> tuple[int | None, int | None]:
+def registers(one: runtime.Launch) -> tuple[int | None, int | None]:
     """Registers and spills of a kernel that was launched."""
-    made = (one.kernel, one.compilation())
-    binary = next((b for (kernel, _, key), b in launch._compiled.items() if (kernel, key) == made), None)
+    made = (one.kernel.fn, one.compilation())
+    binary = next((b for (function, _, key), b in runtime._compiled.items() if (function, key) == made), None)
     return getattr(binary, "n_regs", None), getattr(binary, "n_spills", None)
 
 
@@ -260,7 +260,7 @@ def swept(name: str, family: Family, clock: Clock, progress: tqdm) -> Iterator[d
                             continue
                         recorded, alive = launches(xs)
                         for kernel in family.kernels:
-                            call = functools.partial(launch.run, recorded[kernel])
+                            call = functools.partial(runtime.run, recorded[kernel])
                             used, spilled = registers(recorded[kernel])
                             seconds = repeated(call, clock)
                             facts = {"registers": used, "spills": spilled, "bytes": least_bytes(kernel, shape)}
@@ -298,8 +298,8 @@ def bandwidth(clock: Clock) -> float:
 # ------------------------------------------------------------------------------------------------
 
 
-def report(results: Mapping[str, Any]) -> str:
-    lines = [", ".join(f"{key} {value}" for key, value in results["conditions"].items())]
+def text(results: Mapping[str, Any]) -> str:
+    lines = [report.facts(results["conditions"])]
     rate = results["bandwidth"]
     lines += [f"bandwidth of a device-to-device copy: {rate / 1e9:.0f} GB/s", ""]
     timed = [row for row in results["kernels"] if "us" in row]
@@ -338,10 +338,8 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy sizes")
+    parser = run.parser(__doc__, dry_run="on the CPU, at toy sizes", output="folder for tune.json")
     parser.add_argument("--compile-only", action="store_true", help="for sm_90, with no GPU")
-    parser.add_argument("--output", type=Path, help="folder for tune.json")
     parser.add_argument("--only", nargs="+", choices=[*FAMILIES, "layouts"], help="families")
     options = parser.parse_args()
     dry = options.dry_run
@@ -349,7 +347,7 @@ def main() -> int:
     families = {n: f for n, f in (DRY if dry else FAMILIES).items() if not options.only or n in options.only}
     crossings = (DRY_LAYOUTS if dry else LAYOUTS) if not options.only or "layouts" in options.only else ()
     blind = dry or options.compile_only
-    target = resources.TARGETS["sm_90"] if blind else launch.triton.runtime.driver.active.get_current_target()
+    target = resources.TARGETS["sm_90"] if blind else runtime.triton.runtime.driver.active.get_current_target()
     rows: list[dict[str, Any]] = []
     if target.backend == "cuda":
         spawn = multiprocessing.get_context("spawn")
@@ -371,15 +369,14 @@ def main() -> int:
     count = sum(1 + len(f.settings(s)) for f in families.values() for s in f.shapes) + 2 * len(crossings)
     layouts: list[dict[str, Any]] = []
     results = {
-        "conditions": conditions(clock.device), "bandwidth": bandwidth(clock), "kernels": rows, "layouts": layouts,
+        "conditions": run.on_a_gpu(clock.device), "bandwidth": bandwidth(clock), "kernels": rows, "layouts": layouts,
     }  # fmt: skip
 
     def keep(row: dict[str, Any], among: list[dict[str, Any]]) -> None:
         """In a file at once: who is stopped has what was measured until then."""
         among.append(row)
         if options.output:
-            options.output.mkdir(parents=True, exist_ok=True)
-            (options.output / "tune.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            run.write_json(results, options.output / "tune.json")
 
     with tqdm(total=count, desc="timing", file=sys.stderr) as progress:
         for row in crossing(crossings, clock, progress):
@@ -387,7 +384,7 @@ def main() -> int:
         for name, family in families.items():
             for row in swept(name, family, clock, progress):
                 keep(row, rows)
-    print(report(results))
+    print(text(results))
     return 1 if any("wrong" in row or (dry and "us" not in row) for row in rows) else 0
 
 

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 
 from pmrl_kernels import ops
+from tests import ROOT
+from tests.conftest import CPU_BACKENDS
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -29,15 +30,21 @@ def benchmark_modules() -> Iterator[SimpleNamespace]:
     # Not by monkeypatch, which would also undo what others appended meanwhile: setuptools keeps its own dependencies
     # on a path that it adds when it is first imported, and torch.compile imports it.
     sys.path.insert(0, str(FOLDER))
-    import accuracy
-    import bench
-    import cases
+    import contrast
+    import cpu
     import figure
-    import formulations
-    import measure
+    from lib import accuracy, cases, measure, memory, ratios, run
 
     yield SimpleNamespace(
-        accuracy=accuracy, bench=bench, cases=cases, figure=figure, formulations=formulations, measure=measure
+        accuracy=accuracy,
+        cases=cases,
+        contrast=contrast,
+        cpu=cpu,
+        figure=figure,
+        measure=measure,
+        memory=memory,
+        ratios=ratios,
+        run=run,
     )
     sys.path.remove(str(FOLDER))
     torch.set_num_threads(threads)
@@ -59,46 +66,46 @@ def test_every_formulation_agrees_with_a_float64_svd(benchmark_modules):
 
 def test_the_gate_stops_a_wrong_formula(benchmark_modules):
     """An error of a thousandth in the gradient, or a NaN, ends the program before any time is printed."""
-    cases, bench = benchmark_modules.cases, benchmark_modules.bench
+    cases, cpu = benchmark_modules.cases, benchmark_modules.cpu
     reference = cases.named("reference")
     for spoil in (lambda loss: loss * 1.001, lambda loss: loss * torch.nan):
         wrong = dataclasses.replace(reference, loss=lambda xs, spoil=spoil: spoil(reference.loss(xs)))
         with pytest.raises(SystemExit, match="No time of a wrong result"):
-            bench.gate([wrong], [3], lambda _: None)
-    assert bench.gate([reference], [3], lambda _: None) == (reference,)
+            cpu.gate([wrong], [3], lambda _: None)
+    assert cpu.gate([reference], [3], lambda _: None) == (reference,)
 
 
 def test_a_busy_machine_is_refused_unless_forced(benchmark_modules, monkeypatch, capsys):
-    bench, measure = benchmark_modules.bench, benchmark_modules.measure
-    monkeypatch.setattr(measure, "busy", lambda threads: ["it is being tested"])
+    cpu, run = benchmark_modules.cpu, benchmark_modules.run
+    monkeypatch.setattr(run, "busy", lambda threads: ["it is being tested"])
     with pytest.raises(SystemExit, match="busy: it is being tested"):
-        bench.main(["--quick"])
+        cpu.main(["--quick"])
     assert capsys.readouterr().out == ""
 
 
 def test_what_makes_a_machine_busy(benchmark_modules, monkeypatch):
-    measure = benchmark_modules.measure
-    monkeypatch.setattr(measure, "SPIN_SECONDS", 0.05)
-    monkeypatch.setattr(measure, "load_average", lambda: 1000.0)
-    assert any("load average is 1000.0" in reason for reason in measure.busy(1))
-    monkeypatch.setattr(measure, "load_average", lambda: 0.0)
+    run = benchmark_modules.run
+    monkeypatch.setattr(run, "SPIN_SECONDS", 0.05)
+    monkeypatch.setattr(run, "load_average", lambda: 1000.0)
+    assert any("load average is 1000.0" in reason for reason in run.busy(1))
+    monkeypatch.setattr(run, "load_average", lambda: 0.0)
     # of a thousand threads' processor time, one process gets a small share
-    assert any("1000 busy threads" in reason for reason in measure.busy(1000))
+    assert any("1000 busy threads" in reason for reason in run.busy(1000))
 
 
 @pytest.mark.slow
 def test_the_report(benchmark_modules, monkeypatch, tmp_path, capsys):
     """All sections at toy sizes, files included; the compiled formulations pass the gate too."""
-    bench, cases, accuracy = benchmark_modules.bench, benchmark_modules.cases, benchmark_modules.accuracy
+    cpu, cases, accuracy = benchmark_modules.cpu, benchmark_modules.cases, benchmark_modules.accuracy
     shapes = (cases.Case(8, 16, 4), cases.Case(16, 16, 4))
     monkeypatch.setattr(cases, "CASES", shapes)
     monkeypatch.setattr(cases, "LEADING", (shapes[0], cases.Case(8, 40, 32)))
     monkeypatch.setattr(cases, "MEMORY", cases.Case(1024, 256, 4))
     monkeypatch.setattr(accuracy, "INSTANCES", 8)
     monkeypatch.setattr(accuracy, "MODALITIES", (4,))
-    monkeypatch.setattr(bench, "SECONDS", 0.2)
-    monkeypatch.setattr(bench, "SOLVER_MATRICES", 64)
-    results = bench.main(["--force", "--threads", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(cpu, "SECONDS", 0.2)
+    monkeypatch.setattr(cpu, "SOLVER_MATRICES", 64)
+    results = cpu.main(["--force", "--threads", "1", "--output", str(tmp_path)])
 
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "cpu.json").read_text()) == results
@@ -107,7 +114,7 @@ def test_the_report(benchmark_modules, monkeypatch, tmp_path, capsys):
     assert len(table) == 1 + len(shapes) * len(cases.CONTENDERS)
     for name in (*(contender.column for contender in cases.CONTENDERS), "F.mse_loss", *results["conditions"]["torch"]):
         assert name in printed
-    assert set(results) >= set(bench.SECTIONS)
+    assert set(results) >= set(cpu.SECTIONS)
     for row in results["time"] + results["overhead"]:
         assert row["not_run"] if "not_run" in row else row["median_ms"] > 0
     for row in results["accuracy"]["sigma"]:
@@ -123,7 +130,7 @@ def test_the_report(benchmark_modules, monkeypatch, tmp_path, capsys):
 
 def test_ratios(benchmark_modules):
     """Means over shapes are geometric, a lost shape is named, and what was not run is no zero."""
-    bench, cases = benchmark_modules.bench, benchmark_modules.cases
+    ratios, cases = benchmark_modules.ratios, benchmark_modules.cases
     medians = {contender.name: 8.0 for contender in cases.CONTENDERS} | {"native": 2.0, "floor": 1.0}
     rows = [
         {"B": B, "d": 4, "k": 3, "contender": name, "median_ms": ms * (8 if B == 2 and name == "native" else 1)}
@@ -131,15 +138,15 @@ def test_ratios(benchmark_modules):
         for name, ms in medians.items()
     ]
     rows[0] = {"B": 1, "d": 4, "k": 3, "contender": "full SVD", "not_run": "too large"}
-    found = bench.summary(rows)
+    found = ratios.summary(rows)
     assert found["reduced/native"] == pytest.approx({"geometric_mean": math.sqrt(2), "least": 0.5, "greatest": 4})
     assert found["eager/native"]["greatest"] == 4
     assert found["native/floor"]["greatest"] == 16
-    lost = bench.losses(rows)
+    lost = ratios.losses(rows)
     assert lost
     assert all("B=2" in line for line in lost)
     assert any("reduced SVD takes 0.50" in line for line in lost)
-    assert "full SVD" not in bench.by_shape(rows)[1, 4, 3]
+    assert "full SVD" not in ratios.by_shape(rows)[1, 4, 3]
 
 
 def test_turns(benchmark_modules):
@@ -163,7 +170,7 @@ def test_peak_memory_is_that_of_one_call(benchmark_modules):
     """The floor's gradients and nothing else, in MiB."""
     if not (sys.platform == "linux" and Path("/proc/self/clear_refs").exists()):
         pytest.skip("needs Linux's /proc")
-    found = benchmark_modules.measure.peak_memory("floor", (512, 1024, 4))
+    found = benchmark_modules.memory.of_contender("floor", benchmark_modules.cases.Case(512, 1024, 4))
     assert 8 <= found <= 9
 
 
@@ -273,10 +280,8 @@ def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
 
 def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsys):
     """Every section once, at toy sizes: its rows, their baselines, and what is written."""
-    import contrast
-
-    cases = benchmark_modules.cases
-    monkeypatch.setattr(contrast, "INSTANCES", ((64, 16),))
+    contrast, cases = benchmark_modules.contrast, benchmark_modules.cases
+    monkeypatch.setattr(contrast, "INSTANCES", (cases.Case(64, 16, 1),))
     monkeypatch.setattr(contrast, "MODALITIES", (cases.Case(64, 16, 3),))
     monkeypatch.setattr(contrast, "OBJECTIVE", cases.Case(64, 16, 3))
     monkeypatch.setattr(contrast, "LARGE", (512, 64))
@@ -294,8 +299,7 @@ def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsy
 
 @measures_native
 def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypatch):
-    import contrast
-
+    contrast = benchmark_modules.contrast
     right = contrast.objectives.reduced_svd
 
     def no_gradient(xs, **taus):
@@ -306,4 +310,31 @@ def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypat
     for wrong, error in ((lambda xs, **taus: right(xs, **taus) * 1.01, r"1\.0e-02"), (no_gradient, "nan")):
         monkeypatch.setattr(contrast, "RIVALS", {"wrong": wrong})
         with pytest.raises(SystemExit, match=f"wrong is {error} from float64"):
-            contrast.gate()
+            contrast.compare.gate(contrast.checks())
+
+
+def test_the_figure_is_drawn_again(benchmark_modules, tmp_path, capsys):
+    """From results that are kept; and what is no result is named."""
+    kept = tmp_path / "cpu.json"
+    kept.write_text((FOLDER / "results" / "cpu.json").read_text())
+    assert benchmark_modules.figure.main([str(kept)]) == [tmp_path / "cpu.png"]
+    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        benchmark_modules.figure.main([str(tmp_path / "contrast.json")])
+    assert "contrast.json, wanted one of cpu.json, gpu.json" in capsys.readouterr().err
+
+
+@measures_native
+def test_the_parts_of_a_small_call(tmp_path):
+    """They add up, and each is there. In a process of its own, which tells Triton to interpret."""
+    command = [sys.executable, str(FOLDER / "host.py"), "--quick", "--sections", "native", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "host.json").read_text())
+    assert [row["function"] for row in results["native"]] == ["dominant_sv_loss"] * 2 + ["pmrl_loss"] * 2
+    assert "triton" not in results
+    for row in results["native"]:
+        whole, operators, empty, both, _, forward, backward = row["parts"].values()
+        assert min(whole, operators, empty) > 0
+        assert whole == pytest.approx(operators + empty + both + forward + backward)
+        assert row["function"] in done.stdout

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from formulations import alignment, coefficients, combine, products, spectrum
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import cross_entropy, normalize
+
+from .formulations import alignment, coefficients, combine, products, spectrum
 
 # ------------------------------------------------------------------------------------------------
 # Contrasts

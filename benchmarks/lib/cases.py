@@ -1,6 +1,7 @@
-"""The registry: which shapes, which contenders, which inputs. Everything that is measured is listed here.
+"""The registry of the alignment loss: which shapes, which contenders, which inputs.
 
-A contender for another device joins CONTENDERS with an ``unavailable`` that says where it cannot run.
+A formulation in plain PyTorch joins IN_TORCH, and is measured on CPUs and GPUs. A backend for CPUs joins CONTENDERS,
+with an ``unavailable`` that says where it cannot run; what runs on a GPU only is listed in gpu.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import formulations
 import torch
-from formulations import Loss
 from torch import Tensor
 
 from pmrl_kernels import dominant_sv_loss, ops
+
+from . import formulations
+from .formulations import Loss
 
 TEMPERATURE = 0.05
 COSINE = 0.5  # expected between modalities of an instance
@@ -73,6 +75,8 @@ class Contender:
     """"eager" or "compiled": a k-space formulation in plain PyTorch, the best of either kind being a rival to beat."""
     unavailable: str | None = None
     """Why it cannot run in this installation."""
+    waits: bool = False
+    """Whether it asks torch.linalg for eigenvalues or singular values, on whose outcome the host of a GPU waits."""
     largest: int | None = None
     """The most elements of a (B, d, d) factor it is asked for."""
 
@@ -92,11 +96,11 @@ class Contender:
         return None
 
 
-def _rival(function: Callable[[Sequence[Tensor], float], Tensor]) -> Loss:
+def in_torch(function: Callable[[Sequence[Tensor], float], Tensor]) -> Loss:
     return functools.partial(function, temperature=TEMPERATURE)
 
 
-def _ours(backend: str) -> Loss:
+def ours(backend: str) -> Loss:
     return functools.partial(dominant_sv_loss, temperature=TEMPERATURE, backend=backend)
 
 
@@ -107,16 +111,26 @@ ON_A_CPU = tuple(n for n, b in ops.available.items() if b.rejects(CPU, torch.flo
 NATIVE, REDUCED, FLOOR = "native", "reduced SVD", "floor"
 RIVALS = ("eager", "compiled")
 
+IN_TORCH = (
+    Contender("full SVD", "full SVD", in_torch(formulations.full_svd), waits=True, largest=FULL_SVD_LIMIT),
+    Contender(REDUCED, "reduced", in_torch(formulations.reduced_svd), waits=True),
+    Contender("svdvals", "svdvals", in_torch(formulations.svdvals), waits=True),
+    Contender("Gram + eigh", "eigh", in_torch(formulations.gram_eigh), waits=True),
+    Contender("torch k-space", "k-space", in_torch(formulations.k_space), rival="eager", waits=True),
+    Contender(
+        "torch k-space, compiled",
+        "compiled",
+        in_torch(formulations.k_space_compiled),
+        rival="compiled",
+        waits=True,
+    ),
+    Contender("torch k-space, compiled Jacobi", "Jacobi", in_torch(formulations.k_space_jacobi), rival="compiled"),
+)
+REFERENCE = Contender("reference", "reference", ours("reference"), tolerance=1e-6, waits=True)
 CONTENDERS = (
-    Contender("full SVD", "full SVD", _rival(formulations.full_svd), largest=FULL_SVD_LIMIT),
-    Contender(REDUCED, "reduced", _rival(formulations.reduced_svd)),
-    Contender("svdvals", "svdvals", _rival(formulations.svdvals)),
-    Contender("Gram + eigh", "eigh", _rival(formulations.gram_eigh)),
-    Contender("torch k-space", "k-space", _rival(formulations.k_space), rival="eager"),
-    Contender("torch k-space, compiled", "compiled", _rival(formulations.k_space_compiled), rival="compiled"),
-    Contender("torch k-space, compiled Jacobi", "Jacobi", _rival(formulations.k_space_jacobi), rival="compiled"),
-    Contender("reference", "reference", _ours("reference"), tolerance=1e-6),
-    Contender(NATIVE, NATIVE, _ours(NATIVE), tolerance=1e-6, unavailable=ops.unavailable_reasons.get(NATIVE)),
+    *IN_TORCH,
+    REFERENCE,
+    Contender(NATIVE, NATIVE, ours(NATIVE), tolerance=1e-6, unavailable=ops.unavailable_reasons.get(NATIVE)),
     Contender(FLOOR, FLOOR, work=formulations.floor),
 )
 MEAN_SQUARED_ERROR = Contender("F.mse_loss", "mse_loss", work=formulations.mean_squared_error)

@@ -1,15 +1,19 @@
-"""How far singular values and gradients are from a float64 SVD of the same float32 numbers."""
+"""How far losses, gradients and singular values are from float64, and the gate: nothing wrong is timed."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import formulations
 import torch
-from cases import CONTENDERS, ON_A_CPU, TEMPERATURE, Case, Contender, embeddings
 from torch import Tensor
 
 from pmrl_kernels import singular_values
+
+from . import formulations
+from .cases import CONTENDERS, ON_A_CPU, TEMPERATURE, Case, Contender, embeddings
 
 EPS32 = formulations.EPS32
 INSTANCES, WIDTH = 256, 512
@@ -17,6 +21,36 @@ MODALITIES = (4, 8, 16)
 SPECTRA = ("random", "graded", "near rank 1")
 COSINES = (0.0, 0.5, 0.9, 0.999, 0.99999)
 GRADIENT_CASE = Case(1024, 512, 4)
+
+
+def doubled(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers as float64 leaves."""
+    return [x.detach().double().requires_grad_() for x in xs]
+
+
+def error(loss: Tensor, xs: Sequence[Tensor], exact: Tensor, doubles: Sequence[Tensor]) -> float:
+    """The larger of the relative errors of a loss and of its gradients, those of all inputs together."""
+    found, truth = (
+        torch.cat([g.double().flatten() for g in torch.autograd.grad(of, inputs, allow_unused=True) if g is not None])
+        for of, inputs in ((loss, xs), (exact, doubles))
+    )
+    errors = [
+        float(torch.linalg.vector_norm(found - truth) / torch.linalg.vector_norm(truth)),
+        float((loss.detach().double() - exact.detach()).abs() / exact.detach().abs()),
+    ]
+    # A NaN compares as neither less nor greater, so it must not get lost in a maximum.
+    return float("nan") if any(map(math.isnan, errors)) else max(errors)
+
+
+def agreement(contender: Contender, xs: list[Tensor]) -> float:
+    """The error of a contender's loss and gradients against a float64 SVD; NaN if either is."""
+    assert contender.loss is not None
+    doubles = doubled(xs)
+    return error(contender.loss(xs), xs, formulations.reduced_svd(doubles, TEMPERATURE), doubles)
+
+
+def refuse(said: str) -> NoReturn:
+    sys.exit(f"{said}. No time of a wrong result is printed.")
 
 
 def with_spectrum(spectrum: str, k: int) -> Tensor:
@@ -65,7 +99,7 @@ def gradient_errors(contenders: tuple[Contender, ...] = CONTENDERS, case: Case =
     rows = []
     for cosine in COSINES:
         xs = embeddings(case, cosine)
-        doubles = [x.detach().double().requires_grad_() for x in xs]
+        doubles = doubled(xs)
         truth = torch.stack(torch.autograd.grad(formulations.reduced_svd(doubles, TEMPERATURE), doubles))
         row: dict[str, Any] = {"cosine": cosine}
         for contender in contenders:
@@ -75,17 +109,3 @@ def gradient_errors(contenders: tuple[Contender, ...] = CONTENDERS, case: Case =
             row[contender.name] = float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(truth))
         rows.append(row)
     return rows
-
-
-def agreement(contender: Contender, xs: list[Tensor]) -> float:
-    """The larger of the relative errors of loss and gradients against a float64 SVD."""
-    assert contender.loss is not None
-    doubles = [x.detach().double().requires_grad_() for x in xs]
-    expected = formulations.reduced_svd(doubles, TEMPERATURE)
-    truth = torch.stack(torch.autograd.grad(expected, doubles))
-    loss = contender.loss(xs)
-    gradients = torch.stack(torch.autograd.grad(loss, xs)).double()
-    error = float(torch.linalg.vector_norm(gradients - truth) / torch.linalg.vector_norm(truth))
-    off = float((loss.detach().double() - expected.detach()).abs() / expected.detach())
-    # A NaN compares as neither less nor greater, so it must not get lost in a maximum.
-    return max(error, off) if error == error and off == off else float("inf")

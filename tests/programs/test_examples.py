@@ -1,0 +1,274 @@
+"""The programs a newcomer runs: the demo, the README's lines, the documentation's figure."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ROOT
+
+VIEWS = 6
+
+
+def load(path: str) -> ModuleType:
+    """A program of the repository as a module, without running it."""
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ordinary_memory() -> None:
+    """Programs run as users run them; indexing backward is many times slower in deterministic mode."""
+    torch.use_deterministic_algorithms(False)
+
+
+def check_demo(arguments: list[str], recipes: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = load("examples/multiview_digits.py").main([*arguments, "--steps", "4", "--output", str(folder)])
+    assert len(results) == recipes + 1
+    for name, metrics in results.items():
+        assert metrics["loss_ms"] > 0
+        assert 0 < metrics["loss_share"] < 1
+        if name != "authors":
+            assert all(0 <= metrics[key] <= 1 for key in ("recall", "worst_pair", "probe", "alignment"))
+            assert len(metrics["table"]) == VIEWS
+    printed = capsys.readouterr().out
+    figure = folder / "multiview_digits.png"
+    assert str(figure) in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_demo(tmp_path, capsys):
+    check_demo([], 4, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ordinary_memory")
+def test_demo_with_every_recipe(tmp_path, capsys):
+    check_demo(["--all"], 9, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ordinary_memory")
+def test_demo_learns_and_repeats_itself(tmp_path):
+    """A seed gives the same numbers twice, and forty steps of the modality contrast find far more than chance."""
+    demo = load("examples/multiview_digits.py")
+    runs = [demo.main(["--steps", "40", "--seed", "3", "--no-figure", "--output", str(tmp_path)]) for _ in range(2)]
+    assert runs[0]["modality"]["recall"] == runs[1]["modality"]["recall"]
+    assert runs[0]["modality"]["recall"] > 50 / demo.HELD_OUT
+    assert not list(tmp_path.iterdir())
+
+
+def test_readme_usage_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert math.isfinite(names["loss"].item())
+        assert names["text"].grad is not None
+
+
+def test_migrating_page_runs():
+    """Its two blocks, one after the other; they are the same loss but for the signs that LAPACK leaves open."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrating.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    exec(blocks[0], names)
+    theirs = names["loss"].item()
+    exec(blocks[1], names)
+    assert names["loss"].item() == pytest.approx(theirs, rel=0.5)
+    names["loss"].backward()
+    assert names["text"].grad.isfinite().all()
+
+
+@pytest.fixture
+def drop_in(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "drop_in")
+    return load("examples/drop_in/model.py")
+
+
+def gradients_of(loss: torch.Tensor, embeddings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, list(embeddings.values()), retain_graph=True)
+
+
+@pytest.mark.parametrize("part", ["alignment", "instance", "total"])
+def test_drop_in_agrees_with_the_authors_formulation(drop_in, part):
+    """Value and gradient, where theirs is well defined and the signs are settled; the alignment term needs no signs."""
+    torch.manual_seed(0)
+    features = {name: torch.randn(12, width, dtype=torch.float64) for name, width in drop_in.WIDTHS.items()}
+    embeddings = drop_in.Heads().double()(features)
+    ours = getattr(drop_in.kernels_loss(embeddings), part)
+    theirs = getattr(drop_in.authors_loss(embeddings, oriented=part != "alignment"), part)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    for one, other in zip(gradients_of(ours, embeddings), gradients_of(theirs, embeddings), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["equal", "orthogonal", "missing"])
+def test_drop_in_is_finite_where_the_authors_formulation_is_not(drop_in, case):
+    torch.manual_seed(0)
+    B, k = 6, len(drop_in.WIDTHS)
+    # rounding may part what is equal; here it has nothing to round
+    xs = {
+        "equal": [torch.eye(drop_in.DIM)[0].expand(B, -1) for _ in range(k)],
+        "orthogonal": [torch.eye(drop_in.DIM)[m].expand(B, -1).clone() for m in range(k)],
+        "missing": [torch.randn(B, drop_in.DIM) for _ in range(k - 2)] + [torch.zeros(B, drop_in.DIM)] * 2,
+    }[case]
+    embeddings = dict(zip(drop_in.WIDTHS, (x.clone().requires_grad_() for x in xs), strict=True))
+    mask = {name: x.any(1) for name, x in embeddings.items()}
+    theirs = gradients_of(drop_in.authors_loss(embeddings).total, embeddings)
+    assert not all(g.isfinite().all() for g in theirs)
+    ours = drop_in.kernels_loss(embeddings, mask)
+    assert ours.total.isfinite()
+    for g, present in zip(gradients_of(ours.total, embeddings), mask.values(), strict=True):
+        assert g.isfinite().all()
+        assert not g[~present].any()
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_drop_in_training(drop_in, tmp_path, capsys):
+    """In float64 the oriented curve is ours; float32 parts sooner or later, by rounding."""
+    train = load("examples/drop_in/train.py")
+    results = train.main(["--steps", "12", "--double", "--output", str(tmp_path)])
+    for part in ("alignment", "instance", "total"):
+        torch.testing.assert_close(
+            results["authors, oriented"][part], results["pmrl_kernels"][part], rtol=1e-6, atol=1e-9
+        )
+    assert torch.get_default_dtype() == torch.float32
+    printed = capsys.readouterr().out
+    assert "authors, oriented: the same curve" in printed
+    assert (tmp_path / "drop_in.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "many"])
+def test_drop_in_steps_that_make_no_run(drop_in, bad, capsys):
+    with pytest.raises(SystemExit):
+        load("examples/drop_in/train.py").main(["--steps", bad])
+    assert f"--steps: got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ordinary_memory")
+def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
+    """The script behind docs/recipes.md raises where the package and the closed forms differ."""
+    recipes = load("docs/figures/recipes.py")
+    assert recipes.largest_error() < 1e-9
+    assert recipes.saturation_cosine(4, 0.05) == pytest.approx(0.159, abs=1e-3)
+    assert recipes.saturation_cosine(4, 1.0) is None
+
+
+# ------------------------------------------------------------------------------------------------
+# examples/train_ddp.py
+# ------------------------------------------------------------------------------------------------
+
+SMALL = ["--batch", "21", "--save-every", "3"]
+
+
+def ddp(world: int, *arguments: str, folders: Path | None = None, fails: bool = False) -> Any:
+    """Runs it by torchrun; with ``folders``, each process in a folder of its own there, as on a host of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    if folders is not None:
+        enter = 'mkdir -p "$0/$RANK" && cd "$0/$RANK" && exec "$@"'
+        command += ["--no-python", "sh", "-c", enter, str(folders), sys.executable]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples/train_ddp.py"), *SMALL, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
+    assert "FutureWarning" not in done.stderr
+    return done
+
+
+def same(a: object, b: object) -> bool:
+    """Two checkpoints, to the bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(ordinary_memory, tmp_path, capsys):
+    main = load("examples/train_ddp.py").main
+    whole, halves = tmp_path / "whole.pt", tmp_path / "halves.pt"
+    expected = main([*SMALL, "--steps", "8", "--checkpoint", str(whole)])
+    assert len(main([*SMALL, "--steps", "5", "--checkpoint", str(halves)])["loss"]) == 5
+    assert main([*SMALL, "--steps", "8", "--checkpoint", str(halves)]) == expected
+    assert len(expected["loss"]) == 8
+    assert expected["loss"][-1] < expected["loss"][0]
+    assert same(torch.load(whole), torch.load(halves))
+    assert "in 8 steps" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(ordinary_memory, tmp_path):
+    """It says which option differs, and the checkpoint stays; what is no part of the recipe may change."""
+    main = load("examples/train_ddp.py").main
+    path = tmp_path / "run.pt"
+    run = ["--batch", "21", "--checkpoint", str(path)]
+    main([*run, "--steps", "2"])
+    before = path.read_bytes()
+    for other, told in (
+        (["--contrast", "leading"], "--contrast modality there, leading here"),
+        (["--batch", "20", "--seed", "3"], "--batch 21 there, 20 here, --seed 0 there, 3 here"),
+        (["--autocast"], "--autocast False there, True here"),
+    ):
+        with pytest.raises(SystemExit, match=rf"run\.pt is of another recipe: {told};"):
+            main([*run, "--steps", "4", *other])
+        assert path.read_bytes() == before
+    assert len(main([*run, "--steps", "3", "--save-every", "1", "--compile", "eager"])["loss"]) == 3
+    saved = torch.load(path)
+    del saved["recipe"]
+    torch.save(saved, path)
+    with pytest.raises(SystemExit, match="--batch unknown there, 21 here"):
+        main([*run, "--steps", "4"])
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--save-every"])
+@pytest.mark.parametrize("bad", ["0", "-3", "many"])
+def test_numbers_that_make_no_run(option, bad, capsys):
+    with pytest.raises(SystemExit):
+        load("examples/train_ddp.py").main([option, bad])
+    assert f"got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("contrast", ["leading", "modality"])
+def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
+    """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""
+    alone = load("examples/train_ddp.py").main([*SMALL, "--steps", "6", "--contrast", contrast])
+    whole = str(tmp_path / "whole.pt")
+    done = ddp(2, "--steps", "6", "--contrast", contrast, "--checkpoint", whole)
+    assert done.stderr.count("0/6 [00:00<?, ?it/s]") == 1
+    assert torch.load(whole)["history"] == pytest.approx(alone["loss"], rel=1e-4)
+    if contrast == "modality":
+        # Only the first process has a checkpoint, and it is what all go on from.
+        ddp(2, "--steps", "3", "--checkpoint", "halves.pt", folders=tmp_path)
+        ddp(2, "--steps", "6", "--checkpoint", "halves.pt", folders=tmp_path)
+        assert [path.parent.name for path in tmp_path.rglob("halves.pt")] == ["0"]
+        assert same(torch.load(whole), torch.load(tmp_path / "0" / "halves.pt"))
+        done = ddp(2, "--steps", "9", "--seed", "1", "--checkpoint", "halves.pt", folders=tmp_path, fails=True)
+        assert "halves.pt is of another recipe: --seed 0 there, 1 here" in done.stderr
+
+
+def test_processes_compiled_under_autocast(ordinary_memory, tmp_path):
+    """More processes than rows would divide by, compiled without Inductor, which would take its time."""
+    plain, compiled = str(tmp_path / "plain.pt"), str(tmp_path / "compiled.pt")
+    ddp(3, "--steps", "3", "--checkpoint", plain)
+    ddp(3, "--steps", "3", "--checkpoint", compiled, "--compile", "aot_eager", "--autocast")
+    assert torch.load(compiled)["history"] == pytest.approx(torch.load(plain)["history"], rel=0.03)
