@@ -277,29 +277,39 @@ PMRL_NOINLINE void dots(const RowType* rows, const FloatRow& h, int k, int64_t d
 template <int K, class RowType>
 PMRL_NOINLINE void apply(const RowType* rows, const double* C, int64_t d,
                          const typename TargetOf<RowType>::type* targets) {
-  int64_t c = 0;
-  for (; c + kNative <= d; c += kNative) {
+  // Copies, which stay in registers: what is stored to a target might be any of the originals, to a compiler.
+  F64 c[triangle_size(K)];
+  RowType from[K];
+  typename TargetOf<RowType>::type to[K];
+  PMRL_UNROLL(8)
+  for (int m = 0; m < K; ++m) {
+    from[m] = rows[m], to[m] = targets[m];
+    PMRL_UNROLL(8)
+    for (int j = 0; j <= m; ++j) c[triangle(j, m)] = broadcast(C[triangle(j, m) * kLanes]);
+  }
+  int64_t i = 0;
+  for (; i + kNative <= d; i += kNative) {
     F64 x[K];
     PMRL_UNROLL(8)
-    for (int m = 0; m < K; ++m) x[m] = rows[m].load(c);
+    for (int m = 0; m < K; ++m) x[m] = from[m].load(i);
     PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) {
-      F64 total = C[triangle(0, m) * kLanes] * x[0];
+      F64 total = c[triangle(0, m)] * x[0];
       PMRL_UNROLL(8)
-      for (int j = 1; j < K; ++j) total += C[triangle_any(j, m) * kLanes] * x[j];
-      targets[m].store(c, total);
+      for (int j = 1; j < K; ++j) total += c[triangle_any(j, m)] * x[j];
+      to[m].store(i, total);
     }
   }
-  if (c < d) {
+  if (i < d) {
     F64 x[K];
     PMRL_UNROLL(8)
-    for (int m = 0; m < K; ++m) x[m] = rows[m].load(c, d - c);
+    for (int m = 0; m < K; ++m) x[m] = from[m].load(i, d - i);
     PMRL_UNROLL(8)
     for (int m = 0; m < K; ++m) {
       F64 total{};
       PMRL_UNROLL(8)
-      for (int j = 0; j < K; ++j) total += C[triangle_any(j, m) * kLanes] * x[j];
-      targets[m].store(c, total, d - c);
+      for (int j = 0; j < K; ++j) total += c[triangle_any(j, m)] * x[j];
+      to[m].store(i, total, d - i);
     }
   }
 }

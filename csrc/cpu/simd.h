@@ -364,12 +364,19 @@ struct Float16 {
 
 // To float32, rounded to odd: rounding that to a narrower format gives what rounding x itself to that format would.
 PMRL_INLINE U32 narrow_to_odd(F64 x) {
+#if defined(__AVX512F__)
+  // Towards zero, where the last bit of what is inexact is to be 1.
+  const __m256i toward_zero = (__m256i)_mm512_cvt_roundpd_ps((__m512d)x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __mmask8 inexact = _mm512_cmp_pd_mask(_mm512_cvtps_pd((__m256)toward_zero), (__m512d)x, _CMP_NEQ_UQ);
+  return (U32)_mm256_mask_or_epi32(toward_zero, inexact, toward_zero, _mm256_set1_epi32(1));
+#else
   const F32 near = narrow(x);
   const F64 back = widen(near);
   const I64 magnitude = I64{} + INT64_MAX;
   const F64 a = (F64)((I64)back & magnitude), b = (F64)((I64)x & magnitude);
   const U32 inexact = (U32)__builtin_convertvector(back != x, I32), away = (U32)__builtin_convertvector(a > b, I32);
   return ((U32)near + away) | (inexact & 1);  // masks are 0 or -1
+#endif
 }
 
 PMRL_INLINE F64 load_native(const double* from) { return load_vector(from); }
