@@ -14,21 +14,21 @@ MAX_MODALITIES = 32
 """Largest k. Beyond it a k x k solve per instance is no longer the small problem the kernels are for."""
 
 
-def singular_value_floor(k: int, double_input: bool) -> float:
+def singular_value_floor(k: int, float64_input: bool) -> float:
     """Relative floor: a σ_j <= floor·σ₁ is not resolved, so its gradient weight is 0.
 
     Up to 32-bit inputs keep their Gram in float64, which resolves σ down to eps32·σ₁ and beyond.
     A float64 input's Gram loses everything below √(k·eps64)·σ₁.
     """
-    return (k * EPS64) ** 0.5 if double_input else EPS32
+    return (k * EPS64) ** 0.5 if float64_input else EPS32
 
 
-def eigenvalue_gap(k: int, double_input: bool) -> float:
+def eigenvalue_gap(k: int, float64_input: bool) -> float:
     """Relative gap: λ₁ − λ_j <= gap·λ₁ counts as a tie, where u₁ and v₁ have no derivative along v_j.
 
     Up to 32-bit inputs, differences of a few eps32 are what rounding the inputs leaves of an exact tie.
     """
-    return 16 * k * EPS64 if double_input else 4 * EPS32
+    return 16 * k * EPS64 if float64_input else 4 * EPS32
 
 
 def zero_sum(k: int) -> float:
@@ -43,14 +43,14 @@ that is more, and up to ½) count as equally large; the lowest modality index am
 of any solver, so that all pick the same one."""
 
 
-def squarings(k: int, double_input: bool) -> int:
+def squarings(k: int, float64_input: bool) -> int:
     """Matrix squarings after which power iteration has converged, or the eigensolver has to decide.
 
     P <- P² leaves a share (λ_j/λ₁)^(2^s) = exp(-gap·2^s) of v_j. At the smallest gap that counts that is
     between e^-20 and e^-10 here, which ``RANK_ONE`` sees, so a tie never passes for resolved; at three
     times that gap it is seen no more. 25 squarings for 32-bit inputs, 50 for k = 4 in float64.
     """
-    gap, steps = eigenvalue_gap(k, double_input), 0
+    gap, steps = eigenvalue_gap(k, float64_input), 0
     while gap * 2.0**steps < 10.0:
         steps += 1
     return steps

@@ -206,15 +206,15 @@ def test_blocks_of_rows_change_nothing(device, monkeypatch):
 
 @pytest.mark.parametrize("gaps", [1.1, 3.0, 100.0])
 @pytest.mark.parametrize("k", [2, 4, 8, 12, 16, 24, 32])
-@pytest.mark.parametrize("double_input", [False, True])
+@pytest.mark.parametrize("float64_input", [False, True])
 @pytest.mark.parametrize("first", [1.0, -0.5])
-def test_power_iteration_resolves_every_gap_that_counts(device, k, double_input, gaps, first):
+def test_power_iteration_resolves_every_gap_that_counts(device, k, float64_input, gaps, first):
     """Stopping early must not mistake a small gap, which moves the iterate slowly at first, for a tie."""
-    gap = gaps * constants.eigenvalue_gap(k, double_input)
+    gap = gaps * constants.eigenvalue_gap(k, float64_input)
     v = torch.linspace(first, 2, k, dtype=torch.float64, device=device)[None]
     v = v / torch.linalg.vector_norm(v)
     G = torch.eye(k, dtype=torch.float64, device=device) + gap * v[:, :, None] * v[:, None, :]
-    top, ours = reference._power_iteration(G, double_input)
+    top, ours = reference._power_iteration(G, float64_input)
     # G itself holds the gap to eps64 only: 1e-16 beside gap
     torch.testing.assert_close(ours, v, rtol=0, atol=10 * tol.EPS64 / gap)
     rounding = max(4, k // 4) * tol.EPS64  # of sums of k products, in whatever order

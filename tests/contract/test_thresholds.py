@@ -9,23 +9,23 @@ import torch
 
 from pmrl_kernels.ops import constants
 
-each_precision = pytest.mark.parametrize("double_input", [False, True], ids=["32 bits", "float64"])
+each_precision = pytest.mark.parametrize("float64_input", [False, True], ids=["32 bits", "float64"])
 each_k = pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 16, 32])
 
 
-def left_of_the_next(k: int, double_input: bool, squarings: int) -> float:
+def left_of_the_next(k: int, float64_input: bool, squarings: int) -> float:
     """log of (λ_j/λ₁)^(2^s) at the smallest gap that counts."""
-    return 2.0**squarings * math.log1p(-constants.eigenvalue_gap(k, double_input))
+    return 2.0**squarings * math.log1p(-constants.eigenvalue_gap(k, float64_input))
 
 
 @each_precision
 @each_k
-def test_squarings_tell_ties_from_gaps(k, double_input):
+def test_squarings_tell_ties_from_gaps(k, float64_input):
     """At the smallest gap that counts the second eigenvector still shows in P, at three times that no more."""
-    steps = constants.squarings(k, double_input)
-    assert -20 <= left_of_the_next(k, double_input, steps) <= -10
-    assert 2 * math.exp(left_of_the_next(k, double_input, steps)) > constants.RANK_ONE
-    assert 2 * math.exp(3 * left_of_the_next(k, double_input, steps)) < constants.RANK_ONE
+    steps = constants.squarings(k, float64_input)
+    assert -20 <= left_of_the_next(k, float64_input, steps) <= -10
+    assert 2 * math.exp(left_of_the_next(k, float64_input, steps)) > constants.RANK_ONE
+    assert 2 * math.exp(3 * left_of_the_next(k, float64_input, steps)) < constants.RANK_ONE
     assert constants.RANK_ONE > 1000 * constants.EPS64
 
 
@@ -56,9 +56,9 @@ def test_epsilons_are_torch_s():
 
 @each_precision
 @each_k
-def test_thresholds_are_those_of_the_contract(k, double_input):
+def test_thresholds_are_those_of_the_contract(k, float64_input):
     eps32, eps64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
-    assert constants.singular_value_floor(k, double_input) == (math.sqrt(k * eps64) if double_input else eps32)
-    assert constants.eigenvalue_gap(k, double_input) == (16 * k * eps64 if double_input else 4 * eps32)
+    assert constants.singular_value_floor(k, float64_input) == (math.sqrt(k * eps64) if float64_input else eps32)
+    assert constants.eigenvalue_gap(k, float64_input) == (16 * k * eps64 if float64_input else 4 * eps32)
     assert constants.zero_sum(k) == 16 * k * eps64
     assert constants.MAX_MODALITIES == 32
