@@ -229,56 +229,50 @@ def test_importing_survives_a_backend_that_cannot_be_imported(tmp_path):
 
 
 CRIPPLED = """
-import io, json, logging, pathlib, sys
+import importlib, io, json, logging, pathlib, sys
 import torch
 log = io.StringIO()
 logging.basicConfig(stream=log, level=logging.INFO, format="%(levelname)s %(message)s")
-family, code = sys.argv[1:]
-path = pathlib.Path("pmrl_kernels", "ops", family, "tiny.py")
-path.write_text(code)
-init = path.with_name("__init__.py")
-init.write_text(init.read_text().replace('backend == "native"', 'backend == "tiny"').replace(".native", ".tiny"))
-top = pathlib.Path("pmrl_kernels", "ops", "__init__.py")
-text = top.read_text().replace('("native", "triton"', '("tiny", "triton"').replace('name == "native"', 'name == "tiny"')
-top.write_text(text.replace("import native", "import tiny").replace("return native", "return tiny"))
-top.with_name("tiny.py").write_text(
-    "NAME = 'tiny'\\ndef unavailable(): pass\\ndef rejects(*problem): pass\\n"
-)
-from pmrl_kernels import ops, dominant_sv_loss, info, instance_contrastive_loss
-dominant_sv_loss(torch.eye(3), torch.eye(3)), instance_contrastive_loss(torch.eye(3))
-line = next(line for line in info.report().splitlines() if line.startswith("backend tiny"))
-print(json.dumps([line.split(None, 2)[2], log.getvalue()]))
+for code in codes:
+    for module in [m for m in sys.modules if m.partition(".")[0] == "pmrl_kernels"]:
+        del sys.modules[module]
+    log.truncate(log.seek(0))
+    pathlib.Path("pmrl_kernels", "ops", family, "native.py").write_text(code)
+    importlib.invalidate_caches()
+    from pmrl_kernels import ops, dominant_sv_loss, info, instance_contrastive_loss
+    dominant_sv_loss(torch.eye(3), torch.eye(3)), instance_contrastive_loss(torch.eye(3))
+    line = next(line for line in info.report().splitlines() if line.startswith("backend native"))
+    print(json.dumps([line.split(None, 2)[2], log.getvalue()]))
 """
+WHOLE = (
+    "from .reference import PAIRS as found\nPAIRS = {n: pair._replace(backend='native') for n, pair in found.items()}\n"
+)
 
 
 @pytest.mark.parametrize("family", ["spectral", "contrast"])
-@pytest.mark.parametrize(
-    ("code", "reason", "level"),
-    [
-        ("import nobody_has_it", "it needs the module 'nobody_has_it', which is not installed", "INFO"),
-        ("1 / 0", "ZeroDivisionError: division by zero", "WARNING"),
-        ("from ..reference import nobody", "ImportError: cannot import name 'nobody'", "WARNING"),
-    ],
-)
-def test_importing_survives_one_pair_that_cannot_be_imported(tmp_path, family, code, reason, level):
-    """Of a backend that has another: both are told, and the reference computes what is lacking."""
-    copy_of_the_package(tmp_path)
+def test_importing_survives_pairs_that_cannot_be_imported(tmp_path, family):
+    """Of a backend that has others: both are told, and the reference computes what is lacking."""
+    folder = copy_of_the_package(tmp_path) / "ops"
+    (folder / "native.py").write_text(
+        "NAME, describe = 'native', str\n\ndef unavailable(): pass\n\ndef rejects(*problem): pass\n"
+    )
     for other in {"spectral", "contrast"} - {family}:
-        path = tmp_path / "pmrl_kernels" / "ops" / other
-        works = (
-            "from .reference import PAIRS as found\nPAIRS = {n: p._replace(backend='tiny') for n, p in found.items()}"
-        )
-        (path / "tiny.py").write_text(works)
-        text = (path / "__init__.py").read_text().replace('backend == "native"', 'backend == "tiny"')
-        (path / "__init__.py").write_text(text.replace(".native", ".tiny"))
-    script = f"import sys\nsys.argv[1:] = {[family, code]!r}\n{CRIPPLED}"
+        (folder / other / "native.py").write_text(WHOLE)
+    wanted = {
+        "import nobody_has_it": ("it needs the module 'nobody_has_it', which is not installed", "INFO"),
+        "1 / 0": ("ZeroDivisionError: division by zero", "WARNING"),
+        "from ..reference import nobody": ("ImportError: cannot import name 'nobody'", "WARNING"),
+    }
+    script = f"family, codes = {family!r}, {list(wanted)!r}\n{CRIPPLED}"
     done = run_python(script, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stderr) == (0, "")
-    line, log = json.loads(done.stdout)
     names = ", ".join(op.name for f in ops.FAMILIES for op in f.OPS if f.__name__.endswith(family))
-    assert line.startswith(f"works; no kernels for {names}, which the next one computes ({reason}")
-    assert f"{level} the tiny backend has no kernels for {names}: {reason}" in log
-    assert f"using the reference backend; passed over tiny: no kernels for {names.partition(',')[0]}, {reason}" in log
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    for (line, log), (reason, level) in zip(told, wanted.values(), strict=True):
+        assert line.startswith(f"works; no kernels for {names}, which the next one computes ({reason}")
+        assert f"{level} the native backend has no kernels for {names}: {reason}" in log
+        first = names.partition(",")[0]
+        assert f"using the reference backend; passed over native: no kernels for {first}, {reason}" in log
 
 
 def test_a_backend_without_any_kernels_is_not_available(monkeypatch):
