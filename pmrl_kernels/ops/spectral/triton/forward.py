@@ -225,7 +225,8 @@ def reduce_kernel(
 def read_temperature(temperature):
     """A bad one makes NaN."""
     if temperature.pointer is None:
-        return temperature.bits.to(tl.float64, bitcast=True)
+        # the interpreter takes an integer in a tuple for one of 32 bits, if it fits
+        return temperature.bits.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         t = to_float64(tl.load(temperature.pointer))
         return tl.where((t > 0) & (t < float("inf")), t, float("nan"))
