@@ -34,6 +34,23 @@ from tests.tools.scalars import (
 
 @each_backend
 @each_scalar
+def test_tensors_that_outlive_a_transform(name, backend):
+    """What a transformed function has left elsewhere is a wrapper around a tensor, and works as that tensor."""
+    xs = modalities()
+    left: list[Tensor] = []
+
+    def leaking(*inputs: Tensor) -> Tensor:
+        left.extend(inputs)
+        return sum((x * x).sum() for x in inputs)
+
+    torch.func.grad(leaking, argnums=tuple(range(len(xs))))(*xs)
+    assert_same_bits([SCALARS[name](*left, backend=backend)], [SCALARS[name](*xs, backend=backend)])
+    found = gradients(SCALARS[name](*left, backend=backend), xs)
+    assert_same_bits(found, gradients(SCALARS[name](*xs, backend=backend), xs))
+
+
+@each_backend
+@each_scalar
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_saved_tensor_hooks(name, masked, backend):
     """Whatever is kept for the backward pass goes through the hooks, so it can be moved off the device."""
