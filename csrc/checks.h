@@ -84,7 +84,7 @@ inline Embeddings check_embeddings(const std::vector<Tensor>& xs) {
 // A sum of flags (see Wanted) with one form of the alignment term at most.
 inline void check_wanted(int64_t wanted) {
   const int64_t alignment = wanted & kAnyAlignment;
-  STD_TORCH_CHECK(wanted >= 0 && wanted < 2 * kZ && (alignment & (alignment - 1)) == 0,
+  STD_TORCH_CHECK(wanted >= 0 && wanted < 2 * kW && (alignment & (alignment - 1)) == 0,
                   "pmrl_kernels: wanted must be a sum of flags with one reduction at most, got ", wanted);
 }
 
@@ -119,34 +119,51 @@ class IncomingGradients {
 
 // ---- contrasts ----------------------------------------------------------------------------------
 
-// Leading vectors, or others of one modality: (B, d). All other vectors have to be like them.
-inline void check_leading(const Tensor& u) {
-  STD_TORCH_CHECK(u.dim() == 2 && u.size(1) >= 1 &&
-                      (u.scalar_type() == ScalarType::Float || u.scalar_type() == ScalarType::Double),
-                  "pmrl_kernels: u must be (B, d), float32 or float64");
+// The first of the vectors: (B, d). The others have to be like it.
+inline void check_first(const std::vector<Tensor>& vectors) {
+  STD_TORCH_CHECK(!vectors.empty() && vectors[0].dim() == 2 && vectors[0].size(1) >= 1 &&
+                      (vectors[0].scalar_type() == ScalarType::Float || vectors[0].scalar_type() == ScalarType::Double),
+                  "pmrl_kernels: vectors must be (B, d), float32 or float64, and at least one");
 }
 
-// (n, d), d and dtype as of u.
-inline void check_vectors(const Tensor& x, const Tensor& u, int64_t n) {
-  STD_TORCH_CHECK(x.scalar_type() == u.scalar_type() && has_sizes(x, {n, u.size(1)}),
+// Two indices for each pair, and for each vector whether it is a direction. True if all pairs are of a vector with
+// itself.
+inline bool check_pairs(const std::vector<int64_t>& pairs, const std::vector<bool>& directions,
+                        const std::vector<Tensor>& vectors) {
+  STD_TORCH_CHECK(pairs.size() % 2 == 0 && directions.size() == vectors.size(),
+                  "pmrl_kernels: pairs must be two indices each, and directions name each vector");
+  size_t equal = 0;
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    STD_TORCH_CHECK(pairs[p] >= 0 && pairs[p] < static_cast<int64_t>(vectors.size()),
+                    "pmrl_kernels: pairs must be indices of vectors, got ", pairs[p]);
+    equal += p % 2 == 1 && pairs[p] == pairs[p - 1];
+  }
+  STD_TORCH_CHECK(equal == 0 || 2 * equal == pairs.size(),
+                  "pmrl_kernels: pairs must be of different vectors, or all of one with itself");
+  return 2 * equal == pairs.size();
+}
+
+// (n, d), d and dtype as of the first one.
+inline void check_vectors(const Tensor& x, const Tensor& first, int64_t n) {
+  STD_TORCH_CHECK(x.scalar_type() == first.scalar_type() && has_sizes(x, {n, first.size(1)}),
                   "pmrl_kernels: vectors must be (B, d) and of one dtype, float32 or float64");
 }
 
-// u and the k embeddings of all processes, or nothing where there are no others.
-inline void check_everyone(const std::vector<Tensor>& everyone, size_t k) {
-  STD_TORCH_CHECK(everyone.empty() || everyone.size() == k + 1,
-                  "pmrl_kernels: everyone must be u and the k embeddings of all processes");
+// The vectors of all processes, or nothing where there are no others.
+inline void check_everyone(const std::vector<Tensor>& everyone, size_t count) {
+  STD_TORCH_CHECK(everyone.empty() || everyone.size() == count,
+                  "pmrl_kernels: everyone must be the vectors of all processes");
 }
 
 // Whether rows [start, start + n) are within everyone's N.
 inline void check_place(int64_t start, int64_t n, int64_t N) {
-  STD_TORCH_CHECK(start >= 0 && start + n <= N, "pmrl_kernels: u must lie within everyone's rows");
+  STD_TORCH_CHECK(start >= 0 && start + n <= N, "pmrl_kernels: rows must lie within everyone's");
 }
 
 // The losses of all processes.
 inline void check_losses(const Tensor& losses, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(losses.scalar_type() == ScalarType::Double && has_sizes(losses, sizes),
-                  "pmrl_kernels: losses must be everyone's, (N,) or (2, k, N), in float64");
+                  "pmrl_kernels: losses must be everyone's, (directions, pairs, N), in float64");
 }
 
 // What comes in for a mean.

@@ -15,18 +15,12 @@ STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
       "spectral_backward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
       "bool normalize, bool spectrum, int wanted, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]");
   m.def(
-      "instance_forward(Tensor u, Tensor? everyone, int start, Tensor? temperature, float fixed_temperature) "
-      "-> (Tensor, Tensor, Tensor)");
+      "paired_forward(Tensor[] vectors, int[] pairs, bool[] directions, Tensor? mask, Tensor[] everyone, "
+      "Tensor? everyone_mask, int start, Tensor? temperature, float fixed_temperature) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "instance_backward(Tensor u, Tensor? everyone, int start, Tensor? temperature, float fixed_temperature, "
-      "Tensor losses, Tensor state, Tensor grad) -> (Tensor, Tensor)");
-  m.def(
-      "modality_forward(Tensor[] z, Tensor u, Tensor? mask, Tensor[] everyone, Tensor? everyone_mask, int start, "
-      "bool raw, Tensor? temperature, float fixed_temperature) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "modality_backward(Tensor[] z, Tensor u, Tensor? mask, Tensor[] everyone, Tensor? everyone_mask, int start, "
-      "bool raw, Tensor? temperature, float fixed_temperature, Tensor losses, Tensor state, Tensor grad) "
-      "-> (Tensor[], Tensor, Tensor)");
+      "paired_backward(Tensor[] vectors, int[] pairs, bool[] directions, Tensor? mask, Tensor[] everyone, "
+      "Tensor? everyone_mask, int start, Tensor? temperature, float fixed_temperature, Tensor losses, Tensor state, "
+      "Tensor grad) -> (Tensor[], Tensor)");
   // What was built, one "name: value" a line, and which instruction set runs (or why none does).
   m.def("build_info() -> str");
 }

@@ -123,6 +123,7 @@ PYBIND11_MODULE(_numerics, m) {
   m.doc() = "The k x k solvers of pmrl_kernels, for tests.";
   m.attr("MAX_MODALITIES") = kMaxModalities;
   m.attr("PEAK_TIE") = kPeakTie;
+  m.attr("CANCELLED") = kCancelled;
   m.attr("RANK_ONE") = kRankOne;
   m.attr("JACOBI_TOLERANCE") = kJacobiTolerance;
   m.attr("MAX_SWEEPS") = kMaxSweeps;

@@ -317,7 +317,7 @@ def spread_batch(group: Any, local_sizes: Any, batch: Batch, contrast: str, name
     return Group(processes, tuple(local_sizes), rank)
 
 
-_CONTRASTS = ("leading", "modality", "raw")
+_CONTRASTS = ("leading", "modality", "raw", "leave_one_out", "pairs")
 
 
 def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> tuple[int, ...]:
@@ -330,7 +330,7 @@ def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> t
     if _CONTRASTS.index("raw") in contrasts:
         _same("normalize", [str(_CONTRASTS[c] != "raw") for c in contrasts])
     _same("contrast", [repr(_CONTRASTS[c]) for c in contrasts])
-    if contrast == "modality":
+    if contrast not in ("leading", "raw"):
         _same(name, [f"k = {n}" for n in k])
     _same(name, [f"d = {n}" for n in d])
     wide = ["64-bit" if _DTYPES[i] == torch.float64 or contrast == "raw" else "32-bit" for i in dtypes]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor
 
 from . import inputs
 from .inputs import Embeddings, Mask
 from .ops import function, resolve
-from .ops.contrast.spec import INSTANCE, MODALITY, Contrast, RawContrast
+from .ops.contrast.spec import PAIRED, RAW, Contrast, RawContrast, kind
 from .ops.objective import Objective
 from .ops.spectral import spec
 from .ops.spectral.spec import SPECTRAL, Spectral
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+INSTANCE_TEMPERATURES = {"leading": 0.1, "modality": 0.2, "leave_one_out": 0.1, "pairs": 0.1}
+"""By contrast, what ``instance_temperature=None`` means. (docs/recipes.md has the measurements.)"""
+
 _REDUCTIONS = {"mean": spec.ALIGNMENT_MEAN, "sum": spec.ALIGNMENT_SUM, "none": spec.ALIGNMENT}
 
 
@@ -26,9 +32,9 @@ class PMRLComponents(NamedTuple):
     """What ``pmrl_loss(..., return_components=True)`` returns, 0-d tensors, each differentiable."""
 
     total: Tensor
-    """alignment + instance_weight · instance."""
+    """alignment_weight · alignment + instance_weight · instance."""
     alignment: Tensor
-    """Mean alignment term over the instances with at least two modalities."""
+    """Mean alignment term over the instances with at least two modalities; 0 where ``alignment_weight`` is 0."""
     instance: Tensor
     """The contrastive term."""
 
@@ -155,26 +161,27 @@ def instance_contrastive_loss(
     """
     u, mask = inputs.rows(u, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", u.device, contrast=True)
-    kind = "leading" if inputs.flag(normalize, "normalize") else "raw"
+    name = "leading" if inputs.flag(normalize, "normalize") else "raw"
     problem = backend, u.device, u.dtype, 1, u.shape[1]
-    pair = resolve(INSTANCE if kind == "leading" else MODALITY, *problem)
+    pair = resolve(PAIRED, *problem)
     column = None if mask is None else mask[:, None]
     batch = inputs.Batch((u,), column, len(u), 1, u.shape[1], u.device, u.dtype)
-    spread = inputs.spread_batch(group, local_sizes, batch, kind, "u")
-    contrast = Contrast(pair, kind, fixed, spread)
-    if kind == "raw":
-        return function.apply(RawContrast(contrast), (column, tau, u))[0]
+    spread = inputs.spread_batch(group, local_sizes, batch, name, "u")
+    if name == "raw":
+        return function.apply(RawContrast(Contrast(pair, RAW, fixed, spread)), (column, tau, u))[0]
+    contrast = Contrast(pair, kind("leading", 1), fixed, spread)
     # A normalised row is the leading vector of an instance of one modality.
     spectral = Spectral(resolve(SPECTRAL, *problem), spec.ALIGNMENT_SUM | spec.U, spectrum=False)
-    return function.apply(Objective(spectral, contrast, 1.0), (column, None, tau, u))[2]
+    return function.apply(Objective(spectral, contrast, 1.0, 1.0), (column, None, tau, u))[2]
 
 
 @overload
 def pmrl_loss(
     *embeddings: Embeddings,
     temperature: float | Tensor = ...,
-    instance_temperature: float | Tensor = ...,
+    instance_temperature: float | Tensor | None = ...,
     instance_weight: float = ...,
+    alignment_weight: float = ...,
     mask: Mask | None = ...,
     normalize: bool = ...,
     objective: str = ...,
@@ -190,8 +197,9 @@ def pmrl_loss(
 def pmrl_loss(
     *embeddings: Embeddings,
     temperature: float | Tensor = ...,
-    instance_temperature: float | Tensor = ...,
+    instance_temperature: float | Tensor | None = ...,
     instance_weight: float = ...,
+    alignment_weight: float = ...,
     mask: Mask | None = ...,
     normalize: bool = ...,
     objective: str = ...,
@@ -206,8 +214,9 @@ def pmrl_loss(
 def pmrl_loss(
     *embeddings: Embeddings,
     temperature: float | Tensor = 0.05,
-    instance_temperature: float | Tensor = 0.1,
+    instance_temperature: float | Tensor | None = None,
     instance_weight: float = 1.0,
+    alignment_weight: float = 1.0,
     mask: Mask | None = None,
     normalize: bool = True,
     objective: str = "softmax",
@@ -219,25 +228,35 @@ def pmrl_loss(
 ) -> Tensor | PMRLComponents:
     r"""The whole PMRL objective: align the modalities of an instance, keep instances apart.
 
-    ``alignment + instance_weight · instance``, where alignment is :func:`dominant_sv_loss` and instance is
+    ``alignment_weight · alignment + instance_weight · instance``, where alignment is :func:`dominant_sv_loss` and
+    instance is
 
     * ``contrast="leading"`` (PMRL's): :func:`instance_contrastive_loss` of the leading left singular vectors
       u_i. Made for encoders that are already aligned.
+    * ``contrast="leave_one_out"`` (ours): every modality's embedding must find in the batch the direction that the
+      *other* modalities of its instance share, and be found by it: the mean over (i, m) of
+      :math:`\tfrac12[\mathrm{CE}(z_m W_m^\top/\tau_2) + \mathrm{CE}(W_m z_m^\top/\tau_2)]`, rows of :math:`W_m`
+      being :math:`w_m = y_m/\lVert y_m\rVert,\ y_m = \sum_{j\ne m} \lvert v_j\rvert z_j`, with the leading right
+      singular vector v. Trains encoders from scratch, at the cost of k similarity matrices. At k = 2 it is InfoNCE.
+    * ``contrast="pairs"``: InfoNCE over all pairs of modalities, the mean over pairs m < l and the instances that
+      have both of :math:`\tfrac12[\mathrm{CE}(z_m Z_l^\top/\tau_2) + \mathrm{CE}(z_l Z_m^\top/\tau_2)]`. The rival of
+      the former, at the cost of k (k − 1)/2 similarity matrices.
     * ``contrast="modality"`` (ours): every modality's embedding must find its instance's leading vector in
       the batch and be found by it, the mean over present pairs (i, m) of
-      :math:`\tfrac12[\mathrm{CE}(z_m U^\top/\tau_2) + \mathrm{CE}(U z_m^\top/\tau_2)]`. It also trains
-      encoders from scratch, at the cost of k similarity matrices instead of one.
+      :math:`\tfrac12[\mathrm{CE}(z_m U^\top/\tau_2) + \mathrm{CE}(U z_m^\top/\tau_2)]`. An embedding is part of its
+      own target, so below :math:`\tau_2 = 1/(\sqrt k\,\log(B - 1))` no agreement is needed; k similarity matrices.
 
-    Which one, and with which temperatures: docs/recipes.md. From scratch, ``contrast="modality"`` with
+    Which one, and with which temperatures: docs/recipes.md. From scratch, ``contrast="leave_one_out"`` with
     ``temperature=1.0`` is the place to start.
 
     Args:
         embeddings, mask, normalize, objective, backend: as in :func:`dominant_sv_loss`.
         temperature: τ₁ of the alignment term (unused with ``objective="leading"``).
         instance_temperature: τ₂ of the contrastive term; a float or a 0-d tensor, as in
-            :func:`instance_contrastive_loss`.
-        instance_weight: weight of the contrastive term, a float of at least 0 that float32 can hold.
-        contrast: "leading" or "modality".
+            :func:`instance_contrastive_loss`. None: 0.1, and 0.2 with ``contrast="modality"``.
+        instance_weight, alignment_weight: weights of the two terms, floats of at least 0 that float32 can hold.
+            ``alignment_weight=0`` leaves out the alignment term with its work, and returns 0 for it.
+        contrast: "leading", "modality", "leave_one_out" or "pairs".
         group: a ``torch.distributed`` group of processes whose batches together are the batch, or "world" for
             all processes, whose group is looked up by each call; see below. None: this process's batch alone.
             (In ``torch.distributed`` None means all processes.)
@@ -253,23 +272,29 @@ def pmrl_loss(
             for ``group="world"`` before ``torch.distributed.init_process_group``, and on every process of a
             group whose processes differ in what they gather (see below).
 
+    Warns:
+        UserWarning: once in a process, where ``contrast="modality"`` is given a Python τ₂ below the temperature that
+            a batch of this size needs.
+
     Gradient:
-        Through the singular values, through u and, with ``contrast="modality"``, directly into the
-        embeddings, all in one backward pass over them. Instances without modalities, or of zero vectors
-        only, have no u and leave the contrastive term; instances with one modality leave the alignment
-        term. A NaN in one instance makes the contrastive term and everyone's gradient NaN, since it mixes
-        instances.
+        Through the singular values, through u, v and the w, and directly into the embeddings, all in one backward
+        pass over them. What leaves the contrastive term, on both sides: instances without modalities, or of zero
+        vectors only, which have no u; with "leave_one_out" and "pairs" zero vectors, and with "leave_one_out" w_m
+        where the others are nothing beside m or cancel, :math:`\lVert y_m\rVert \le 2^{-12} \sum_j \lvert v_j\rvert
+        \lVert z_j\rVert`; an embedding without a partner has no loss, but is still one that others must not choose. The
+        subgradient of :math:`\lvert v_j\rvert` at 0 is 0. Instances with one modality leave the alignment term. A NaN
+        in one instance makes the contrastive term and everyone's gradient NaN, since it mixes instances.
 
     Over processes:
         Every process of ``group`` calls with its own rows, of any number, 0 included, and with the same
-        options; their d and the dtype of results are the same everywhere, and with ``contrast="modality"`` k is
+        options; their d and the dtype of results are the same everywhere, and but for ``contrast="leading"`` k is
         too. Where these or ``contrast`` differ, every process raises a ValueError that says which rank has what;
-        with ``local_sizes`` nothing is exchanged beforehand, and the gather aborts or hangs. Leading vectors are
-        gathered, with ``contrast="modality"`` embeddings too, and each process returns W times its share of the
-        loss, W being the number of processes: the mean over processes is the loss of the whole batch, and the
-        gradients that ``DistributedDataParallel`` averages are its gradients, however the batch was split. The
-        backward pass runs no collective. It takes for granted that all processes get the same gradient from
-        above, as they do from ``loss.backward()``; do not scale the loss by something that differs between them.
+        with ``local_sizes`` nothing is exchanged beforehand, and the gather aborts or hangs. What is contrasted is
+        gathered: u, the z, the w. Each process returns W times its share of the loss, W being the number of processes:
+        the mean over processes is the loss of the whole batch, and the gradients that ``DistributedDataParallel``
+        averages are its gradients, however the batch was split. The backward pass runs no collective. It takes for
+        granted that all processes get the same gradient from above, as they do from ``loss.backward()``; do not scale
+        the loss by something that differs between them.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 
@@ -282,21 +307,48 @@ def pmrl_loss(
     """
     batch = inputs.canonical(embeddings, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", batch.device)
-    tau2, fixed2 = inputs.temperature(instance_temperature, "instance_temperature", batch.device, contrast=True)
-    weight = inputs.weight(instance_weight, "instance_weight")
+    contrast = inputs.one_of(contrast, "contrast", tuple(INSTANCE_TEMPERATURES))
+    given = INSTANCE_TEMPERATURES[contrast] if instance_temperature is None else instance_temperature
+    tau2, fixed2 = inputs.temperature(given, "instance_temperature", batch.device, contrast=True)
+    weights = inputs.weight(alignment_weight, "alignment_weight"), inputs.weight(instance_weight, "instance_weight")
     normalize = inputs.flag(normalize, "normalize")
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
-    contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
     return_components = inputs.flag(return_components, "return_components")
     problem = backend, batch.device, batch.dtype, batch.k, batch.d
-    by_modality = contrast == "modality"
-    pairs = resolve(SPECTRAL, *problem), resolve(MODALITY if by_modality else INSTANCE, *problem)
+    pairs = resolve(SPECTRAL, *problem), resolve(PAIRED, *problem)
 
     spread = inputs.spread_batch(group, local_sizes, batch, contrast)
-    wanted = spec.ALIGNMENT_MEAN if spread is None else spec.ALIGNMENT_SUM
-    wanted |= spec.U | spec.Z if by_modality else spec.U
+    if contrast == "modality" and tau2 is None:
+        _warn_of_floor(fixed2, batch.k, batch.B if spread is None else sum(spread.sizes))
+    parts = kind(contrast, batch.k)
+    wanted = spec.U * parts.u | spec.Z * parts.z | spec.W * parts.w
+    if weights[0] > 0:
+        wanted |= spec.ALIGNMENT_MEAN if spread is None else spec.ALIGNMENT_SUM
+    else:
+        spectrum = False  # the leading pair is all there is to find
     call = Objective(
-        Spectral(pairs[0], wanted, spectrum, normalize, fixed), Contrast(pairs[1], contrast, fixed2, spread), weight
+        Spectral(pairs[0], wanted, spectrum, normalize, fixed), Contrast(pairs[1], parts, fixed2, spread), *weights
     )
     total, alignment, instance = function.apply(call, (batch.mask, tau, tau2, *batch.tensors))
     return PMRLComponents(total, alignment, instance) if return_components else total
+
+
+_warned_of_floor = False
+
+
+def _warn_of_floor(temperature: float, k: int, B: int) -> None:
+    """Says once that the modality contrast asks for no agreement at this temperature. Of the default, which only tiny
+    batches have too low, it says nothing."""
+    global _warned_of_floor
+    if _warned_of_floor or torch.compiler.is_compiling() or B < 3 or temperature == INSTANCE_TEMPERATURES["modality"]:
+        return
+    floor = 1 / (math.sqrt(k) * math.log(B - 1))
+    if temperature < floor:
+        _warned_of_floor = True
+        warnings.warn(
+            f"instance_temperature: got {temperature}, wanted at least 1/(sqrt(k) log(B - 1)) = {floor:.3f} with "
+            f'contrast="modality" at k = {k}, B = {B}: an embedding is part of its own instance\'s leading vector, so '
+            "below that the contrast is satisfied by modalities that do not agree at all. "
+            'contrast="leave_one_out" has no such least temperature.',
+            stacklevel=3,
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import inputs
 from .inputs import Embeddings, Mask
-from .losses import PMRLComponents, dominant_sv_loss, pmrl_loss
+from .losses import INSTANCE_TEMPERATURES, PMRLComponents, dominant_sv_loss, pmrl_loss
 from .ops import check_name
 
 if TYPE_CHECKING:
@@ -155,12 +155,13 @@ class PMRLLoss(nn.Module):
     r"""Module form of :func:`~pmrl_kernels.pmrl_loss`; formula, shapes and gradient rules are there.
 
     Args:
-        temperature, instance_temperature: τ₁ and τ₂, floats; initial values where learned.
+        temperature, instance_temperature: τ₁ and τ₂, floats; initial values where learned. An ``instance_temperature``
+            of None is that of the contrast, as in the function.
         learnable_temperature, learnable_instance_temperature: learn τ₁, τ₂, each kept above
             ``min_temperature`` (see :class:`Temperature`).
         min_temperature: least value of learned temperatures, >= 0.
-        instance_weight, normalize, objective, contrast, group, return_components, backend: as in the function,
-            and so is ``local_sizes``, which goes to each call.
+        instance_weight, alignment_weight, normalize, objective, contrast, group, return_components, backend: as in
+            the function, and so is ``local_sizes``, which goes to each call.
 
     A deep copy shares ``group``. A module with a ``torch.distributed`` group cannot be pickled, one with
     ``group="world"`` can, and can be made before ``init_process_group``; a ``state_dict()`` always can.
@@ -172,7 +173,7 @@ class PMRLLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> loss = PMRLLoss(temperature=1.0, contrast="modality")
+        >>> loss = PMRLLoss(temperature=1.0, contrast="leave_one_out")
         >>> text, video, audio = (torch.randn(8, 16) for _ in range(3))
         >>> loss(text, video, audio).shape
         torch.Size([])
@@ -181,9 +182,10 @@ class PMRLLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 0.05,
-        instance_temperature: float = 0.1,
+        instance_temperature: float | None = None,
         instance_weight: float = 1.0,
         *,
+        alignment_weight: float = 1.0,
         learnable_temperature: bool = False,
         learnable_instance_temperature: bool = False,
         min_temperature: float = 0.01,
@@ -200,12 +202,14 @@ class PMRLLoss(nn.Module):
         self.temperature = Temperature(temperature, learned, minimum)
         name = "instance_temperature"
         learned = inputs.flag(learnable_instance_temperature, f"learnable_{name}")
-        inputs.temperature(instance_temperature, name, _CPU, contrast=True)
-        self.instance_temperature = Temperature(instance_temperature, learned, minimum, name)
+        self.contrast = inputs.one_of(contrast, "contrast", tuple(INSTANCE_TEMPERATURES))
+        initial = INSTANCE_TEMPERATURES[contrast] if instance_temperature is None else instance_temperature
+        inputs.temperature(initial, name, _CPU, contrast=True)
+        self.instance_temperature = Temperature(initial, learned, minimum, name)
+        self.alignment_weight = inputs.weight(alignment_weight, "alignment_weight")
         self.instance_weight = inputs.weight(instance_weight, "instance_weight")
         self.normalize = inputs.flag(normalize, "normalize")
         self.objective = inputs.one_of(objective, "objective", ("softmax", "leading"))
-        self.contrast = inputs.one_of(contrast, "contrast", ("leading", "modality"))
         self.group = inputs.named_group(group)
         self.return_components = inputs.flag(return_components, "return_components")
         self.backend = check_name(backend)
@@ -219,6 +223,7 @@ class PMRLLoss(nn.Module):
             temperature=self.temperature(),
             instance_temperature=self.instance_temperature(),
             instance_weight=self.instance_weight,
+            alignment_weight=self.alignment_weight,
             mask=mask,
             normalize=self.normalize,
             objective=self.objective,
@@ -255,6 +260,7 @@ class PMRLLoss(nn.Module):
         if not (self.group is None or isinstance(self.group, str)):
             spread = f", group of {self.group.size()}"
         return (
-            f"instance_weight={self.instance_weight}, normalize={self.normalize}, "
+            f"alignment_weight={self.alignment_weight}, instance_weight={self.instance_weight}, "
+            f"normalize={self.normalize}, "
             f"objective={self.objective!r}, contrast={self.contrast!r}{spread}"
         )

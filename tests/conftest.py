@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from pmrl_kernels import ops
+from pmrl_kernels import losses, ops
 
 # What they assert tells its values, as in tests.
 pytest.register_assert_rewrite("tests.tools.arguments", "tests.tools.scalars")
 collect_ignore = ["tools"]  # programs and helpers, some of which need what is not everywhere
 
+losses._warned_of_floor = True  # small batches are below it; its own test asks for it
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 LAUNCHES = {  # the largest batch of the latency layout, and how dot products are summed
     "triton-latency": (1 << 30, "float64"),

@@ -37,7 +37,7 @@ def all_pairs(embeddings: Sequence[Tensor], tau: float) -> Tensor:
         for n in range(m):
             s = zs[m] @ zs[n].T / tau
             total = total + cross_entropy(s, everyone) + cross_entropy(s.T, everyone)
-    return total
+    return total / (len(zs) * (len(zs) - 1))
 
 
 # ------------------------------------------------------------------------------------------------

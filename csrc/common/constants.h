@@ -28,6 +28,7 @@ constexpr double kEps32 = 1.0 / (1 << 23);
 constexpr double kEps64 = kEps32 * kEps32 / 64;  // 2^-52
 constexpr double kPeakTie = 4 * kEps32;
 constexpr double kRankOne = 1e-12;
+constexpr double kCancelled = 1.0 / 4096;
 
 // Jacobi stops where 2 off^2 <= this * diag^2, off and diag the norms of the entries off and on the diagonal. For the
 // eigenvalues of 32-bit inputs a larger number would do. But where the sum of v1's entries is zero, it must come out
@@ -63,7 +64,7 @@ PMRL_INLINE constexpr int squarings(int k, bool float64_input) {
 }
 
 // What a spectral operator is asked for: a sum of these, with one form of the alignment term at most. Its outputs come
-// in this order, kZ being k of them.
+// in this order, kZ and kW being k of them each.
 enum Wanted {
   kAlignment = 1,
   kAlignmentSum = 2,
@@ -73,6 +74,7 @@ enum Wanted {
   kU = 16,
   kV = 32,
   kZ = 64,
+  kW = 128,
 };
 
 }  // namespace pmrl

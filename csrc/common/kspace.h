@@ -3,8 +3,10 @@
 //   forward   from the Gram matrix G = X^T X of an instance X (d, k) to its singular values sigma_j = sqrt(lambda_j),
 //             its leading vector v1, and its alignment term, log(sum_j exp((sigma_j - sigma_1) / tau)) or
 //             ||X|| - sigma_1
-//   backward  from incoming gradients to the coefficients C (k, k) and c (k,) of dX = h c^T + X C + direct gradients,
-//             h = dL/du1 (d,)
+//             and 1/||y_m||, y_m = sum_{j != m} a_j z_j with a = |v1|, of the directions w_m = y_m/||y_m||
+//   backward  from incoming gradients to the coefficients C (k, k), c, shared and own (k,) of
+//             dX = h c^T + R shared^T + g diag(own) + X C + direct gradients, h = dL/du1 (d,), g_m = dL/dw_m (d,),
+//             R = sum_m g_m/||y_m||
 //
 // Reads and writes nothing but its arguments. `Columns` are those of X: modalities.
 #pragma once
@@ -21,6 +23,8 @@ struct Settings {
   bool normalize;      // columns are divided by their norms
   bool spectrum;       // all eigenpairs and the softmax objective; else the leading pair and ||X|| - sigma_1
   bool float64_input;  // an embedding is float64: other thresholds, and columns are scaled by powers of two
+  bool decompose;      // anything but z is asked for
+  bool others;         // the w are asked for
 };
 
 // One instance's (or pack's) normalisation and mask.
@@ -29,6 +33,7 @@ struct Columns {
   Vector<K, Real> inverse_norms;  // 1/n, 0 for zero vectors; with `normalize`
   Vector<K, Real> exponents;      // e: column m was scaled by 2^-e before G was formed; with `float64_input`
   Vector<K, Real> present;        // 1 or 0
+  Vector<K, Real> others;         // 1/||y_m||, see inverse_norms_of_others; with `others`
 };
 
 template <int K, class Real>
@@ -102,6 +107,27 @@ PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Colu
   return result + (values.at[0] - values.at[0]);  // NaN where an eigenvalue is
 }
 
+// 1/||y_m||, y_m = sum_{j != m} a_j z_j with a = |v|, from b = G a and the diagonal of G:
+//   ||y_m||^2 = a.b - 2 a_m b_m + a_m^2 G_mm
+// 0 where that norm counts as zero: the others are nothing beside m, or cancel.
+template <int K, class Real>
+PMRL_FUNCTION void inverse_norms_of_others(const Matrix<K, Real>& G, const Vector<K, Real>& v, int k,
+                                         Vector<K, Real>& out) {
+  Vector<K, Real> a, b;
+  Real square(0.0), size(0.0);
+  for (int m = 0; m < k; ++m) a.at[m] = abs(v.at[m]);
+  multiply(G, a, b, k);
+  for (int m = 0; m < k; ++m) {
+    square = square + a.at[m] * b.at[m];
+    size = size + a.at[m] * sqrt(G.at[m][m]);
+  }
+  const Real zero = Real(kCancelled * kCancelled) * size * size;
+  for (int m = 0; m < k; ++m) {
+    const Real y = square - Real(2.0) * a.at[m] * b.at[m] + a.at[m] * a.at[m] * G.at[m][m];
+    out.at[m] = select(y <= zero, Real(0.0), reciprocal(sqrt(y)));
+  }
+}
+
 // Incoming gradients of one instance (or pack), and what they become.
 template <int K, class Real>
 struct Incoming {
@@ -110,12 +136,16 @@ struct Incoming {
   Vector<K, Real> w;       // Z^T dL/du_1, Z having normalised columns where X is normalised (X^T dL/du_1 on entry)
   Vector<K, Real> q;       // dL/dv_1
   Vector<K, Real> direct;  // z_m . dL/dz_m (x_m . dL/dz_m on entry)
+  Vector<K, Real> others;  // z_j . sum_{m != j} g_m/||y_m|| (x_j instead on entry)
+  Vector<K, Real> along;   // w_m . g_m
 };
 
 template <int K, class Real>
 struct Coefficients {
   Matrix<K, Real> C;         // symmetric, upper triangle
   Vector<K, Real> c;         // of dL/du_1
+  Vector<K, Real> shared;    // of R
+  Vector<K, Real> own;       // of g_m
   Vector<K, Real> exponent;  // e: dX's column m is 2^e times what C and c give; with `float64_input`
   Real slope;                // dL/d tau
 };
@@ -192,14 +222,66 @@ PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Eigenpairs
   }
 }
 
+// Gradient through the w, from what the gradients g_m of these are along the z and the w. With r_m = 1/||y_m||,
+// t_m = (w_m . g_m) r_m^2, T their sum, and h_m = r_m (g_m - w_m w_m . g_m),
+//   dL/da_j = z_j . sum_{m != j} h_m = others_j - b_j (T - t_j) + (G (t a))_j - G_jj t_j a_j,  b = G a
+//   dL/dz_j = a_j sum_{m != j} h_m = a_j (R - r_j g_j) + [Z A]_j,  A_jl = -a_j a_l (T - t_j - t_l), A_jj = -a_j^2 (T - t_j)
+// Adds sign(v) dL/da to q, A to N, z_j . dL/dz_j to `radial`. At v_j = 0, as far as that can be told, |v_j| has slope 0.
+template <int K, class Real>
+PMRL_FUNCTION void through_others(Incoming<K, Real>& in, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
+                                const Columns<K, Real>& c, const Settings& s, Vector<K, Real>& t, Real& T,
+                                Vector<K, Real>& radial) {
+  const Real top = E.values.at[0];
+  Vector<K, Real> b, p, diagonal;
+  T = Real(0.0);
+  for (int m = 0; m < s.k; ++m) {
+    t.at[m] = in.along.at[m] * c.others.at[m] * c.others.at[m];
+    T = T + t.at[m];
+    b.at[m] = p.at[m] = diagonal.at[m] = Real(0.0);
+  }
+  Real next(0.0);  // the largest eigenvalue that is not tied
+  for (int n = 0; n < s.k; ++n) {
+    Real of_a(0.0), of_ta(0.0);
+    for (int m = 0; m < s.k; ++m) {
+      const Real share = E.V.at[m][n] * abs(v.at[m]);
+      of_a = of_a + share;
+      of_ta = of_ta + share * t.at[m];
+    }
+    const Real value = E.values.at[n];
+    for (int m = 0; m < s.k; ++m) {
+      const Real scaled_entry = E.V.at[m][n] * value;
+      b.at[m] = b.at[m] + scaled_entry * of_a;
+      p.at[m] = p.at[m] + scaled_entry * of_ta;
+      diagonal.at[m] = diagonal.at[m] + scaled_entry * E.V.at[m][n];
+    }
+    const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.float64_input));
+    next = max(next, select(tied, Real(0.0), value));
+  }
+  const Real zero = Real(zero_sum(s.k)) * top, gap = top - next;
+  for (int j = 0; j < s.k; ++j) {
+    const Real a = abs(v.at[j]);
+    const Real slope = in.others.at[j] - b.at[j] * (T - t.at[j]) + p.at[j] - diagonal.at[j] * t.at[j] * a;
+    radial.at[j] = radial.at[j] + a * slope;
+    const Real signed_slope = select(v.at[j] < Real(0.0), -slope, slope);
+    in.q.at[j] = in.q.at[j] + select(a * gap <= zero, Real(0.0), signed_slope);
+  }
+}
+
+// What gradients come through.
+struct Through {
+  bool values;   // the alignment term and singular values
+  bool leading;  // u_1 and v_1
+  bool others;   // the w
+};
+
 // From all incoming gradients to the coefficients. With `spectrum`, E holds all eigenpairs and G nothing. Without, E
 // holds lambda_1 alone and G the Gram matrix, from which E is completed here if a gradient comes through u_1 or v_1.
 template <int K, class Real>
-PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool through_leading, Eigenpairs<K, Real>& E,
-                              Matrix<K, Real>& G, const Vector<K, Real>& v, const Columns<K, Real>& c,
-                              const Settings& s, Coefficients<K, Real>& out) {
+PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Eigenpairs<K, Real>& E, Matrix<K, Real>& G,
+                              const Vector<K, Real>& v, const Columns<K, Real>& c, const Settings& s,
+                              Coefficients<K, Real>& out) {
   const int k = s.k;
-  const bool rescale = s.float64_input && !s.normalize;
+  const bool rescale = s.float64_input && !s.normalize, vectors = through.leading || through.others;
   const Real top = E.values.at[0], sigma_1 = sqrt(top), inverse_sigma = reciprocal(sigma_1);
   // The alignment term of an instance with fewer than two modalities is a constant.
   const auto alignable = number_present(c, k) >= Real(2.0);
@@ -217,8 +299,8 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       radial.at[i] = even * G.at[i][i] + along * top * v.at[i] * v.at[i];
       for (int m = i; m < k; ++m) A.at[i][m] = along * v.at[i] * v.at[m] + (i == m ? even : Real(0.0));
     }
-    if (through_leading) eigenpairs(G, E, k);
-  } else if (through_values) {
+    if (vectors) eigenpairs(G, E, k);
+  } else if (through.values) {
     Vector<K, Real> sigma, gaps, p, g;
     for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.values.at[j]);
     const Real total = Real(1.0) + softmax_weights(sigma, c, s, gaps, p);
@@ -248,11 +330,23 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       in.direct.at[m] = in.direct.at[m] * c.inverse_norms.at[m];
     }
     out.c.at[m] = v.at[m] * inverse_sigma;
+    if (through.others) {
+      if (s.normalize) in.others.at[m] = in.others.at[m] * c.inverse_norms.at[m];
+      out.shared.at[m] = abs(v.at[m]);
+      out.own.at[m] = -(out.shared.at[m] * c.others.at[m]);
+    }
     if (s.float64_input) out.exponent.at[m] = s.normalize ? -c.exponents.at[m] : Real(0.0);
   }
-  if (through_leading) {
+  if (vectors) {
     Matrix<K, Real> N;
+    Vector<K, Real> t;
+    Real T(0.0);
+    if (through.others) through_others(in, E, v, c, s, t, T, radial);
     through_vectors(in, E, v, inverse_sigma, s, N, radial);
+    for (int i = 0; i < k && through.others; ++i)
+      for (int m = i; m < k; ++m)
+        N.at[i][m] =
+            N.at[i][m] - out.shared.at[i] * out.shared.at[m] * (i == m ? T - t.at[i] : T - t.at[i] - t.at[m]);
     if (rescale) {
       // As computed, N and c lack a factor 2^-e, and M (in A) does not. For e > 0 they are multiplied by it here. For
       // e < 0 that could overflow, so M is multiplied by 2^e, and the whole gradient by 2^-e at the end.
@@ -260,6 +354,10 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
       for (int i = 0; i < k; ++i) {
         out.exponent.at[i] = -down;
         out.c.at[i] = scaled(out.c.at[i], -up);
+        if (through.others) {
+          out.shared.at[i] = scaled(out.shared.at[i], -up);
+          out.own.at[i] = scaled(out.own.at[i], -up);
+        }
         for (int m = i; m < k; ++m) {
           A.at[i][m] = scaled(A.at[i][m], down);
           N.at[i][m] = scaled(N.at[i][m], -up);
@@ -272,11 +370,15 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, bool through_values, bool t
 
   if (s.normalize) {  // dx_m = (dz_m - (z_m . dz_m) z_m) / n_m
     for (int i = 0; i < k; ++i) {
-      if (through_leading) radial.at[i] = radial.at[i] + out.c.at[i] * in.w.at[i];
+      if (through.leading) radial.at[i] = radial.at[i] + out.c.at[i] * in.w.at[i];
       A.at[i][i] = A.at[i][i] - (radial.at[i] + in.direct.at[i]);
     }
     for (int i = 0; i < k; ++i) {
       out.c.at[i] = out.c.at[i] * c.inverse_norms.at[i];
+      if (through.others) {
+        out.shared.at[i] = out.shared.at[i] * c.inverse_norms.at[i];
+        out.own.at[i] = out.own.at[i] * c.inverse_norms.at[i];
+      }
       for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] * c.inverse_norms.at[i] * c.inverse_norms.at[m];
     }
   }

@@ -1,11 +1,11 @@
-// The contrasts for CPU tensors: leading vectors with one another (instance), and embeddings with leading vectors
-// (modality). contrast.h has the formulas; here arguments become its sides, and its losses and gradients outputs.
+// The contrasts for CPU tensors: pairs of matrices whose rows are each other's positives. contrast.h has the formulas;
+// here arguments become its sides, and its losses and gradients outputs.
 //
-//   instance_forward   reads u, everyone's u; writes the mean loss, losses (n,), similarities
-//   instance_backward  reads these and everyone's losses (N,); writes dL/du (n, d), dL/d tau
-//   modality_forward   reads k z, u, mask, everyone's; writes the mean loss, losses (2, k, n), the similarities of
-//                      positives, bounds of all similarities, and similarities
-//   modality_backward  reads these and everyone's losses (2, k, N); writes dL/dz, dL/du (n, d), dL/d tau
+//   paired_forward   reads the vectors, mask, everyone's; writes the mean loss, losses (directions, pairs, n), and the
+//                    state: similarities of positives and bounds of all similarities, unless vectors are paired with
+//                    themselves and of unit norm, and the first similarities
+//   paired_backward  reads these and everyone's losses (directions, pairs, N); writes the vectors' gradients (n, d) and
+//                    dL/d tau
 #include "contrast.h"
 
 #include <torch/csrc/stable/library.h>
@@ -108,341 +108,323 @@ double total_of(const std::vector<double>& losses) {
   return total;
 }
 
-// ---- leading vectors with one another -----------------------------------------------------------
+// ---- pairs --------------------------------------------------------------------------------------
 
-template <class Element>
-struct Instances {
-  Tensor u, everyone;  // everyone's u; without other processes u itself
-  int64_t n, N, d, start;
+// Arguments of the operators.
+struct Arguments {
+  std::vector<Tensor> vectors;
+  std::vector<int64_t> pairs;
+  std::vector<bool> directions;
+  std::optional<Tensor> mask;
+  std::vector<Tensor> everyone;
+  std::optional<Tensor> everyone_mask;
+  int64_t start;
   double temperature;
-  Flags flags;
-  double number = 0;
-  Side<Element> a, b;
-  Mode mode;
+};
 
-  Instances(const Tensor& rows, const std::optional<Tensor>& all, int64_t first, double tau)
-      : u(with_rows(rows)), everyone(all ? with_rows(*all) : u), n(u.size(0)), N(everyone.size(0)), d(u.size(1)),
-        start(first), temperature(tau), flags(N), mode(all ? Mode::kRows : Mode::kTriangle) {
-    check_vectors(everyone, u, N);
-    check_place(start, n, N);
-    flags.counted = flags.seen = nonzero_rows<Element>(everyone);
-    flags.settle();
-    for (char x : flags.counted) number += x;
-    b = make_side<Element>(everyone, flags, 0, N, start, start + n);
-    b.positive.assign(b.n, Element(1));
-    a = mode == Mode::kTriangle ? b : make_side<Element>(everyone, flags, start, start + n, start, start + n);
-    a.positive.resize(a.n, Element(1));
-    // A vector that is not finite shows by its similarities, which are NaN. Where rows have none with another vector,
-    // `number` becomes NaN.
-    for (int64_t j = 0; j < b.n && (a.n == 0 || b.n == 1); ++j)
-      for (int64_t c = 0; c < d; ++c) number += b.data[j * b.stride + c] * Element(0);
-    number = divisor(number);
-  }
-
-  Contrast<Element> contrast() const {
-    // Of unit vectors no s is larger than 1, the similarity with the positive, and what underflows beside 1 does not
-    // matter.
-    return {u, mode, d, flags.all ? start : 0, a.n, temperature, 1.0, 1 / (temperature * kLog2)};
-  }
-  int64_t saved() const { return n * N <= kSavedSize ? saved_size(mode, n, N) : 0; }
+// Two of the vectors, and which of their rows take part.
+struct Pair {
+  int64_t a, b;
+  Flags of_a, of_b;
 };
 
 template <class Element>
-std::tuple<Tensor, Tensor, Tensor> forward_of_instances(const Instances<Element>& in) {
-  Tensor state = make(in.u, {in.saved()}, scalar_type<Element>());
-  Tensor losses = zeros<double>(in.u, {in.n});
-  std::vector<double> found, none;
-  Element* saved = static_cast<Element*>(state.mutable_data_ptr());
-  in.contrast().forward(in.a, in.b, found, none, in.saved() ? saved : nullptr, in.saved());
-  for (int64_t i = 0; i < in.a.n; ++i)
-    static_cast<double*>(losses.mutable_data_ptr())[in.a.origin(i, in.start) - in.start] = found[i];
-  const double mean = total_of(found) / in.number * (in.temperature / in.temperature);
-  return {scalar<Element>(in.u, mean), losses, state};
-}
-
-template <class Element>
-std::tuple<Tensor, Tensor> backward_of_instances(Instances<Element>& in, bool slope, const Tensor& losses,
-                                                 const Tensor& state, const Tensor& grad) {
-  check_losses(losses, {in.N});
-  check_state(state, in.saved(), scalar_type<Element>());
-  const Tensor contiguous = torch::stable::contiguous(losses);
-  const double* values = static_cast<const double*>(contiguous.const_data_ptr());
-  read_losses(in.a, in.start, in.flags, values);
-  read_losses(in.b, 0, in.flags, values);
-  const Scale scale(grad, in.number, in.temperature);
-  const Element* saved = in.saved() ? static_cast<const Element*>(state.const_data_ptr()) : nullptr;
-  const bool direct = in.flags.all && scale.afterwards == 1.0;
-  Tensor out = direct ? make(in.u, {in.n, in.d}, scalar_type<Element>()) : zeros<Element>(in.u, {in.n, in.d});
-  Element* h = static_cast<Element*>(out.mutable_data_ptr());
-  double total = 0;
-  if (direct) {
-    total = in.contrast().backward(in.a, in.b, scale.now, slope, saved, h, false, nullptr, false);
-  } else {
-    const Tensor scratch = make(in.u, {in.a.n, in.d}, scalar_type<Element>());
-    Element* found = static_cast<Element*>(scratch.mutable_data_ptr());
-    total = in.contrast().backward(in.a, in.b, scale.now, slope, saved, found, false, nullptr, false);
-    scatter(in.a, found, in.start, in.d, scale, false, h);
-  }
-  return {out, scalar<double>(in.u, -total * scale.now * scale.afterwards)};
-}
-
-// ---- embeddings with leading vectors ------------------------------------------------------------
-
-template <class Element>
-struct Modalities {
-  std::vector<Tensor> z;  // everyone's, and so is u
-  Tensor u;
-  bool alone;  // there are no other processes
-  int64_t n, N, d, k, start;
+struct Paired {
+  std::vector<Tensor> vectors;  // everyone's
+  bool alone;                   // there are no other processes
+  bool symmetric;               // pairs are of vectors with themselves
+  bool unit;                    // and each is 1 with itself, by definition
+  int64_t n, N, d, start;
   double temperature;
-  std::vector<Flags> of_z, of_u;
-  const Element* positives = nullptr;  // (k, N)
-  const Element* bounds = nullptr;     // (k,): no similarity is larger; Inf if that is not known
+  std::vector<std::vector<char>> there;  // of each vector, which rows there are
+  std::vector<Pair> pairs;
+  const Element* positives = nullptr;  // (pairs, N)
+  const Element* bounds = nullptr;     // (pairs,): no similarity is larger; Inf if that is not known
 
-  Modalities(const std::vector<Tensor>& rows_z, const Tensor& rows_u, const std::optional<Tensor>& rows_mask,
-             const std::vector<Tensor>& everyone, const std::optional<Tensor>& everyone_mask, int64_t first, bool raw,
-             double tau)
-      : u(with_rows(everyone.empty() ? rows_u : everyone[0])), alone(everyone.empty()), n(rows_u.size(0)), N(u.size(0)),
-        d(u.size(1)), k(static_cast<int64_t>(rows_z.size())), start(first), temperature(tau) {
-    check_everyone(everyone, rows_z.size());
-    check_vectors(u, rows_u, N);
+  explicit Paired(const Arguments& x)
+      : alone(x.everyone.empty()), symmetric(check_pairs(x.pairs, x.directions, x.vectors)), unit(symmetric),
+        n(x.vectors[0].size(0)), d(x.vectors[0].size(1)), start(x.start), temperature(x.temperature) {
+    check_everyone(x.everyone, x.vectors.size());
+    N = alone ? n : x.everyone[0].size(0);
     check_place(start, n, N);
-    for (int64_t m = 0; m < k; ++m) {
-      z.push_back(with_rows(alone ? rows_z[m] : everyone[m + 1]));
-      check_vectors(z[m], rows_u, N);
+    for (size_t v = 0; v < x.vectors.size(); ++v) {
+      check_vectors(x.vectors[v], x.vectors[0], n);
+      vectors.push_back(with_rows(alone ? x.vectors[v] : x.everyone[v]));
+      check_vectors(vectors[v], x.vectors[0], N);
+      there.push_back(x.directions[v] ? nonzero_rows<Element>(vectors[v]) : std::vector<char>(N, 1));
+      unit = unit && x.directions[v];
     }
-    const std::optional<Tensor>& given = alone ? rows_mask : everyone_mask;
-    std::optional<Tensor> mask;
-    if (given) {
-      check_mask(*given, N, k);
-      mask = torch::stable::contiguous(*given);
-    }
-    const uint8_t* present = mask ? mask_data(*mask) : nullptr;
-    std::vector<char> valid(N, 1);
-    if (!raw) valid = nonzero_rows<Element>(u);
-    for (int64_t i = 0; i < N && raw && present; ++i) {
-      valid[i] = 0;
-      for (int64_t m = 0; m < k && !valid[i]; ++m) valid[i] = is_present(present, i * k + m);
-    }
-    for (int64_t m = 0; m < k; ++m) {
-      Flags of_z_m(N), of_u_m(N);
+    read_mask(alone ? x.mask : x.everyone_mask);
+    for (size_t p = 0; p < x.pairs.size(); p += 2) {
+      Pair pair{x.pairs[p], x.pairs[p + 1], Flags(N), Flags(N)};
+      const bool a_follows = x.directions[pair.b] && !x.directions[pair.a];
+      const bool b_follows = x.directions[pair.a] && !x.directions[pair.b];
       for (int64_t i = 0; i < N; ++i) {
-        of_z_m.counted[i] = of_z_m.seen[i] = of_u_m.counted[i] = valid[i] && is_present(present, i * k + m);
-        of_u_m.seen[i] = valid[i];
+        const char in_a = there[pair.a][i], in_b = there[pair.b][i], both = in_a && in_b;
+        pair.of_a.counted[i] = pair.of_b.counted[i] = both;
+        pair.of_a.seen[i] = a_follows ? both : in_a;
+        pair.of_b.seen[i] = b_follows ? both : in_b;
       }
-      of_z_m.settle();
-      of_u_m.settle();
-      of_z.push_back(of_z_m);
-      of_u.push_back(of_u_m);
+      pair.of_a.settle();
+      pair.of_b.settle();
+      pairs.push_back(std::move(pair));
     }
   }
+
+  // The mask is of the last vectors.
+  void read_mask(const std::optional<Tensor>& given) {
+    if (!given) return;
+    const int64_t columns = given->dim() == 2 ? given->size(1) : -1, all = static_cast<int64_t>(vectors.size());
+    check_mask(*given, N, std::min(columns, all));
+    const Tensor mask = torch::stable::contiguous(*given);
+    const uint8_t* present = mask_data(mask);
+    for (int64_t v = all - columns; v < all; ++v)
+      for (int64_t i = 0; i < N; ++i)
+        there[v][i] = there[v][i] && is_present(present, i * columns + v - (all - columns));
+  }
+
+  int64_t count() const { return static_cast<int64_t>(pairs.size()); }
 
   static Rows rows_of(const Tensor& x) {
     const int64_t stride = x.size(0) > 1 ? x.stride(0) : x.size(1), element = sizeof(Element);
     return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), stride * element,
             element == 8 ? Dtype::kFloat64 : Dtype::kFloat32};
   }
+  void row_dots(const Tensor& x, const Tensor& y, std::vector<double>& out) const {
+    torch::stable::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+      kernels().row_dots(rows_of(x), rows_of(y), d, begin, end, out.data());
+    });
+  }
 
-  // The similarities of positives, and bounds of all similarities, into the state: k N + k numbers.
-  void measure(Element* into) {
-    std::vector<double> dots(N);
-    const auto row_dots = [&](const Tensor& x, const Tensor& y) {
-      torch::stable::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
-        kernels().row_dots(rows_of(x), rows_of(y), d, begin, end, dots.data());
-      });
-    };
-    // The largest norm of those that take part: what is in the places of others may be anything.
-    const auto norm_bound = [&](const Tensor& x, const Flags& flags) {
-      row_dots(x, x);
+  // The similarities of positives, and bounds of all similarities, into the state.
+  void measure(Element* into) const {
+    if (unit) return;
+    std::vector<double> dots(N), norms;
+    for (size_t v = 0; v < vectors.size(); ++v) {  // what is in the places of absent rows may be anything
+      row_dots(vectors[v], vectors[v], dots);
       double largest = 0;
       for (int64_t i = 0; i < N; ++i) {
-        const double y = flags.counted[i] || flags.seen[i] ? dots[i] : 0;
+        const double y = there[v][i] ? dots[i] : 0;
         largest = y <= largest || !(largest < HUGE_VAL) ? largest : y == y ? y : HUGE_VAL;
       }
-      return std::sqrt(largest);
-    };
-    const double of_u_norm = k > 0 ? norm_bound(u, of_u[0]) : 0;  // all modalities see the same u
-    for (int64_t m = 0; m < k; ++m) {
-      into[k * N + m] = static_cast<Element>(norm_bound(z[m], of_z[m]) * of_u_norm);
-      row_dots(z[m], u);
+      norms.push_back(std::sqrt(largest));
+    }
+    for (int64_t p = 0; p < count(); ++p) {
+      const Pair& pair = pairs[p];
+      into[count() * N + p] = static_cast<Element>(norms[pair.a] * norms[pair.b]);
+      row_dots(vectors[pair.a], vectors[pair.b], dots);
       for (int64_t i = 0; i < N; ++i) {
         const Element x = static_cast<Element>(dots[i]);
-        into[m * N + i] = std::isfinite(x) ? x : std::numeric_limits<Element>::quiet_NaN();
+        into[p * N + i] = std::isfinite(x) ? x : std::numeric_limits<Element>::quiet_NaN();
       }
     }
   }
   void remember(const Element* from) {
+    if (unit) return;
     positives = from;
-    bounds = from + k * N;
+    bounds = from + count() * N;
   }
-  int64_t measured() const { return k * N + k; }
+  int64_t measured() const { return unit ? 0 : count() * (N + 1); }
 
-  // Of modality m: embeddings as rows and leading vectors as columns, or the other way round.
-  struct Pair {
+  // Of one pair, a as rows and b as columns, or the other way round.
+  struct Sides {
     Side<Element> a, b;
     int64_t paired;
   };
-  Pair sides(int64_t m, bool transposed) const {
-    const Tensor &rows = transposed ? u : z[m], &columns = transposed ? z[m] : u;
-    const Flags &of_rows = transposed ? of_u[m] : of_z[m], &of_columns = transposed ? of_z[m] : of_u[m];
-    Pair pair{make_side<Element>(rows, of_rows, start, start + n, start, start + n),
-              make_side<Element>(columns, of_columns, 0, N, start, start + n), 0};
-    for (int64_t i = start; i < start + n; ++i) pair.paired += of_rows.counted[i];
-    for (int64_t i = 0; i < pair.a.n; ++i) pair.a.positive.push_back(positives[m * N + pair.a.origin(i, start)]);
-    for (int64_t j = 0; j < pair.b.n; ++j) pair.b.positive.push_back(positives[m * N + pair.b.origin(j, 0)]);
-    return pair;
+  Sides sides(int64_t p, bool transposed) const {
+    const Pair& pair = pairs[p];
+    const Tensor &rows = vectors[transposed ? pair.b : pair.a], &columns = vectors[transposed ? pair.a : pair.b];
+    const Flags &of_rows = transposed ? pair.of_b : pair.of_a, &of_columns = transposed ? pair.of_a : pair.of_b;
+    const auto side = [&](const Tensor& x, const Flags& flags, int64_t begin, int64_t end) {
+      Side<Element> found = make_side<Element>(x, flags, begin, end, start, start + n);
+      for (int64_t i = 0; i < found.n; ++i)
+        found.positive.push_back(unit ? Element(1) : positives[p * N + found.origin(i, begin)]);
+      return found;
+    };
+    Sides both;
+    both.b = side(columns, of_columns, 0, N);
+    both.a = mode() == Mode::kTriangle ? both.b : side(rows, of_rows, start, start + n);
+    both.paired = std::count(of_rows.counted.begin() + start, of_rows.counted.begin() + start + n, 1);
+    return both;
   }
-  Contrast<Element> contrast(int64_t m, const Pair& pair) const {
-    const Mode mode = alone ? Mode::kBoth : Mode::kRows;
-    return {u, mode, d, of_z[m].all ? start : 0, pair.paired, temperature, bounds[m], 0.0};
+  Mode mode() const { return !alone ? Mode::kRows : symmetric ? Mode::kTriangle : Mode::kBoth; }
+  Contrast<Element> contrast(int64_t p, const Sides& sides) const {
+    // Of unit vectors no s is larger than 1, the similarity with the positive, and what underflows beside 1 does not
+    // matter.
+    const double bound = unit ? 1.0 : bounds[p], offset = unit ? 1 / (temperature * kLog2) : 0.0;
+    return {vectors[0], mode(), d, pairs[p].of_a.all ? start : 0, sides.paired, temperature, bound, offset};
   }
-  // How many products a modality takes: alone, one gives the losses of both sides.
-  int64_t directions() const { return alone ? 1 : 2; }
-  // Similarities kept, for each modality and direction.
-  int64_t saved() const { return directions() * k * n * N <= kSavedSize ? saved_size(Mode::kBoth, n, N) : 0; }
-  // What the mean divides by: twice the number of pairs of an embedding and a leading vector.
-  double pairs() const {
-    double number = 0;
-    for (int64_t m = 0; m < k; ++m)
+  // In how many directions there are losses, and how many products a pair takes: alone, one gives those of both sides.
+  int64_t directions() const { return symmetric ? 1 : 2; }
+  int64_t products() const { return alone ? 1 : directions(); }
+  // Of how many products the similarities are kept, and what each of them takes.
+  int64_t kept() const { return std::min(products() * count(), kSavedSize / std::max<int64_t>(1, n * N)); }
+  int64_t room() const { return saved_size(mode(), n, N); }
+  int64_t state_size() const { return measured() + kept() * room(); }
+
+  // What the mean divides by: how many losses everyone has.
+  double number() const {
+    double found = 0;
+    for (int64_t p = 0; p < count(); ++p)
       for (int64_t i = 0; i < N; ++i)
-        if (of_z[m].counted[i]) number += 1 + 0 * positives[m * N + i];
-    return 2 * divisor(number);
+        if (pairs[p].of_a.counted[i]) found += unit ? 1 : 1 + 0 * positives[p * N + i];
+    // A unit vector that is not finite shows by its similarities with others, where there are any.
+    for (int64_t p = 0; p < count() && unit; ++p) {
+      const Pair& pair = pairs[p];
+      const auto own = pair.of_a.counted.begin() + start;
+      const bool compared = std::count(own, own + n, 1) > 0 &&
+                            std::count(pair.of_a.counted.begin(), pair.of_a.counted.end(), 1) > 1;
+      const Tensor& x = vectors[pair.a];
+      const int64_t stride = N > 1 ? x.stride(0) : d;
+      for (int64_t i = 0; i < N && !compared; ++i)
+        for (int64_t c = 0; c < d && pair.of_a.counted[i]; ++c)
+          found += static_cast<const Element*>(x.const_data_ptr())[i * stride + c] * Element(0);
+    }
+    return directions() * divisor(found);
   }
 };
 
 template <class Element>
-std::tuple<Tensor, Tensor, Tensor> forward_of_modalities(Modalities<Element> in) {
-  Tensor state = make(in.u, {in.measured() + in.saved() * in.directions() * in.k}, scalar_type<Element>());
+std::tuple<Tensor, Tensor, Tensor> forward_of(Paired<Element> in) {
+  const Tensor& like = in.vectors[0];
+  Tensor state = make(like, {in.state_size()}, scalar_type<Element>());
   Element* memory = static_cast<Element*>(state.mutable_data_ptr());
   in.measure(memory);
   in.remember(memory);
-  Tensor losses = zeros<double>(in.u, {2, in.k, in.n});
+  Tensor losses = zeros<double>(like, {in.directions(), in.count(), in.n});
   double* out = static_cast<double*>(losses.mutable_data_ptr());
-  Element* saved = in.saved() ? memory + in.measured() : nullptr;
+  Element* saved = memory + in.measured();
+  int64_t kept = in.kept();
   double total = 0;
-  for (int64_t m = 0; m < in.k; ++m)
-    for (int64_t direction = 0; direction < in.directions(); ++direction) {
-      const auto pair = in.sides(m, direction == 1);
+  for (int64_t p = 0; p < in.count(); ++p)
+    for (int64_t product = 0; product < in.products(); ++product) {
+      const auto sides = in.sides(p, product == 1);
       std::vector<double> of_rows, of_columns;
-      in.contrast(m, pair).forward(pair.a, pair.b, of_rows, of_columns, saved, in.saved());
-      if (saved) saved += in.saved();
-      const auto put = [&](int64_t where, const Side<Element>& side, const std::vector<double>& found) {
-        for (int64_t i = 0; i < pair.paired; ++i) {
-          out[(where * in.k + m) * in.n + side.origin(i, in.start) - in.start] = found[i];
+      in.contrast(p, sides).forward(sides.a, sides.b, of_rows, of_columns, kept > 0 ? saved : nullptr, in.room());
+      if (kept-- > 0) saved += in.room();
+      const auto put = [&](int64_t direction, const Side<Element>& side, const std::vector<double>& found) {
+        for (int64_t i = 0; i < sides.paired; ++i) {
+          out[(direction * in.count() + p) * in.n + side.origin(i, in.start) - in.start] = found[i];
           total += found[i];
         }
       };
-      put(direction, pair.a, of_rows);
-      if (in.alone) put(1, pair.b, of_columns);
+      put(product, sides.a, of_rows);
+      if (in.mode() == Mode::kBoth) put(1, sides.b, of_columns);
     }
-  return {scalar<Element>(in.u, total / in.pairs() * (in.temperature / in.temperature)), losses, state};
+  return {scalar<Element>(like, total / in.number() * (in.temperature / in.temperature)), losses, state};
 }
 
+// The gradients of all vectors, to which one pair after the other adds.
 template <class Element>
-std::tuple<std::vector<Tensor>, Tensor, Tensor> backward_of_modalities(Modalities<Element> in, bool slope,
-                                                                       const Tensor& losses, const Tensor& state,
-                                                                       const Tensor& grad) {
-  check_losses(losses, {2, in.k, in.N});
-  check_state(state, in.measured() + in.saved() * in.directions() * in.k, scalar_type<Element>());
+struct Gradients {
+  const Paired<Element>& in;
+  const Scale& scale;
+  std::vector<Tensor> tensors;
+  std::vector<bool> written;
+  std::optional<Tensor> scratch[2];
+
+  Gradients(const Paired<Element>& in, const Scale& scale) : in(in), scale(scale), written(in.vectors.size(), false) {
+    for (const Tensor& x : in.vectors) tensors.push_back(make(x, {in.n, in.d}, scalar_type<Element>()));
+  }
+  Element* of(int64_t v) { return static_cast<Element*>(tensors[v].mutable_data_ptr()); }
+
+  // Memory for what a pair has for a vector: its gradient itself, or where rows were copied, or are still to be
+  // multiplied by the rest of the scale, something to be added to it.
+  struct Place {
+    Element* data;
+    bool add;
+  };
+  Place begin(int64_t v, bool direct, int which) {
+    if (direct) {
+      const Place place{of(v), written[v]};
+      written[v] = true;
+      return place;
+    }
+    if (!scratch[which]) scratch[which] = make(in.vectors[0], {in.n, in.d}, scalar_type<Element>());
+    return {static_cast<Element*>(scratch[which]->mutable_data_ptr()), false};
+  }
+  void end(int64_t v, bool direct, const Place& place, const Side<Element>& side, int64_t first) {
+    if (direct) return;
+    if (!written[v]) std::fill(of(v), of(v) + in.n * in.d, Element(0));
+    scatter(side, place.data, first, in.d, scale, written[v], of(v));
+    written[v] = true;
+  }
+  void finish() {
+    for (size_t v = 0; v < tensors.size(); ++v)
+      if (!written[v]) std::fill(of(v), of(v) + in.n * in.d, Element(0));
+  }
+};
+
+template <class Element>
+std::tuple<std::vector<Tensor>, Tensor> backward_of(Paired<Element> in, bool slope, const Tensor& losses,
+                                                    const Tensor& state, const Tensor& grad) {
+  check_losses(losses, {in.directions(), in.count(), in.N});
+  check_state(state, in.state_size(), scalar_type<Element>());
   const Tensor contiguous = torch::stable::contiguous(losses);
   const double* values = static_cast<const double*>(contiguous.const_data_ptr());
   const Element* memory = static_cast<const Element*>(state.const_data_ptr());
   in.remember(memory);
-  const Element* saved = in.saved() ? memory + in.measured() : nullptr;
-  const Scale scale(grad, in.pairs(), in.temperature);
-  Tensor grad_u = zeros<Element>(in.u, {in.n, in.d});
-  Element* of_u = static_cast<Element*>(grad_u.mutable_data_ptr());
-  // For gradients of vectors that were copied, or that are still to be multiplied by the rest of the scale.
-  std::optional<Tensor> rows, columns;
-  const auto scratch = [&](std::optional<Tensor>& held) {
-    if (!held) held = make(in.u, {in.n, in.d}, scalar_type<Element>());
-    return static_cast<Element*>(held->mutable_data_ptr());
-  };
-  std::vector<Tensor> grad_z;
+  const Element* saved = memory + in.measured();
+  int64_t kept = in.kept();
+  const Scale scale(grad, in.number(), in.temperature);
+  Gradients<Element> gradients(in, scale);
   double total = 0;
-  for (int64_t m = 0; m < in.k; ++m) {
-    const bool direct = in.of_z[m].all && scale.afterwards == 1.0;
-    grad_z.push_back(direct ? make(in.u, {in.n, in.d}, scalar_type<Element>()) : zeros<Element>(in.u, {in.n, in.d}));
-    Element* of_z = static_cast<Element*>(grad_z.back().mutable_data_ptr());
-    for (int64_t direction = 0; direction < in.directions(); ++direction) {
-      auto pair = in.sides(m, direction == 1);
-      const double *own = values + (direction * in.k + m) * in.N, *other = values + ((1 - direction) * in.k + m) * in.N;
-      read_losses(pair.a, in.start, direction ? in.of_u[m] : in.of_z[m], own);
-      read_losses(pair.b, 0, direction ? in.of_z[m] : in.of_u[m], other);
-      Element* of_rows = direction ? of_u : of_z;
-      Element* from_rows = direct ? of_rows : scratch(rows);
-      Element* from_columns = !in.alone ? nullptr : direct ? of_u : scratch(columns);
-      const bool add = direct && direction == 1;
-      total += in.contrast(m, pair).backward(pair.a, pair.b, scale.now, slope, saved, from_rows, add, from_columns,
-                                             direct);
-      if (saved) saved += in.saved();
-      if (direct) continue;
-      scatter(pair.a, from_rows, in.start, in.d, scale, direction == 1, of_rows);
-      if (in.alone) scatter(pair.b, from_columns, 0, in.d, scale, true, of_u);
+  for (int64_t p = 0; p < in.count(); ++p)
+    for (int64_t product = 0; product < in.products(); ++product) {
+      const Pair& pair = in.pairs[p];
+      const bool transposed = product == 1, direct = pair.of_a.all && scale.afterwards == 1.0;
+      const bool columns_too = in.mode() == Mode::kBoth;
+      const int64_t rows = transposed ? pair.b : pair.a, columns = transposed ? pair.a : pair.b;
+      auto sides = in.sides(p, transposed);
+      const int64_t other = in.symmetric ? 0 : 1 - product;
+      read_losses(sides.a, in.start, transposed ? pair.of_b : pair.of_a, values + (product * in.count() + p) * in.N);
+      read_losses(sides.b, 0, transposed ? pair.of_a : pair.of_b, values + (other * in.count() + p) * in.N);
+      const auto to_rows = gradients.begin(rows, direct, 0);
+      typename Gradients<Element>::Place to_columns{nullptr, false};
+      if (columns_too) to_columns = gradients.begin(columns, direct, 1);
+      total += in.contrast(p, sides).backward(sides.a, sides.b, scale.now, slope, kept > 0 ? saved : nullptr,
+                                              to_rows.data, to_rows.add, to_columns.data, to_columns.add);
+      if (kept-- > 0) saved += in.room();
+      gradients.end(rows, direct, to_rows, sides.a, in.start);
+      if (columns_too) gradients.end(columns, direct, to_columns, sides.b, 0);
     }
-  }
-  return {grad_z, grad_u, scalar<double>(in.u, -total * scale.now * scale.afterwards)};
+  gradients.finish();
+  return {gradients.tensors, scalar<double>(in.vectors[0], -total * scale.now * scale.afterwards)};
 }
 
 // ---- operators ----------------------------------------------------------------------------------
 
 // (loss, losses, state)
-std::tuple<Tensor, Tensor, Tensor> instance_forward(Tensor u, std::optional<Tensor> everyone, int64_t start,
-                                                    std::optional<Tensor> temperature, double fixed_temperature) {
-  check_leading(u);
-  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
-  if (u.scalar_type() == ScalarType::Double) return forward_of_instances(Instances<double>(u, everyone, start, tau));
-  return forward_of_instances(Instances<float>(u, everyone, start, tau));
+std::tuple<Tensor, Tensor, Tensor> paired_forward(std::vector<Tensor> vectors, std::vector<int64_t> pairs,
+                                                  std::vector<bool> directions, std::optional<Tensor> mask,
+                                                  std::vector<Tensor> everyone, std::optional<Tensor> everyone_mask,
+                                                  int64_t start, std::optional<Tensor> temperature,
+                                                  double fixed_temperature) {
+  check_first(vectors);
+  const Arguments x{vectors, pairs, directions, mask, everyone, everyone_mask, start,
+                    read_temperature_of_contrast(temperature, fixed_temperature)};
+  if (vectors[0].scalar_type() == ScalarType::Double) return forward_of(Paired<double>(x));
+  return forward_of(Paired<float>(x));
 }
 
-// (gradient of u, of the temperature)
-std::tuple<Tensor, Tensor> instance_backward(Tensor u, std::optional<Tensor> everyone, int64_t start,
-                                             std::optional<Tensor> temperature, double fixed_temperature,
-                                             Tensor losses, Tensor state, Tensor grad) {
-  check_leading(u);
-  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
-  const bool slope = temperature.has_value();
-  if (u.scalar_type() == ScalarType::Double) {
-    Instances<double> in(u, everyone, start, tau);
-    return backward_of_instances(in, slope, losses, state, grad);
-  }
-  Instances<float> in(u, everyone, start, tau);
-  return backward_of_instances(in, slope, losses, state, grad);
-}
-
-// (loss, losses, state)
-std::tuple<Tensor, Tensor, Tensor> modality_forward(std::vector<Tensor> z, Tensor u, std::optional<Tensor> mask,
-                                                    std::vector<Tensor> everyone, std::optional<Tensor> everyone_mask,
-                                                    int64_t start, bool raw, std::optional<Tensor> temperature,
-                                                    double fixed_temperature) {
-  check_leading(u);
-  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
-  if (u.scalar_type() == ScalarType::Double)
-    return forward_of_modalities(Modalities<double>(z, u, mask, everyone, everyone_mask, start, raw, tau));
-  return forward_of_modalities(Modalities<float>(z, u, mask, everyone, everyone_mask, start, raw, tau));
-}
-
-// (gradients of z, of u, of the temperature)
-std::tuple<std::vector<Tensor>, Tensor, Tensor> modality_backward(
-    std::vector<Tensor> z, Tensor u, std::optional<Tensor> mask, std::vector<Tensor> everyone,
-    std::optional<Tensor> everyone_mask, int64_t start, bool raw, std::optional<Tensor> temperature,
+// (gradients of the vectors, of the temperature)
+std::tuple<std::vector<Tensor>, Tensor> paired_backward(
+    std::vector<Tensor> vectors, std::vector<int64_t> pairs, std::vector<bool> directions, std::optional<Tensor> mask,
+    std::vector<Tensor> everyone, std::optional<Tensor> everyone_mask, int64_t start, std::optional<Tensor> temperature,
     double fixed_temperature, Tensor losses, Tensor state, Tensor grad) {
-  check_leading(u);
-  const double tau = read_temperature_of_contrast(temperature, fixed_temperature);
+  check_first(vectors);
+  const Arguments x{vectors, pairs, directions, mask, everyone, everyone_mask, start,
+                    read_temperature_of_contrast(temperature, fixed_temperature)};
   const bool slope = temperature.has_value();
-  if (u.scalar_type() == ScalarType::Double)
-    return backward_of_modalities(Modalities<double>(z, u, mask, everyone, everyone_mask, start, raw, tau), slope,
-                                  losses, state, grad);
-  return backward_of_modalities(Modalities<float>(z, u, mask, everyone, everyone_mask, start, raw, tau), slope, losses,
-                                state, grad);
+  if (vectors[0].scalar_type() == ScalarType::Double)
+    return backward_of(Paired<double>(x), slope, losses, state, grad);
+  return backward_of(Paired<float>(x), slope, losses, state, grad);
 }
 
 }  // namespace
 }  // namespace pmrl
 
 STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CPU, m) {
-  m.impl("instance_forward", TORCH_BOX(&pmrl::instance_forward));
-  m.impl("instance_backward", TORCH_BOX(&pmrl::instance_backward));
-  m.impl("modality_forward", TORCH_BOX(&pmrl::modality_forward));
-  m.impl("modality_backward", TORCH_BOX(&pmrl::modality_backward));
+  m.impl("paired_forward", TORCH_BOX(&pmrl::paired_forward));
+  m.impl("paired_backward", TORCH_BOX(&pmrl::paired_backward));
 }

@@ -39,7 +39,7 @@ namespace {
 // copies less. 128 is best or close to it for B = 1024 to 4096, d = 128 and 512.
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kTileSize = int64_t(1) << 22;   // numbers in a tile at most, unless it has only 32 rows
-constexpr int64_t kSavedSize = int64_t(1) << 22;  // similarities kept for the backward pass at most
+constexpr int64_t kSavedSize = int64_t(1) << 23;  // similarities kept for the backward pass at most
 
 int64_t padded(int64_t n) { return (n + kTilePadding - 1) / kTilePadding * kTilePadding; }
 
@@ -370,7 +370,7 @@ struct Contrast {
         multiply(view(grad_b, t.width, d, d, 1), view(w, t.width, t.rows, 1, t.stride), rows, add_b || later);
       if (triangle && t.width > t.rows)
         multiply(view(grad_a + (t.first + t.rows) * d, t.width - t.rows, d, d, 1),
-                 view(w + t.rows, t.width - t.rows, t.rows, 1, t.stride), rows, later);
+                 view(w + t.rows, t.width - t.rows, t.rows, 1, t.stride), rows, add_a || later);
     }
     if (all.empty() && grad_b && !add_b) std::fill(grad_b, grad_b + b.n * d, Element(0));
     return total * factor * kLog2;

@@ -41,11 +41,11 @@ struct Batch {
 };
 
 // What a forward pass leaves for the backward pass, for each instance: eigenvalues and eigenvectors (k + k^2), or
-// lambda_1 and the upper triangle of the Gram matrix; v_1 (k); 1/norms (k) if normalised; exponents (k) with
-// `float64_input`. pmrl_kernels/ops/spectral/native.py computes the same.
+// lambda_1 and the upper triangle of the Gram matrix; v_1 (k); 1/norms (k) if normalised; 1/||y_m|| (k) with `others`;
+// exponents (k) with `float64_input`. pmrl_kernels/ops/spectral/native.py computes the same.
 PMRL_INLINE constexpr int state_size(const Settings& s) {
   return (s.spectrum ? s.k + s.k * s.k : 1 + triangle_size(s.k)) + s.k + (s.normalize ? s.k : 0) +
-         (s.float64_input ? s.k : 0);
+         (s.others ? s.k : 0) + (s.float64_input ? s.k : 0);
 }
 
 // Outputs have the embeddings' output dtype, float64 with `float64_input` and else float32, and are contiguous. Null:
@@ -59,6 +59,7 @@ struct Forward {
   void* v;                  // (B, k)
   void* u;                  // (B, d)
   void* z[kMaxModalities];  // (B, d) each
+  void* w[kMaxModalities];  // (B, d) each
 };
 
 struct Backward {
@@ -68,6 +69,7 @@ struct Backward {
   int values;
   Rows u;                      // data null: none
   Rows z[kMaxModalities];
+  Rows w[kMaxModalities];
   Rows out[kMaxModalities];    // gradients of the embeddings; data null: not asked for
   double* slopes;              // (ceil(B / lanes),): dL/d tau of each block; null: not asked for
 };

@@ -3,8 +3,11 @@
 //   gram        G_ij = x_i . x_j                                       reads k d elements, writes k (k + 1) / 2 numbers
 //   dots        w_m = x_m . h                                          reads (k + 1) d, writes k numbers
 //   combine     y = sum_m c_m x_m                                      reads k d, writes d elements (a row of u or z)
+//   leave_out   w_m = r_m sum_{j != m} b_j x_j                         reads k d, writes k d elements
+//   other_dots  x_j . sum_{m != j} r_m g_m, and w_m . g_m              reads 2 k d, writes 2 k numbers
 //   apply       dx_m = sum_j C_mj x_j                                  reads k d, writes k d elements
-//   apply_any   dx_m = (h c_m + sum_j C_mj x_j + f_m H_m) 2^e_m        reads up to (2 k + 1) d, writes up to k d
+//   apply_any   dx_m = (h c_m + R s_m + g_m o_m + sum_j C_mj x_j       reads up to (3 k + 1) d, writes up to k d
+//                       + f_m H_m) 2^e_m, R = sum_j r_j g_j
 //
 // Sums run in float64, where the product of two float32 numbers is exact. Numbers of neighbouring instances lie side by
 // side: those of one instance are kLanes apart (see spectral_kernels.h).
@@ -271,6 +274,63 @@ PMRL_NOINLINE void dots(const RowType* rows, const FloatRow& h, int k, int64_t d
   }
 }
 
+// w_m = r_m (Y - b_m x_m), Y = sum_j b_j x_j, into k rows of float32 or float64. What Y has of x_m besides costs no
+// digits that count: w_m is zeros, r_m = 0, where the others are nothing beside it.
+template <class RowType>
+PMRL_NOINLINE void leave_out(const RowType* rows, const double* b, const double* r, int k, int64_t d,
+                             char* const* out, bool is_float64) {
+  for (int64_t c = 0; c < d; c += kNative) {
+    const int64_t n = d - c < kNative ? d - c : kNative;
+    F64 parts[kMaxModalities], total{};
+    for (int m = 0; m < k; ++m) {
+      parts[m] = b[m * kLanes] * (n == kNative ? rows[m].load(c) : rows[m].load(c, n));
+      total += parts[m];
+    }
+    for (int m = 0; m < k; ++m) {
+      const F64 w = (total - parts[m]) * r[m * kLanes];
+      const auto store = [&](auto* to) { n == kNative ? store_native(to, w) : store_native(to, w, n); };
+      if (is_float64)
+        store(reinterpret_cast<double*>(out[m]) + c);
+      else
+        store(reinterpret_cast<float*>(out[m]) + c);
+    }
+  }
+}
+
+// From gradients g_m of the w, some of which may be null: x_j . (R - r_j g_j) with R = sum_m r_m g_m, and
+// r_m g_m . (Y - b_m x_m). In 3 k products, not k^2.
+template <int K, class RowType>
+PMRL_NOINLINE void other_dots(const RowType* rows, const FloatRow* g, const double* b, const double* r, int k,
+                              int64_t d, double* others, double* along) {
+  constexpr int n = K > 0 ? K : kMaxModalities;
+  if (K > 0) k = K;
+  F64 with_shared[n] = {}, with_own[n] = {}, with_sum[n] = {}, x[n], y[n];
+  for (int64_t c = 0; c < d; c += kNative) {
+    const int64_t size = d - c < kNative ? d - c : kNative;
+    const bool whole = size == kNative;
+    F64 R{}, Y{};
+    PMRL_UNROLL(8)
+    for (int m = 0; m < k; ++m) {
+      x[m] = whole ? rows[m].load(c) : rows[m].load(c, size);
+      y[m] = F64{};
+      if (g[m].data) y[m] = whole ? g[m].load(c) : g[m].load(c, size);
+      R += r[m * kLanes] * y[m];
+      Y += b[m * kLanes] * x[m];
+    }
+    PMRL_UNROLL(8)
+    for (int m = 0; m < k; ++m) {
+      with_shared[m] += x[m] * R;
+      with_own[m] += x[m] * y[m];
+      with_sum[m] += y[m] * Y;
+    }
+  }
+  for (int m = 0; m < k; ++m) {
+    const double own = sum(with_own[m]);
+    others[m * kLanes] = sum(with_shared[m]) - r[m * kLanes] * own;
+    along[m * kLanes] = r[m * kLanes] * (sum(with_sum[m]) - b[m * kLanes] * own);
+  }
+}
+
 // ---- gradients ----------------------------------------------------------------------------------
 
 // dx_m = sum_j C_mj x_j for all m, for an instance of which only this is asked.
@@ -318,13 +378,17 @@ PMRL_NOINLINE void apply(const RowType* rows, const double* C, int64_t d,
 struct Extras {
   FloatRow h;                       // dL/du_1; data null: none
   const double* c;                  // its coefficients, kLanes apart
+  FloatRow g[kMaxModalities];       // dL/dw_m; data null: none
+  bool others;                      // whether there is one
+  const double *r, *shared, *own;   // of R = sum_m r_m g_m, and the coefficients of R and of g_m, kLanes apart
   FloatRow direct[kMaxModalities];  // H_m = dL/dz_m; data null: none
   double direct_factor[kMaxModalities];       // f_m
   PowerOfTwo<double> factor[kMaxModalities];  // 2^e_m
   bool direct_after;  // H_m is added after the multiplication by 2^e_m, and as it is
 };
 
-// dx_m = (h c_m + sum_j C_mj x_j + f_m H_m) 2^e_m for those m that have a target, kTile of them at a time.
+// dx_m = (h c_m + R s_m + g_m o_m + sum_j C_mj x_j + f_m H_m) 2^e_m for those m that have a target, kTile of them at a
+// time.
 template <class RowType>
 PMRL_NOINLINE void apply_any(const RowType* rows, const double* C, int k, int64_t d,
                              const typename TargetOf<RowType>::type* targets, const Extras& e) {
@@ -341,14 +405,19 @@ PMRL_NOINLINE void apply_any(const RowType* rows, const double* C, int k, int64_
           totals[t] += C[triangle_any(j, m) * kLanes] * x;
         }
       }
-      F64 h{};
+      F64 h{}, R{};
       if (e.h.data) h = whole ? e.h.load(c) : e.h.load(c, n);
+      const auto own = [&](int m) { return whole ? e.g[m].load(c) : e.g[m].load(c, n); };
+      for (int m = 0; m < k && e.others; ++m)
+        if (e.g[m].data) R += e.r[m * kLanes] * own(m);
       PMRL_UNROLL(4)
       for (int t = 0; t < kTile; ++t) {
         const int m = first + t;
         if (m >= k || !targets[m].data) continue;
         F64 total = totals[t];
         if (e.h.data) total += e.c[m * kLanes] * h;
+        if (e.others) total += e.shared[m * kLanes] * R;
+        if (e.g[m].data) total += e.own[m * kLanes] * own(m);
         F64 H{};
         if (e.direct[m].data) H = whole ? e.direct[m].load(c) : e.direct[m].load(c, n);
         if (e.direct[m].data && !e.direct_after) total += e.direct_factor[m] * H;
@@ -367,6 +436,8 @@ template <class RowType>
 struct Passes {
   void (*gram)(const RowType*, int k, int64_t d, double* out);
   void (*dots)(const RowType*, const FloatRow&, int k, int64_t d, double* out);
+  void (*other_dots)(const RowType*, const FloatRow* g, const double* b, const double* r, int k, int64_t d,
+                     double* others, double* along);
   void (*apply)(const RowType*, const double* C, int64_t d, const typename TargetOf<RowType>::type*);  // null: none
 };
 
@@ -374,9 +445,9 @@ template <class RowType>
 struct PassesOf {
   template <int K>
   static Passes<RowType> make() {
-    return {gram<K, RowType>, dots<K, RowType>, apply<K, RowType>};
+    return {gram<K, RowType>, dots<K, RowType>, other_dots<K, RowType>, apply<K, RowType>};
   }
-  static Passes<RowType> make_any() { return {gram<0, RowType>, dots<0, RowType>, nullptr}; }
+  static Passes<RowType> make_any() { return {gram<0, RowType>, dots<0, RowType>, other_dots<0, RowType>, nullptr}; }
 };
 
 // Maker's make<K>() for this k, or its make_any().

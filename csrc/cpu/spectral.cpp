@@ -25,7 +25,7 @@ double read_temperature_of_alignment(const std::optional<Tensor>& tensor, double
 
 Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
                  const std::optional<Tensor>& temperature, double fixed_temperature, bool normalize, bool spectrum,
-                 Held& held) {
+                 int64_t wanted, Held& held) {
   const Embeddings all = check_embeddings(embeddings);
   Batch batch{};
   batch.B = all.B;
@@ -49,7 +49,9 @@ Batch make_batch(const std::vector<Tensor>& embeddings, const std::optional<Tens
                     read_temperature_of_alignment(temperature, fixed_temperature),
                     normalize,
                     spectrum,
-                    all.float64_input};
+                    all.float64_input,
+                    (wanted & ~int64_t(kZ)) != 0,
+                    (wanted & kW) != 0};
   return batch;
 }
 
@@ -103,7 +105,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   check_wanted(wanted);
   Held held;
   Forward f{};
-  f.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
+  f.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted, held);
   const Settings& s = f.batch.settings;
   const int64_t B = f.batch.B, d = f.batch.d, k = s.k;
   const Kernels& run = kernels();
@@ -128,6 +130,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   if (wanted & kU) f.u = add({B, d});
   if (wanted & kV) f.v = add({B, k});
   for (int64_t m = 0; m < k && wanted & kZ; ++m) f.z[m] = add({B, d});
+  for (int64_t m = 0; m < k && wanted & kW; ++m) f.w[m] = add({B, d});
   // Room for whole blocks. The shape is linear in B, so torch.compile need not specialise on B.
   Tensor state = make(held.embeddings[0], {B + kMostLanes - 1, state_size(s)}, ScalarType::Double);
   f.batch.state = static_cast<double*>(state.mutable_data_ptr());
@@ -156,7 +159,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   check_wanted(wanted);
   Held held;
   Backward g{};
-  g.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, held);
+  g.batch = make_batch(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted, held);
   const Settings& s = g.batch.settings;
   const int64_t B = g.batch.B, d = g.batch.d, k = s.k;
   const Kernels& run = kernels();
@@ -176,6 +179,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   if (wanted & kU) g.u = rows_of(incoming.next({B, d}), s.float64_input, rows);
   if (wanted & kV) g.v = values_of(incoming.next({B, k}));
   for (int64_t m = 0; m < k && wanted & kZ; ++m) g.z[m] = rows_of(incoming.next({B, d}), s.float64_input, rows);
+  for (int64_t m = 0; m < k && wanted & kW; ++m) g.w[m] = rows_of(incoming.next({B, d}), s.float64_input, rows);
   incoming.finish();
 
   std::vector<Tensor> found;  // gradients

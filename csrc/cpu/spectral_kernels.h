@@ -1,16 +1,18 @@
 // The spectral operators, instance by instance: X (d, k), Z its columns over their norms (or X itself).
 //
-// Forward   reads X, mask; writes alignment, sigma, v_1, u_1 = Z v_1 / sigma_1 (d,), z_m (d,), and the state
+// Forward   reads X, mask; writes alignment, sigma, v_1, u_1 = Z v_1 / sigma_1 (d,), z_m (d,),
+//           w_m = y_m/||y_m||, y_m = sum_{j != m} |v_1j| z_j (d,), and the state
 //
 //   G = X^T X, from one pass over the embeddings
 //   singular values, v_1 and the alignment term from G, for kLanes instances at once (common/kspace.h)
-//   u_1 and z, where wanted, from a second pass, which finds the block of instances in cache
+//   u_1, z and w, where wanted, from a second pass, which finds the block of instances in cache
 //
 // Backward  reads X, mask, the state and incoming gradients; writes dX and dL/d tau
 //
-//   w = X^T h, h = dL/du_1, and x_m . dL/dz_m, where such gradients come in, from one pass
-//   coefficients C and c from these and the state, for kLanes instances at once
-//   dX = h c^T + X C (+ dL/dz), from one pass: each embedding is read and each gradient written once
+//   X^T h, h = dL/du_1, x_m . dL/dz_m, and what passes.h calls other_dots with g_m = dL/dw_m, where such gradients come
+//   in, from one pass
+//   coefficients from these and the state, for kLanes instances at once
+//   dX = h c^T + X C (+ dL/dz, + g), from one pass: each embedding is read and each gradient written once
 #pragma once
 
 #include "passes.h"
@@ -30,12 +32,16 @@ struct Block {
   double v[n][kLanes];         // forward: v_1; backward: the incoming gradient
   double w[n][kLanes];         // forward: coefficients of u_1; backward: X^T h, then coefficients of h
   double direct[n][kLanes];    // backward: x_m . dL/dz_m
+  double inverse[n][kLanes];   // with `others`: 1/||y_m||
+  double weights[n][kLanes];   // with `others`: b_j of y_m = sum_{j != m} b_j x_j
+  double others[n][kLanes];    // backward: x_j . sum_{m != j} g_m/||y_m||, then coefficients of sum_m g_m/||y_m||
+  double along[n][kLanes];     // backward: w_m . g_m, then coefficients of the g_m
   double alignment[kLanes];    // forward: the alignment term; backward: its incoming gradient, then dL/d tau
 };
 
 // Where the parts of a block's state lie (see state_size). In each, the kLanes numbers of one entry are side by side.
 struct State {
-  double *values, *matrix, *v, *inverse_norms, *exponents;
+  double *values, *matrix, *v, *inverse_norms, *others, *exponents;
   PMRL_MEMBER State(const Batch& b, int64_t block) {
     const Settings& s = b.settings;
     const int k = s.k;
@@ -43,7 +49,8 @@ struct State {
     matrix = values + (s.spectrum ? k : 1) * kLanes;
     v = matrix + (s.spectrum ? k * k : triangle_size(k)) * kLanes;
     inverse_norms = v + k * kLanes;
-    exponents = inverse_norms + (s.normalize ? k * kLanes : 0);
+    others = inverse_norms + (s.normalize ? k * kLanes : 0);
+    exponents = others + (s.others ? k * kLanes : 0);
   }
 };
 
@@ -126,6 +133,19 @@ PMRL_INLINE bool is_scaled(const Batch& b, const Block& block, int lane) {
   return any_scaled;
 }
 
+// Zeros for what only a decomposition finds.
+PMRL_INLINE void leave_undecomposed(const Settings& s, const State& state) {
+  const int64_t numbers = state.inverse_norms - state.values;
+  for (int64_t i = 0; i < numbers; ++i) state.values[i] = 0.0;
+}
+
+// b_m of y_j = sum_{m != j} b_m x_m.
+template <int K>
+PMRL_INLINE Pack weight_of_others(const Vector<K, Pack>& v, const Columns<K, Pack>& columns, int m, const Settings& s) {
+  const Pack a = abs(v.at[m]);
+  return s.normalize ? a * columns.inverse_norms.at[m] : a;
+}
+
 // From the block's Gram matrices to its state and outputs. `aligned`: the alignment term is wanted.
 template <int K>
 PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& block) {
@@ -147,8 +167,11 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
     normalise_gram(G, columns, k);
     for (int m = 0; m < k; ++m) columns.inverse_norms.at[m].store(state.inverse_norms + m * kLanes);
   }
+  if (!s.decompose) return leave_undecomposed(s, state);
   Pack trace(0.0);
   for (int m = 0; m < k; ++m) trace = trace + G.at[m][m];
+  Matrix<K, Pack> kept;  // eigenpairs overwrites G
+  if (s.others) kept = G;
 
   Eigenpairs<K, Pack> E;
   Vector<K, Pack> v;
@@ -180,6 +203,13 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
     if (s.normalize) coefficient = coefficient * columns.inverse_norms.at[m];
     coefficient.store(block.w[m]);  // u_1 = sum_m coefficient_m x_m
   }
+  if (!s.others) return;
+  inverse_norms_of_others(kept, v, k, columns.others);
+  for (int m = 0; m < k; ++m) {
+    columns.others.at[m].store(state.others + m * kLanes);
+    columns.others.at[m].store(block.inverse[m]);
+    weight_of_others(v, columns, m, s).store(block.weights[m]);
+  }
 }
 
 // Into outputs of float32 or float64.
@@ -194,13 +224,24 @@ PMRL_INLINE char* output_row(void* out, int64_t i, int64_t d, bool is_float64) {
   return static_cast<char*>(out) + i * d * (is_float64 ? 8 : 4);
 }
 
-// u_1 and z of one instance, from rows that are scaled as the block says, or from unscaled ones.
+// u_1 and the w of one instance, from rows that are scaled as the block says.
 template <class RowType>
-PMRL_INLINE void write_vectors(const Forward& f, const RowType* rows, int64_t i, int lane, const Block& block,
-                               const State& state) {
+PMRL_INLINE void write_directions(const Forward& f, const RowType* rows, int64_t i, int lane, const Block& block) {
   const Settings& s = f.batch.settings;
   const int64_t d = f.batch.d;
   if (f.u) combine(rows, &block.w[0][lane], s.k, d, output_row(f.u, i, d, s.float64_input), s.float64_input);
+  if (!f.w[0]) return;
+  char* out[kMaxModalities];
+  for (int m = 0; m < s.k; ++m) out[m] = output_row(f.w[m], i, d, s.float64_input);
+  leave_out(rows, &block.weights[0][lane], &block.inverse[0][lane], s.k, d, out, s.float64_input);
+}
+
+// The z of one instance, from rows that are scaled as the block says if they are normalised, else from unscaled ones.
+template <class RowType>
+PMRL_INLINE void write_units(const Forward& f, const RowType* rows, int64_t i, int lane, const Block& block,
+                             const State& state) {
+  const Settings& s = f.batch.settings;
+  const int64_t d = f.batch.d;
   for (int m = 0; m < s.k; ++m) {
     if (!f.z[m]) continue;
     const double one = block.present[m][lane];
@@ -250,20 +291,18 @@ PMRL_INLINE void write_rows(const Forward& f, int64_t i, int lane, const Block& 
   if (!make_rows(b, i, nullptr, rows)) {
     if (f.u) memset(output_row(f.u, i, b.d, s.float64_input), 0, bytes);
     for (int m = 0; m < k && f.z[0]; ++m) memset(output_row(f.z[m], i, b.d, s.float64_input), 0, bytes);
-  } else if (is_scaled(b, block, lane) && (s.normalize || f.u)) {
+    for (int m = 0; m < k && f.w[0]; ++m) memset(output_row(f.w[m], i, b.d, s.float64_input), 0, bytes);
+  } else if (is_scaled(b, block, lane)) {
     AnyRow scaled_rows[kMaxModalities];
     make_rows(b, i, &block.exponent[0][lane], scaled_rows);
-    if (s.normalize) {
-      write_vectors(f, scaled_rows, i, lane, block, state);
-    } else {  // u_1 from scaled rows, z as the embeddings are
-      char* out = output_row(f.u, i, b.d, s.float64_input);
-      combine(scaled_rows, &block.w[0][lane], k, b.d, out, s.float64_input);
-      Forward rest = f;
-      rest.u = nullptr;
-      write_vectors(rest, rows, i, lane, block, state);
-    }
+    write_directions(f, scaled_rows, i, lane, block);
+    if (s.normalize)
+      write_units(f, scaled_rows, i, lane, block, state);
+    else
+      write_units(f, rows, i, lane, block, state);
   } else {
-    write_vectors(f, rows, i, lane, block, state);
+    write_directions(f, rows, i, lane, block);
+    write_units(f, rows, i, lane, block, state);
   }
 }
 
@@ -289,7 +328,7 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
       for (int j = 0; j < f.values && f.sigma; ++j)
         put(f.sigma, i * f.values + j, block.sigma[j][lane], s.float64_input);
       for (int m = 0; m < k && f.v; ++m) put(f.v, i * k + m, block.v[m][lane], s.float64_input);
-      if (f.u || f.z[0]) write_rows<RowType>(f, i, lane, block, state);
+      if (f.u || f.z[0] || f.w[0]) write_rows<RowType>(f, i, lane, block, state);
     }
     if (f.totals) f.totals[index] = total;
   }
@@ -301,6 +340,12 @@ void forward_blocks(const Forward& f, int64_t begin, int64_t end) {
 PMRL_INLINE double get(const Values& values, int64_t i, int64_t j, bool is_float64) {
   const int64_t at = i * values.stride0 + j * values.stride1;
   return is_float64 ? static_cast<const double*>(values.data)[at] : static_cast<const float*>(values.data)[at];
+}
+
+PMRL_INLINE Through through_of(const Backward& g) {
+  bool others = false;
+  for (int m = 0; m < g.batch.settings.k; ++m) others = others || g.w[m].data;
+  return {g.alignment.data || g.sigma.data, g.u.data || g.v.data, others};
 }
 
 // From the block's incoming gradients and its state to the coefficients of its gradients.
@@ -316,9 +361,11 @@ PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block
   Vector<K, Pack> v;
   Columns<K, Pack> columns;
   Incoming<K, Pack> in;
+  const Through through = through_of(g);
   for (int m = 0; m < k; ++m) {
     columns.present.at[m] = Pack::load(block.present[m]);
     if (s.normalize) columns.inverse_norms.at[m] = Pack::load(state.inverse_norms + m * kLanes);
+    if (s.others) columns.others.at[m] = Pack::load(state.others + m * kLanes);
     if (s.float64_input) columns.exponents.at[m] = Pack::load(state.exponents + m * kLanes);
     v.at[m] = Pack::load(state.v + m * kLanes);
     if (s.spectrum) {
@@ -332,23 +379,45 @@ PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block
     in.w.at[m] = Pack::load(block.w[m]);
     in.q.at[m] = Pack::load(block.v[m]);
     in.direct.at[m] = Pack::load(block.direct[m]);
+    if (through.others) {
+      in.others.at[m] = Pack::load(block.others[m]);
+      in.along.at[m] = Pack::load(block.along[m]);
+    }
   }
   in.alignment = Pack::load(block.alignment);
   Coefficients<K, Pack> out;
-  coefficients(in, g.alignment.data || g.sigma.data, g.u.data || g.v.data, E, G, v, columns, s, out);
+  coefficients(in, through, E, G, v, columns, s, out);
   for (int m = 0; m < k; ++m) {
     for (int i = 0; i <= m; ++i) out.C.at[i][m].store(block.gram[triangle(i, m)]);
     out.c.at[m].store(block.w[m]);
+    if (through.others) {
+      out.shared.at[m].store(block.others[m]);
+      out.own.at[m].store(block.along[m]);
+    }
     if (s.float64_input) out.exponent.at[m].store(block.sigma[m]);
   }
   out.slope.store(block.alignment);
 }
 
-// w = X^T h, and x_m . dL/dz_m where these gradients pass through a norm, of one instance.
+// Row i of an incoming gradient.
+PMRL_INLINE FloatRow row_of(const Rows& grad, int64_t i, bool is_float64) {
+  return {grad.data ? grad.data + i * grad.stride : nullptr, is_float64};
+}
+
+// X^T h, x_m . dL/dz_m where these gradients pass through a norm, and what the gradients of the w are along x and w, of
+// one instance.
 template <class RowType>
 PMRL_INLINE void incoming_dots(const Backward& g, const Passes<RowType>& passes, const RowType* rows, int64_t i,
-                               int lane, Block& block) {
+                               int lane, bool others, Block& block) {
   const Settings& s = g.batch.settings;
+  if (others) {
+    FloatRow of_w[kMaxModalities];
+    for (int m = 0; m < s.k; ++m) of_w[m] = row_of(g.w[m], i, s.float64_input);
+    passes.other_dots(rows, of_w, &block.weights[0][lane], &block.inverse[0][lane], s.k, g.batch.d,
+                      &block.others[0][lane], &block.along[0][lane]);
+    for (int m = 0; m < s.k; ++m)
+      if (block.present[m][lane] == 0.0) block.others[m][lane] = 0.0;
+  }
   if (g.u.data) passes.dots(rows, {g.u.data + i * g.u.stride, s.float64_input}, s.k, g.batch.d, &block.w[0][lane]);
   for (int m = 0; m < s.k; ++m) {
     if (block.present[m][lane] == 0.0) block.w[m][lane] = 0.0;
@@ -373,11 +442,14 @@ PMRL_INLINE void write_gradients(const Backward& g, const Passes<RowType>& passe
   }
   if (plain && passes.apply) return passes.apply(rows, &block.gram[0][lane], b.d, targets);
   Extras e;
-  e.h = {g.u.data ? g.u.data + i * g.u.stride : nullptr, s.float64_input};
+  e.h = row_of(g.u, i, s.float64_input);
   e.c = &block.w[0][lane];
+  e.others = through_of(g).others;
+  e.r = &block.inverse[0][lane], e.shared = &block.others[0][lane], e.own = &block.along[0][lane];
   e.direct_after = !s.normalize;
   for (int m = 0; m < s.k; ++m) {
-    e.direct[m] = {g.z[m].data ? g.z[m].data + i * g.z[m].stride : nullptr, s.float64_input};
+    e.g[m] = row_of(g.w[m], i, s.float64_input);
+    e.direct[m] = row_of(g.z[m], i, s.float64_input);
     e.direct_factor[m] = s.normalize ? state.inverse_norms[m * kLanes + lane] : 1.0;
     e.factor[m] = {1.0, 1.0};
     if (s.float64_input) e.factor[m] = power_of_two(block.sigma[m][lane]);
@@ -385,13 +457,14 @@ PMRL_INLINE void write_gradients(const Backward& g, const Passes<RowType>& passe
   apply_any(rows, &block.gram[0][lane], s.k, b.d, targets, e);
 }
 
-// What comes in for the block that begins with instance `start`. `direct`: some of it through z.
+// What comes in for the block that begins with instance `start`. `direct`: some of it through z or w.
 template <class RowType>
 PMRL_INLINE void read_incoming(const Backward& g, const Passes<RowType>& passes, const State& state, int64_t start,
                                bool direct, Block& block) {
   const Batch& b = g.batch;
   const Settings& s = b.settings;
   const int k = s.k;
+  const bool others = through_of(g).others;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t i = start + lane;
     const bool exists = i < b.B;
@@ -400,7 +473,12 @@ PMRL_INLINE void read_incoming(const Backward& g, const Passes<RowType>& passes,
     for (int m = 0; m < k; ++m) {
       block.sigma[m][lane] = exists && g.sigma.data && m < g.values ? get(g.sigma, i, m, s.float64_input) : 0.0;
       block.v[m][lane] = exists && g.v.data && block.present[m][lane] != 0.0 ? get(g.v, i, m, s.float64_input) : 0.0;
-      block.w[m][lane] = block.direct[m][lane] = 0.0;
+      block.w[m][lane] = block.direct[m][lane] = block.others[m][lane] = block.along[m][lane] = 0.0;
+      if (others) {
+        block.inverse[m][lane] = state.others[m * kLanes + lane];
+        const double a = abs(state.v[m * kLanes + lane]);
+        block.weights[m][lane] = s.normalize ? a * state.inverse_norms[m * kLanes + lane] : a;
+      }
       if (s.float64_input) block.exponent[m][lane] = state.exponents[m * kLanes + lane];
     }
     RowType rows[kMaxModalities];
@@ -408,9 +486,9 @@ PMRL_INLINE void read_incoming(const Backward& g, const Passes<RowType>& passes,
     if (is_scaled(b, block, lane)) {
       AnyRow scaled_rows[kMaxModalities];
       make_rows(b, i, &block.exponent[0][lane], scaled_rows);
-      incoming_dots(g, passes_for<AnyRow>(k), scaled_rows, i, lane, block);
+      incoming_dots(g, passes_for<AnyRow>(k), scaled_rows, i, lane, others, block);
     } else {
-      incoming_dots(g, passes, rows, i, lane, block);
+      incoming_dots(g, passes, rows, i, lane, others, block);
     }
   }
 }
@@ -440,7 +518,7 @@ void backward_blocks(const Backward& g, int64_t begin, int64_t end) {
   const Settings& s = b.settings;
   const int k = s.k;
   bool direct = false;
-  for (int m = 0; m < k; ++m) direct = direct || g.z[m].data;
+  for (int m = 0; m < k; ++m) direct = direct || g.z[m].data || g.w[m].data;
   const Passes<RowType> passes = passes_for<RowType>(k);
   const Solvers solver = for_k<Solvers>(k);
   Block block;

@@ -37,6 +37,11 @@ def zero_sum(k: int) -> float:
     return 16 * k * EPS64
 
 
+CANCELLED = 2.0**-12
+"""‖y_m‖ at or below this times Σ_j |v_j| ‖z_j‖ counts as zero, y_m = Σ_{j≠m} |v_j| z_j being what the modalities but
+m have in common: there are none, they cancel, or they are nothing beside m. ‖y_m‖² comes from the Gram matrix, with an
+error of some 4·k·eps64 relative to the square of that sum, so norms beyond it are right within 1e-8·k."""
+
 PEAK_TIE = 4 * EPS32
 """Entries of the top eigenspace's projector within this relative distance (or within what counts as a zero sum, if
 that is more, and up to ½) count as equally large; the lowest modality index among them wins. Far above the noise

@@ -1,7 +1,7 @@
 """The whole objective as one call: a spectral op and a contrast on the vectors that it finds.
 
 One pass over the embeddings each way: the backward pass takes the gradients of both terms together, and the contrast's
-with respect to u and z go into the same coefficients in k-space as the alignment's.
+with respect to u, z and w go into the same coefficients in k-space as the alignment's.
 """
 
 from __future__ import annotations
@@ -15,58 +15,88 @@ from torch import Tensor
 from .contrast.spec import Contrast, gathered
 from .function import Tensors
 from .reference import read_mask
+from .spectral import spec
 from .spectral.spec import Spectral, number_of_modalities
 
 
 class Objective(NamedTuple):
     """A call on (mask, temperature, instance temperature, *embeddings), see ``function.py``; its outputs are the total
-    alignment + weight · instance, alignment, and instance, 0-d each.
+    alignment weight · alignment + instance weight · instance, alignment, and instance, 0-d each.
 
-    ``spectral`` wants a sum or mean of alignment terms, u and, with the modality contrast, z.
+    ``spectral`` wants the vectors that the contrast is of and, before them, a sum or mean of alignment terms; or no
+    such term, whose weight is 0 then.
     """
 
     spectral: Spectral
     contrast: Contrast
-    weight: float
+    alignment_weight: float
+    instance_weight: float
 
     def forward(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         mask, temperature, instance_temperature, *embeddings = tensors
         outputs, spectral_state = self.spectral.compute(embeddings, mask, temperature)
-        alignment, u, *z = outputs
-        everyone = number = u.new_empty((0,))
+        aligns = self.spectral.wanted & spec.ANY_ALIGNMENT != 0
+        vectors = outputs[1:] if aligns else outputs
+        everyone = number = vectors[0].new_empty((0,))
         if self.contrast.group is not None:
             k = number_of_modalities(embeddings)
-            present = u.new_ones((len(u), k)) if mask is None else read_mask(mask).to(u.dtype)
-            alignable = (present.sum(1, keepdim=True) >= 2).to(u.dtype)
-            everyone = gathered(self.contrast.group, u, *((*z, present) if z else ()), alignable)
+            B, dtype = vectors[0].shape[0], vectors[0].dtype
+            present = vectors[0].new_ones((B, k)) if mask is None else read_mask(mask).to(dtype)
+            alignable = (present.sum(1, keepdim=True) >= 2).to(dtype)
+            masks = (present,) if self.contrast.kind.masked else ()
+            everyone = gathered(self.contrast.group, *vectors, *masks, alignable)
             number = everyone[:, -1].sum(dtype=torch.float64).clamp_min(1)
-            alignment = (alignment.double() * self.contrast.processes() / number).to(alignment.dtype)
-        instance, losses, state = self.contrast.compute(mask, u, z, everyone, instance_temperature)
-        total = torch.add(alignment, instance, alpha=self.weight)
-        return (total, alignment, instance), [losses, state, number, everyone, u, *z, *spectral_state]
+        instance, losses, state = self.contrast.compute(mask, vectors, everyone, instance_temperature)
+        if aligns:
+            alignment = self._share(outputs[0], number)
+            total = torch.add(_times(alignment, self.alignment_weight), instance, alpha=self.instance_weight)
+        else:
+            alignment, total = torch.zeros_like(instance), instance * self.instance_weight
+        kept = vectors[: self._kept(embeddings)]
+        return (total, alignment, instance), [losses, state, number, everyone, *kept, *spectral_state]
+
+    def _kept(self, embeddings: Sequence[Tensor]) -> int:
+        """How many of the vectors wait for the backward pass. It makes the w anew, to the same bits: they take a pass
+        over the embeddings, and as much memory as these."""
+        k = number_of_modalities(embeddings)
+        return self.contrast.kind.vectors(k) - k * self.contrast.kind.w
+
+    def _share(self, alignment: Tensor, number: Tensor) -> Tensor:
+        """What a sum of this process's terms, or a gradient of it, is of everyone's mean."""
+        if self.contrast.group is None:
+            return alignment
+        return (alignment.double() * self.contrast.processes() / number).to(alignment.dtype)
 
     def backward(self, tensors: Tensors, saved: Sequence[Tensor], grads: Tensors, needed: Sequence[bool]) -> Tensors:
         mask, temperature, instance_temperature, *embeddings = tensors
         total, alignment, instance = grads
         if total is None and alignment is None and instance is None:
             return (None,) * len(tensors)
-        losses, state, number, everyone, u, *rest = saved
-        count = number_of_modalities(embeddings) if self.contrast.kind == "modality" else 0
-        z, spectral_state = rest[:count], rest[count:]
+        losses, state, number, everyone, *rest = saved
+        kept = self._kept(embeddings)
+        vectors, spectral_state = rest[:kept], rest[kept:]
         if total is not None:
-            alignment = total if alignment is None else alignment + total
-            weighted = total * self.weight
+            weighted = _times(total, self.alignment_weight)
+            alignment = weighted if alignment is None else alignment + weighted
+            weighted = total * self.instance_weight
             instance = weighted if instance is None else instance + weighted
 
-        h: Tensor | None = None
-        H: Sequence[Tensor | None] = [None] * count
+        pulls: Sequence[Tensor | None] = [None] * self.contrast.kind.vectors(number_of_modalities(embeddings))
         slope = slope2 = None
         if instance is not None:
-            h, H, slope2 = self.contrast.gradients(mask, u, z, everyone, instance_temperature, losses, state, instance)
-        if alignment is not None and self.contrast.group is not None:
-            alignment = (alignment.double() * self.contrast.processes() / number).to(alignment.dtype)
+            if self.contrast.kind.w:
+                w, _ = self.spectral._replace(wanted=spec.W).compute(embeddings, mask, temperature)
+                vectors = [*vectors, *w]
+                del w
+            pulls, slope2 = self.contrast.gradients(
+                mask, vectors, everyone, instance_temperature, losses, state, instance
+            )
+            del vectors
+        incoming: list[Tensor | None] = []
+        if self.spectral.wanted & spec.ANY_ALIGNMENT:
+            incoming = [None if alignment is None else self._share(alignment, number)]
         slope, found = self.spectral.gradients(
-            embeddings, mask, temperature, spectral_state, [alignment, h, *H], needed[3:]
+            embeddings, mask, temperature, spectral_state, [*incoming, *pulls], needed[3:]
         )
         slope = slope.to(temperature.dtype) if slope is not None and needed[1] else None
         slope2 = slope2.to(instance_temperature.dtype) if slope2 is not None and needed[2] else None
@@ -74,3 +104,7 @@ class Objective(NamedTuple):
 
     def outputs(self, tensors: Tensors) -> int:
         return 3
+
+
+def _times(x: Tensor, weight: float) -> Tensor:
+    return x if weight == 1.0 else x * weight

@@ -25,7 +25,7 @@ BAD_TEMPERATURES = [
 BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
     *((DominantSVLoss, "temperature", *bad) for bad in BAD_TEMPERATURES),
     *((PMRLLoss, "temperature", *bad) for bad in BAD_TEMPERATURES),
-    *((PMRLLoss, "instance_temperature", *bad) for bad in BAD_TEMPERATURES),
+    *((PMRLLoss, "instance_temperature", *bad) for bad in BAD_TEMPERATURES if bad[0] is not None),
     (PMRLLoss, "instance_temperature", 1e-300, ValueError, "got 1e-300, wanted a finite number above 0 that float32"),
     (PMRLLoss, "instance_temperature", 1e300, ValueError, "got 1e+300"),
     *(
@@ -46,12 +46,14 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
     ),
     (DominantSVLoss, "reduction", "average", ValueError, "got 'average'"),
     (DominantSVLoss, "reduction", None, ValueError, "got None"),
-    (PMRLLoss, "contrast", "pairs", ValueError, "got 'pairs'"),
+    (PMRLLoss, "contrast", "triples", ValueError, "got 'triples'"),
     (PMRLLoss, "return_components", "yes", TypeError, "got str"),
     (PMRLLoss, "instance_weight", -1.0, ValueError, "got -1.0"),
     (PMRLLoss, "instance_weight", math.nan, ValueError, "got nan"),
     (PMRLLoss, "instance_weight", True, TypeError, "got bool"),
     (PMRLLoss, "instance_weight", "1", TypeError, "got str"),
+    (PMRLLoss, "alignment_weight", -1.0, ValueError, "got -1.0"),
+    (PMRLLoss, "alignment_weight", True, TypeError, "got bool"),
     (PMRLLoss, "group", "everyone", TypeError, "got 'everyone'"),
 ]
 

@@ -64,6 +64,8 @@ PMRL_OPTIONS = [
     {"temperature": 0.3, "instance_temperature": 0.7, "instance_weight": 0.25},
     {"normalize": False, "objective": "leading"},
     {"contrast": "modality", "temperature": 1.0},
+    {"contrast": "leave_one_out", "temperature": 1.0, "alignment_weight": 0.5},
+    {"contrast": "pairs", "alignment_weight": 0},
     {"instance_weight": 0, "backend": "reference"},
 ]
 
@@ -101,7 +103,7 @@ def test_the_mask_matters():
         assert loss(xs) != loss(xs, mask=mask)
 
 
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", ["leading", "leave_one_out"])
 def test_return_components(contrast):
     xs = modalities()
     options = {"contrast": contrast, "instance_weight": 0.5}

@@ -13,7 +13,7 @@ import torch
 
 from pmrl_kernels import dominant_sv_loss, ops
 from pmrl_kernels.ops import reference
-from pmrl_kernels.ops.contrast import INSTANCE
+from pmrl_kernels.ops.contrast import PAIRED
 from pmrl_kernels.ops.operators import Op, Pair
 from pmrl_kernels.ops.spectral import SPECTRAL
 from tests.tools.backends import CPU, choose, fake, raising, run_python, use_backends
@@ -156,36 +156,36 @@ def test_what_a_backend_lacks_the_next_one_computes():
     backends = [fake("a", offered=["spectral"]), fake("b")]
     for requested in (None, "a"):
         assert choose(backends, requested) == ("a", None)
-        assert choose(backends, requested, "instance") == ("b", "a: no kernels for instance, there are none")
-    assert choose(backends, "b", "instance") == ("b", None)
+        assert choose(backends, requested, "paired") == ("b", "a: no kernels for paired, there are none")
+    assert choose(backends, "b", "paired") == ("b", None)
 
 
 def test_what_a_requested_backend_lacks_no_faster_one_computes():
     """Whoever asks for a slower backend has a reason not to want the others."""
     backends = [fake("a"), fake("b", offered=["spectral"]), fake("c")]
-    assert choose(backends, "b", "modality") == ("c", "b: no kernels for modality, there are none")
-    assert choose(backends, None, "modality") == ("a", None)
+    assert choose(backends, "b", "paired") == ("c", "b: no kernels for paired, there are none")
+    assert choose(backends, None, "paired") == ("a", None)
 
 
 def test_a_requested_backend_that_rejects_raises_for_ops_that_it_lacks_too():
     with pytest.raises(RuntimeError, match=r"'a' cannot run .*: not on cpus$"):
-        choose([fake("a", "not on cpus", offered=["spectral"]), fake("b")], "a", "instance")
+        choose([fake("a", "not on cpus", offered=["spectral"]), fake("b")], "a", "paired")
 
 
 def test_a_requested_backend_raises_where_none_has_the_op():
-    with pytest.raises(RuntimeError, match=r"no backend can run .* a: no kernels for instance, there are none$"):
-        choose([fake("a", offered=["spectral"])], "a", "instance")
+    with pytest.raises(RuntimeError, match=r"no backend can run .* a: no kernels for paired, there are none$"):
+        choose([fake("a", offered=["spectral"])], "a", "paired")
 
 
 def test_one_pair_may_reject_what_another_takes():
     """Kernels for one op may run where those for another do not."""
     choosy = fake("a")
-    pair = choosy.pairs["instance"]._replace(rejects=lambda device, dtype, k, d: "B must be even")
-    choosy = choosy._replace(pairs={**choosy.pairs, "instance": pair})
+    pair = choosy.pairs["paired"]._replace(rejects=lambda device, dtype, k, d: "B must be even")
+    choosy = choosy._replace(pairs={**choosy.pairs, "paired": pair})
     assert choose([choosy, fake("b")]) == ("a", None)
-    assert choose([choosy, fake("b")], None, "instance") == ("b", "a: B must be even")
+    assert choose([choosy, fake("b")], None, "paired") == ("b", "a: B must be even")
     with pytest.raises(RuntimeError, match=r"'a' cannot run .*: B must be even$"):
-        choose([choosy, fake("b")], "a", "instance")
+        choose([choosy, fake("b")], "a", "paired")
 
 
 @pytest.mark.parametrize("requested", [None, "triton"])
@@ -195,9 +195,9 @@ def test_each_op_that_falls_back_is_logged_once(monkeypatch, caplog, requested):
     with caplog.at_level(logging.INFO, logger="pmrl_kernels"):
         for _ in range(3):
             assert resolve(requested) == "triton"
-            assert resolve(requested, INSTANCE) == "reference"
+            assert resolve(requested, PAIRED) == "reference"
     (record,) = caplog.records
-    for part in ("instance", "using the reference backend", "triton", "no kernels for instance"):
+    for part in ("paired", "using the reference backend", "triton", "no kernels for paired"):
         assert part in record.getMessage()
 
 

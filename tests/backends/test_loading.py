@@ -31,10 +31,8 @@ from tests.tools.backends import ALL_OPS, PACKAGE, choose, fake_module, operator
 OPERATORS = (
     "spectral_forward",
     "spectral_backward",
-    "instance_forward",
-    "instance_backward",
-    "modality_forward",
-    "modality_backward",
+    "paired_forward",
+    "paired_backward",
 )
 
 
@@ -91,10 +89,8 @@ def test_a_backend_is_one_module_and_its_name(tiny, backend):
     assert tiny == {
         "spectral_forward": 4,
         "spectral_backward": 4,
-        "instance_forward": 2,
-        "instance_backward": 2,
-        "modality_forward": 1,
-        "modality_backward": 1,
+        "paired_forward": 3,
+        "paired_backward": 3,
     }
 
 
@@ -409,8 +405,8 @@ import pmrl_kernels as first
 before = call(first)["reference"][0]
 path = pathlib.Path("pmrl_kernels", "ops", "contrast", "reference.py")
 text = path.read_text()
-head, mark, tail = text.partition("def _instance_forward_shapes")
-change = "unchanged = modality_forward\\ndef modality_forward(*a):\\n    x, *y = unchanged(*a)\\n"
+head, mark, tail = text.partition("def _forward_shapes")
+change = "unchanged = paired_forward\\ndef paired_forward(*a):\\n    x, *y = unchanged(*a)\\n"
 change += "    return (x + 1, *y)\\n"
 path.write_text(head + change + mark + tail)
 purge()

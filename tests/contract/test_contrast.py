@@ -8,7 +8,7 @@ import torch
 from pmrl_kernels import instance_contrastive_loss, pmrl_loss
 from tests.tools import oracle
 from tests.tools import tolerances as tol
-from tests.tools.functions import CONTRASTS, DTYPES, any_bytes, finite, grads, leaves
+from tests.tools.functions import CONTRASTS, DTYPES, EVERY_CONTRAST, any_bytes, finite, grads, leaves
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
@@ -60,7 +60,7 @@ def test_raw_instance_contrast_counts_zero_rows_and_large_losses(backend, device
     torch.testing.assert_close(ours, wanted, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 @pytest.mark.parametrize("upstream", [2.0**-40, 2.0**127])
 def test_contrast_gradients_of_extreme_upstreams(backend, device, contrast, upstream):
     """Upstream over τ need not fit float32, only the gradient it makes: it multiplies before the rounding."""
@@ -104,7 +104,7 @@ def test_instance_contrast_does_not_swallow_infinities(backend, device, normaliz
         assert grads(loss, [u])[0].isnan().all()
 
 
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_contrast_itself_shows_a_bad_row(backend, device, contrast, bad):
     xs = [torch.randn(4, 6, device=device) for _ in range(3)]

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from pmrl_kernels import dominant_singular_triplet, instance_contrastive_loss, ops, pmrl_loss
 from tests.tools.backends import operators
+from tests.tools.contrasts import Calls
+from tests.tools.functions import EVERY_CONTRAST
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 # One row, packs and tiles nearly full, several tiles; the last is too large for its similarities to be kept.
@@ -109,7 +111,7 @@ def split(B: int) -> list[slice]:
 @pytest.mark.parametrize(("B", "d"), SIZES)
 def test_instances(backend, B, d, zeros, dtype, tau):
     """Whole, and split over processes: the parts' losses add up, and their gradients are the whole one's."""
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     u = case(0, B, d, dtype).u
     if zeros:
         u[::3] = 0
@@ -141,7 +143,7 @@ def test_instances(backend, B, d, zeros, dtype, tau):
 @pytest.mark.parametrize(("B", "d"), SIZES)
 def test_modalities(backend, B, d, masked, dtype, tau):
     """The same, with losses both ways. At τ = 0.02 exponentials of similarities leave float32's range."""
-    ops, k = operators(backend), 2
+    ops, k = Calls(operators(backend)), 2
     z, u, mask = case(k, B, d, dtype, masked=masked)
     expected = dense_modality(z, u, mask, tau)
     t, upstream = torch.tensor(tau, dtype=FLOAT64), torch.tensor(-3.0)
@@ -176,7 +178,7 @@ def test_modalities(backend, B, d, masked, dtype, tau):
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 def test_embeddings_of_other_norms(backend, dtype, scale):
     """As with ``normalize=False``: exponentials of raw similarities are out of range, their differences are not."""
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     z, u, _ = case(2, 150, 9, dtype)
     z = [x * scale for x in z]
     expected = dense_modality(z, u, None, 0.1)
@@ -198,7 +200,7 @@ def test_large_similarities_are_as_exact_as_the_reference(dtype, scale):
     exact = dense_modality(z, u, None, 0.1).grads
     errors = {}
     for name in ("native", "reference"):
-        ops = operators(name)
+        ops = Calls(operators(name))
         _, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
         H, h, _ = ops.modality_backward(z, u, None, [], None, 0, False, None, 0.1, losses, state, torch.ones(()))
         errors[name] = max(float((a.double() - b).norm() / b.norm()) for a, b in zip((*H, h), exact, strict=False))
@@ -210,7 +212,7 @@ def test_large_similarities_are_as_exact_as_the_reference(dtype, scale):
 @pytest.mark.parametrize("tau", [1e-5, 1e-7, 3e-8, 1e-9, 1e-20, 1e-38, 1e-39])
 def test_tiny_temperatures(backend, tau):
     """Equal rows, whose similarity rounds to a little above 1 or below, and others."""
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     generator = torch.Generator().manual_seed(0)
     u = normalize(torch.randn(40, 7, generator=generator), dim=1)
     u[1::2] = u[::2]
@@ -232,7 +234,7 @@ def test_tiny_temperatures(backend, tau):
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
 def test_slopes_at_large_temperatures(backend, dtype, tau):
     """Where all probabilities are alike, ∂/∂τ is −Σ(s − s⁺)/(Nτ)²: of differences, not of their exponentials."""
-    ops, B, one = operators(backend), 60, torch.ones(())
+    ops, B, one = Calls(operators(backend)), 60, torch.ones(())
     (z,), u, _ = case(1, B, 9, dtype)
     t = torch.tensor(tau, dtype=FLOAT64)
     wide, others = [x.double() for x in (z, u)], 1 - torch.eye(B, dtype=FLOAT64)
@@ -257,7 +259,7 @@ def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
     Rows of several processes see the same weights as those of one, up to the rounding of similarities: libraries do not
     round a product's rows the same way whatever rows it has. Where that is more than τ there are no weights to compare.
     """
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     near = {"rtol": 1e-2, "atol": 1e-4 / (tau * B)}
     x, _, _ = case(1, B, d, FLOAT64)
     x = [(x[0] * torch.linspace(0.5, 1.0, B, dtype=FLOAT64)[:, None] * scale).to(dtype)]
@@ -286,7 +288,7 @@ def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
 
 
 def test_the_same_bits_twice_and_after_another_batch(backend):
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     z, u, _ = case(2, 300, 16, FLOAT32)
 
     def run() -> list[Tensor]:
@@ -303,7 +305,7 @@ def test_the_same_bits_twice_and_after_another_batch(backend):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_vector_shows_everywhere(backend, bad):
-    ops = operators(backend)
+    ops = Calls(operators(backend))
     z, u, _ = case(2, 40, 6, FLOAT32)
     z[1][7, 2] = bad
     loss, losses, state = ops.modality_forward(z, u, None, [], None, 0, False, None, 0.1)
@@ -319,7 +321,7 @@ def test_a_bad_vector_shows_everywhere(backend, bad):
 @pytest.mark.parametrize("sizes", [(0, 1), (0, 1, 0), (0, 3), (2, 3)], ids=str)
 def test_a_bad_vector_of_one_process_shows_on_all(backend, sizes, bad):
     """On one that has no rows, and where it is the only row of the world. One process's ∂/∂τ is of its own rows."""
-    ops, one, tau = operators(backend), torch.ones(()), torch.tensor(0.3)
+    ops, one, tau = Calls(operators(backend)), torch.ones(()), torch.tensor(0.3)
     z, u, _ = case(2, sum(sizes), 6, FLOAT32)
     z[1][-1, 2], u[-1, 3] = bad, torch.nan
     ends = list(itertools.accumulate(sizes))
@@ -376,7 +378,7 @@ def matmul_precision():
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium"])
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 def test_reduced_precision_of_float32_products(backend, matmul_precision, contrast, allowed):
     """PyTorch may then round factors to bfloat16, where a processor multiplies such: in float32 contrasts alone."""
     generator = torch.Generator().manual_seed(0)
@@ -409,6 +411,13 @@ BAD_ARGUMENTS = {
     "before": lambda u, z: (u, u, -1, None, 0.5),
     "a vector": lambda u, z: (u[0], None, 0, None, 0.5),
 }
+BAD_PAIRS = {
+    "half a pair": ([0, 1, 1], [True] * 3),
+    "no such vector": ([0, 3], [True] * 3),
+    "a negative index": ([-1, 0], [True] * 3),
+    "some with themselves": ([0, 0, 0, 1], [True] * 3),
+    "too few directions": ([0, 1], [True] * 2),
+}
 
 
 @native_only
@@ -417,13 +426,22 @@ def test_the_library_refuses_nonsense(what):
     """Arguments are checked in Python; the operators check again whatever a read or a write depends on."""
     z, u, _ = case(2, 8, 4, FLOAT32)
     with pytest.raises(RuntimeError, match="pmrl_kernels"):
-        operators("native").instance_forward(*BAD_ARGUMENTS[what](u, z))
+        Calls(operators("native")).instance_forward(*BAD_ARGUMENTS[what](u, z))
+
+
+@native_only
+@pytest.mark.parametrize("what", BAD_PAIRS)
+def test_the_library_refuses_pairs_that_are_none(what):
+    pairs, directions = BAD_PAIRS[what]
+    z, u, _ = case(2, 8, 4, FLOAT32)
+    with pytest.raises(RuntimeError, match="pmrl_kernels: pairs"):
+        operators("native").paired_forward([u, *z], pairs, directions, None, [], None, 0, None, 0.5)
 
 
 @native_only
 def test_the_library_refuses_losses_and_states_of_other_batches():
     z, u, _ = case(2, 8, 4, FLOAT32)
-    ops, one = operators("native"), torch.ones(())
+    ops, one = Calls(operators("native")), torch.ones(())
     _, losses, state = ops.instance_forward(u, None, 0, None, 0.5)
     for bad in (
         (losses[:-1], state, one),
@@ -438,7 +456,8 @@ def test_the_library_refuses_losses_and_states_of_other_batches():
         with pytest.raises(RuntimeError, match="pmrl_kernels"):
             ops.modality_backward(z, u, None, [], None, 0, False, None, 0.5, *bad)
     for arguments in (
-        (z, u, torch.ones(8, 3, dtype=torch.bool), []),
+        (z, u, torch.ones(8, 4, dtype=torch.bool), []),
+        (z, u, torch.ones(7, 2, dtype=torch.bool), []),
         (z, u, None, [u, z[0]]),
         ([z[0][:3], z[1]], u, None, []),
     ):

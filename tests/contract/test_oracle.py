@@ -18,6 +18,7 @@ from pmrl_kernels.ops.contrast import reference as contrast_reference
 from pmrl_kernels.ops.spectral import reference
 from tests.tools import oracle
 from tests.tools import tolerances as tol
+from tests.tools.functions import EVERY_CONTRAST
 
 SHAPES = ((5, 2, 7), (4, 3, 16), (3, 4, 33), (3, 6, 40), (2, 3, 2), (2, 8, 5), (2, 12, 31), (2, 32, 48))  # B, k, d
 
@@ -127,7 +128,7 @@ class TestAgainstSVD:
         total.backward()
         same_gradients(xs, ys, 1e-8)  # d < k and k = 32 leave gaps of 1e-2: both sides lose digits
 
-    @pytest.mark.parametrize("contrast", ["leading", "modality"])
+    @pytest.mark.parametrize("contrast", EVERY_CONTRAST)
     @pytest.mark.parametrize("objective", ["softmax", "leading"])
     def test_pmrl(self, backend, device, shape, normalize, masked, contrast, objective):
         xs = embeddings(*shape, device)
@@ -178,7 +179,7 @@ def test_contrasts_are_the_same_in_tiles(device, monkeypatch):
     """The reference goes tile by tile; a tile size that divides nothing must change no value."""
     xs = embeddings(11, 3, 6, device)
     mask = some_mask(11, 3, device)
-    for contrast in ("leading", "modality"):
+    for contrast in EVERY_CONTRAST:
         values, grads = [], []
         for tile in (1 << 22, 11, 40):
             monkeypatch.setattr(contrast_reference, "_TILE", tile)

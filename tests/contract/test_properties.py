@@ -23,6 +23,7 @@ from pmrl_kernels import (
 )
 from tests.conftest import CPU_BACKENDS
 from tests.tools import tolerances as tol
+from tests.tools.functions import EVERY_CONTRAST
 
 # PMRL_TESTS_EXAMPLES=5000 searches for longer, elsewhere each time.
 EXAMPLES = int(os.environ.get("PMRL_TESTS_EXAMPLES", 60))
@@ -126,7 +127,7 @@ def test_order_of_modalities_does_not_matter(backend, xs, data):
     """Not for values, and gradients and v are permuted along."""
     order = data.draw(st.permutations(range(len(xs))))
     shuffled = [xs[m] for m in order]
-    for contrast in ("leading", "modality"):
+    for contrast in EVERY_CONTRAST:
         one = pmrl_loss(xs, temperature=0.5, contrast=contrast, backend=backend)
         other = pmrl_loss(shuffled, temperature=0.5, contrast=contrast, backend=backend)
         if not ties_in_orientation(xs):
@@ -187,7 +188,7 @@ def test_a_mask_means_the_modality_is_not_there(backend, batch, rubbish):
 
 @BACKENDS
 @lenient
-@given(batch=masked_batches(), contrast=st.sampled_from(["leading", "modality"]))
+@given(batch=masked_batches(), contrast=st.sampled_from(EVERY_CONTRAST))
 def test_pmrl_is_finite_and_its_parts_add_up(backend, batch, contrast):
     xs, mask = batch
     total, alignment, instance = pmrl_loss(
@@ -273,20 +274,25 @@ def bad_batches(draw: st.DrawFn) -> tuple[list[Tensor], Tensor]:
 
 @BACKENDS
 @lenient
-@given(batch=bad_batches(), contrast=st.sampled_from(["leading", "modality"]))
+@given(batch=bad_batches(), contrast=st.sampled_from(EVERY_CONTRAST))
 def test_a_contrast_is_nan_where_something_that_takes_part_is(backend, batch, contrast):
     """Whether there is something to compare it with or not, and nowhere else; 0 where nothing is compared."""
     xs, mask = batch
     bad = torch.stack([~x.isfinite().all(1) for x in xs], 1) & mask
-    has_direction = (torch.stack([(x != 0).any(1) for x in xs], 1) & mask).any(1)
+    there = torch.stack([(x != 0).any(1) for x in xs], 1) & mask
+    has_direction = there.any(1)
+    if contrast == "pairs":  # a modality takes part where some instance has another one too
+        both = (there[:, :, None] & there[:, None, :]).any(0).fill_diagonal_(False)
+        there = there & both.any(1)
+    bad_there = bad if contrast != "pairs" else bad & there
     instance = pmrl_loss(xs, mask=mask, contrast=contrast, return_components=True, backend=backend).instance
-    assert instance.isnan() == bad.any()
-    if not bad.any() and has_direction.sum() <= 1:
+    assert instance.isnan() == bad_there.any()
+    if not bad_there.any() and has_direction.sum() <= 1:
         assert instance == 0
     for m, g in enumerate(gradients(instance, xs)):
         assert not g[~mask[:, m]].any()
         assert not g[~has_direction].any()
-        assert g[bad.any(1) & mask[:, m] & (xs[m] != 0).any(1)].isnan().all()
+        assert g[bad_there.any(1) & there[:, m]].isnan().all()
     for normalize in (True, False):
         u, rows = xs[0], mask[:, 0]
         loss = instance_contrastive_loss(u, 1.0, normalize, rows, backend=backend)

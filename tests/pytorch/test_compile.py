@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmrl_kernels
 from pmrl_kernels import PMRLLoss, dominant_singular_triplet, dominant_sv_loss, pmrl_loss, singular_values
+from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import (
     MIXED,
     SCALARS,
@@ -182,7 +183,7 @@ def test_compile_of_one_tensor_in_several_places(name, backend, fresh_dynamo):
 
 @each_backend
 @each_place
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 def test_compile_of_mixed_dtypes(contrast, enabled, backend, fresh_dynamo):
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(*xs: Tensor) -> Tensor:

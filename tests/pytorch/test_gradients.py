@@ -19,6 +19,7 @@ from pmrl_kernels import (
     singular_values,
     warm_up,
 )
+from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import SCALARS, assert_same_bits, each_backend, each_scalar, gradients, modalities, some_mask
 
 SIZES = {"k=2": (2, 4), "k=3": (3, 4), "k=5": (5, 6), "d<k": (5, 3), "d=1": (3, 1)}
@@ -111,7 +112,7 @@ def test_gradients_where_only_some_are_required(name, backend):
 @each_backend
 def test_only_the_temperatures_require_gradients(backend):
     xs = [x.detach() for x in modalities()]
-    for contrast in ("leading", "modality"):
+    for contrast in EVERY_CONTRAST:
         taus = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.7, 0.5)]
         assert torch.autograd.gradcheck(
             lambda a, b, c=contrast: pmrl_loss(*xs, temperature=a, instance_temperature=b, contrast=c, backend=backend),

@@ -14,6 +14,7 @@ from pmrl_kernels import pmrl_loss
 from pmrl_kernels.ops.spectral import spec
 from tests.tools import contrasts
 from tests.tools.backends import operators
+from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import SCALARS, SEVERAL, each_backend, each_scalar, gradients, modalities, some_mask
 
 
@@ -53,7 +54,7 @@ def test_fake_tensors_with_everything_learned_and_masked(backend):
         xs = [torch.randn(4, 6, requires_grad=True) for _ in range(3)]
         taus = [torch.rand((), requires_grad=True) for _ in range(2)]
         mask = torch.ones(4, 3, dtype=torch.bool)
-        for contrast in ("leading", "modality"):
+        for contrast in EVERY_CONTRAST:
             loss = pmrl_loss(
                 *xs, temperature=taus[0], instance_temperature=taus[1], mask=mask, contrast=contrast, backend=backend
             )
@@ -70,7 +71,7 @@ def data(k: int, B: int, d: int, dtype: torch.dtype = torch.float64) -> list[Ten
     return [x.detach() for x in modalities(k, B, d, dtype)]
 
 
-ALL = spec.ALIGNMENT | spec.SIGMA | spec.U | spec.V | spec.Z
+ALL = spec.ALIGNMENT | spec.SIGMA | spec.U | spec.V | spec.Z | spec.W
 
 
 def spectral_samples() -> Iterator[tuple[Any, ...]]:

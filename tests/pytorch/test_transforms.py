@@ -15,6 +15,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pmrl_kernels import DominantSVLoss, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
+from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import (
     SCALARS,
     UNSUPPORTED,
@@ -104,7 +105,7 @@ def test_functional_gradients(name, backend):
 def test_functional_gradient_of_a_temperature(backend):
     xs, tau = modalities(), torch.tensor(0.7, dtype=torch.float64)
     for argument in ("temperature", "instance_temperature"):
-        for contrast in ("leading", "modality"):
+        for contrast in EVERY_CONTRAST:
 
             def call(tau: Tensor, argument: str = argument, contrast: str = contrast) -> Tensor:
                 return pmrl_loss(*xs, contrast=contrast, backend=backend, **{argument: tau})

@@ -32,11 +32,11 @@ LOSSES = {name: FUNCTIONS[name] for name in ("dominant_sv_loss", "pmrl_loss")}
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
 
-def modality_loss(*embeddings: Any, **options: Any) -> Tensor:
-    return pmrl_loss(*embeddings, contrast="modality", **options)
+def _with(contrast: str) -> Callable[..., Tensor]:
+    return lambda *embeddings, **options: pmrl_loss(*embeddings, contrast=contrast, **options)
 
 
-ALL = {**FUNCTIONS, "pmrl_loss-modality": modality_loss}
+ALL = {**FUNCTIONS, **{f"pmrl_loss-{name}": _with(name) for name in ("modality", "leave_one_out", "pairs")}}
 each_function = pytest.mark.parametrize("function", ALL.values(), ids=ALL.keys())
 
 

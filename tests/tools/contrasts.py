@@ -20,49 +20,80 @@ def everyone(parts: list[Tensor]) -> list[Tensor]:
     return [torch.cat([x.new_ones(1, x.shape[1]), x, x.new_ones(3, x.shape[1])]) for x in parts]
 
 
+class Calls:
+    """A backend's op by its two oldest uses: of leading vectors, and of embeddings with them."""
+
+    def __init__(self, ops: Any) -> None:
+        self.ops = ops
+
+    def instance_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(u, everyone's or None, start, τ, fixed τ) -> (loss, losses (n,), state)"""
+        loss, losses, state = self.ops.paired_forward(*instances(*arguments))
+        return loss, losses[0, 0], state
+
+    def instance_backward(self, u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """And (losses (N,), state, gradient) -> gradients of u and of τ."""
+        *first, losses, state, grad = arguments
+        (h,), slope = self.ops.paired_backward(*instances(u, *first), losses[None, None], state, grad)
+        return h, slope
+
+    def modality_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, u, mask, everyone's, their mask, start, raw, τ, fixed τ) -> (loss, losses (2, k, n), state)"""
+        found: tuple[Tensor, Tensor, Tensor] = self.ops.paired_forward(*modalities(*arguments))
+        return found
+
+    def modality_backward(self, z: list[Tensor], *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        """And (losses (2, k, N), state, gradient) -> gradients of the z, of u, and of τ."""
+        *first, losses, state, grad = arguments
+        (h, *H), slope = self.ops.paired_backward(*modalities(z, *first), losses, state, grad)
+        return H, h, slope
+
+
+def instances(u: Tensor, others: Tensor | None, start: int, *temperatures: Any) -> tuple[Any, ...]:
+    return [u], [0, 0], [True], None, [] if others is None else [others], None, start, *temperatures
+
+
+def modalities(
+    z: list[Tensor], u: Tensor, mask: Any, others: Any, others_mask: Any, start: int, raw: bool, *temperatures: Any
+) -> tuple[Any, ...]:
+    """The vectors are u and the z, everyone's too; *raw*, u holds any vectors, and not directions."""
+    pairs = [x for m in range(len(z)) for x in (m + 1, 0)]
+    return [u, *z], pairs, [not raw, *(False for _ in z)], mask, others, others_mask, start, *temperatures
+
+
 def samples(ops: Any) -> dict[str, Callable[[], Iterator[tuple[Any, ...]]]]:
     """By operator's name, what makes its arguments; backward ones come from a forward call of ``ops``."""
 
-    def instance() -> Iterator[tuple[Any, ...]]:
+    def forward() -> Iterator[tuple[Any, ...]]:
+        tau = torch.tensor(0.5)
         for dtype in DTYPES:
             (u,) = rows(1, 4, 6, dtype)
-            yield u, None, 0, None, 0.5
-            yield u * torch.tensor([1, 0, 1, 1])[:, None], None, 0, torch.tensor(0.5), 1.0
-            yield u, *everyone([u]), 1, torch.tensor(0.5), 1.0
-            yield u[:0], *everyone([u]), 2, None, 0.5
-        yield torch.randn(0, 6), None, 0, None, 0.5
-        yield torch.randn(1, 6), None, 0, None, 0.5
-
-    def instance_backward() -> Iterator[tuple[Any, ...]]:
-        for sample in instance():
-            loss, losses, state = ops.instance_forward(*sample)
-            if sample[1] is not None:
-                losses = losses.new_ones(sample[1].shape[:1])
-            yield *sample, losses, state, torch.ones_like(loss)
-
-    def modality() -> Iterator[tuple[Any, ...]]:
-        for dtype in DTYPES:
+            yield instances(u, None, 0, None, 0.5)
+            yield instances(u * torch.tensor([1, 0, 1, 1])[:, None], None, 0, tau, 1.0)
+            yield instances(u, *everyone([u]), 1, tau, 1.0)
+            yield instances(u[:0], *everyone([u]), 2, None, 0.5)
+            yield [u * 3], [0, 0], [False], torch.rand(4, 1) < 0.7, [], None, 0, tau, 1.0
             u, *z = rows(4, 4, 6, dtype)
             mask, all_masks = torch.rand(4, 3) < 0.7, torch.rand(8, 3) < 0.7
-            columns = everyone([u, *z])
-            yield z, u, None, [], None, 0, False, None, 0.5
-            yield z, u, mask, [], None, 0, False, torch.tensor(0.5), 1.0
-            yield z[:1], z[0], mask[:, :1], [], None, 0, True, torch.tensor(0.5), 1.0
-            yield z, u, mask, columns, all_masks, 1, False, torch.tensor(0.5), 1.0
-            yield [x[:0] for x in z], u[:0], None, columns, None, 2, False, None, 0.5
+            others = everyone([u, *z])
+            yield modalities(z, u, None, [], None, 0, False, None, 0.5)
+            yield modalities(z, u, mask, [], None, 0, False, tau, 1.0)
+            yield modalities(z[:1], z[0], mask[:, :1], [], None, 0, True, tau, 1.0)
+            yield modalities(z, u, mask, others, all_masks, 1, False, tau, 1.0)
+            yield modalities([x[:0] for x in z], u[:0], None, others, None, 2, False, None, 0.5)
+            yield z, [0, 1, 0, 2, 1, 2], [True] * 3, None, [], None, 0, None, 0.5
+            yield z, [0, 1, 0, 2, 1, 2], [True] * 3, None, everyone(z), None, 1, tau, 1.0
+            yield z[:1], [], [True], None, [], None, 0, tau, 1.0
         u, *z = rows(3, 0, 6, torch.float32)
-        yield z, u, None, [], None, 0, False, None, 0.5
+        yield modalities(z, u, None, [], None, 0, False, None, 0.5)
+        for B in (0, 1):
+            yield instances(torch.randn(B, 6), None, 0, None, 0.5)
 
-    def modality_backward() -> Iterator[tuple[Any, ...]]:
-        for sample in modality():
-            loss, losses, state = ops.modality_forward(*sample)
-            if sample[3]:
-                losses = losses.new_ones((2, len(sample[0]), len(sample[3][0])))
+    def backward() -> Iterator[tuple[Any, ...]]:
+        for sample in forward():
+            loss, losses, state = ops.paired_forward(*sample)
+            if sample[4]:
+                losses = losses.new_ones((*losses.shape[:2], len(sample[4][0])))
             yield *sample, losses, state, torch.ones_like(loss)
 
-    return {
-        "instance_forward": instance,
-        "instance_backward": instance_backward,
-        "modality_forward": modality,
-        "modality_backward": modality_backward,
-    }
+    return {"paired_forward": forward, "paired_backward": backward}

@@ -40,12 +40,15 @@ __global__ void solve(const double* gram, const double* incoming, int n, pmrl::S
   double* out = results + i * (K * K + 2 * K + 2);
   out[0] = alignment(E.values, trace, columns, s);
 
+  inverse_norms_of_others(G, v, K, columns.others);
+  for (int m = 0; m < K; ++m) in.others.at[m] = in.along.at[m] = in.direct.at[m];
+
   Coefficients<K, double> found;
-  coefficients(in, true, true, E, G, v, columns, s, found);
+  coefficients(in, Through{true, true, true}, E, G, v, columns, s, found);
   out[1] = found.slope;
   for (int m = 0; m < K; ++m) {
     out[2 + m] = v.at[m];
-    out[2 + K + m] = found.c.at[m];
+    out[2 + K + m] = found.c.at[m] + found.shared.at[m] + found.own.at[m];
     for (int j = m; j < K; ++j) out[2 + 2 * K + m * K + j] = found.C.at[m][j];
   }
 }

@@ -40,7 +40,7 @@ DIAGNOSTICS = {"alignment_score": alignment_score, "effective_rank": effective_r
 BACKENDS = [name for name in ("reference", "native") if name in ops.available]
 CASES: dict[str, dict[str, Any]] = {}
 for _backend in BACKENDS:
-    for _contrast in ("leading", "modality"):
+    for _contrast in ("leading", "modality", "leave_one_out", "pairs"):
         for _masked in (False, True):
             name = f"{_backend}-{_contrast}-{'masked' if _masked else 'all'}"
             CASES[name] = {"backend": _backend, "contrast": _contrast, "masked": _masked, "objective": "softmax"}
@@ -170,7 +170,7 @@ def run_compiled(rows: slice, fullgraph: bool, **where: Any) -> list[Tensor]:
 
     @torch.compile(fullgraph=fullgraph, backend="aot_eager")
     def step(xs: list[Tensor], mask: Tensor) -> Tensor:
-        return pmrl_loss(xs, mask=mask, contrast="modality", temperature=0.5, instance_temperature=0.2, **where)
+        return pmrl_loss(xs, mask=mask, contrast="leave_one_out", temperature=0.5, instance_temperature=0.2, **where)
 
     loss = step(xs, mask[rows])
     return [loss.detach(), *torch.autograd.grad(loss, xs)]
@@ -185,7 +185,7 @@ def differing(odd: int) -> dict[str, Callable[..., Any]]:
         "d of u": lambda **where: instance_contrastive_loss(wide[:, 0], **where),
         "d, compiled": lambda **where: torch.compile(lambda: pmrl_loss(wide, **where), backend="eager")(),
         "d, uniformity": lambda **where: uniformity(wide, **where),
-        "k": lambda **where: PMRLLoss(contrast="modality", **where)(torch.ones(4, 3 + odd, 5)),
+        "k": lambda **where: PMRLLoss(contrast="leave_one_out", **where)(torch.ones(4, 3 + odd, 5)),
         "dtype": lambda **where: pmrl_loss(x.to(dtype), **where),
         "dtype of u": lambda **where: instance_contrastive_loss(x[:, 0].to(dtype), **where),
         "contrast": lambda **where: pmrl_loss(x, contrast=("leading", "modality")[odd], **where),

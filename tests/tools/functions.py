@@ -28,9 +28,10 @@ PER_INSTANCE: dict[str, Callable[..., Tensor]] = {
     "u": lambda *x, **o: dominant_singular_triplet(*x, **o).u,
     "v": lambda *x, **o: dominant_singular_triplet(*x, **o).v,
 }
+EVERY_CONTRAST = ("leading", "modality", "leave_one_out", "pairs")
 MIXING: dict[str, Callable[..., Tensor]] = {
     f"{contrast}-{objective}": lambda *x, c=contrast, b=objective, **o: pmrl_loss(*x, contrast=c, objective=b, **o)
-    for contrast in ("leading", "modality")
+    for contrast in EVERY_CONTRAST
     for objective in OBJECTIVES
 }
 
@@ -38,6 +39,7 @@ CONTRASTS: dict[str, Callable[..., Tensor]] = {
     f"{name} of {k}": lambda *x, f=function, k=k, **o: f(x[:k], return_components=True, **o).instance
     for name, function in MIXING.items()
     for k in (1, 3)
+    if k > 1 or not name.startswith("pairs")  # one modality alone makes no pair
 }
 CONTRASTS["instance_contrastive_loss"] = lambda x, *_, mask=None, instance_temperature=0.1, **o: (
     instance_contrastive_loss(x, instance_temperature, mask=None if mask is None else mask.any(1), **o)

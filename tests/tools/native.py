@@ -24,7 +24,7 @@ if "native" not in ops.available:
 OPS = torch.ops.pmrl_kernels
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
-ALL = spec.ALIGNMENT | spec.SIGMA | spec.U | spec.V | spec.Z
+ALL = spec.ALIGNMENT | spec.SIGMA | spec.U | spec.V | spec.Z | spec.W
 
 COMPILED = native.build_info["compiled"].split()
 RUNS_HERE = [isa for isa in COMPILED if not isa.endswith("(-)")]

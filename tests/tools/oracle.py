@@ -65,6 +65,51 @@ def instance(u: Tensor, temperature: float | Tensor, keep: Tensor | None = None)
     return F.cross_entropy(u @ u.T / temperature, torch.arange(len(u)))
 
 
+def others(xs: Sequence[Tensor], mask: Tensor | None, normalize: bool) -> list[Tensor]:
+    """k tensors (B, d): w_m, what the modalities but m share, and zeros where there are none."""
+    rows: list[list[Tensor]] = [[] for _ in xs]
+    for i in range(len(xs[0])):
+        present = [m for m in range(len(xs)) if mask is None or mask[i, m]]
+        Z = columns(xs, i, mask, normalize) if present else None
+        weights = triplet(Z)[2].abs() if Z is not None else None
+        for m, found in enumerate(rows):
+            y = xs[0].new_zeros(xs[0].shape[1])
+            for position, j in enumerate(present):
+                if j != m:
+                    y = y + weights[position] * Z[:, position]
+            found.append(y / torch.linalg.vector_norm(y) if y.any() else y)
+    return [torch.stack(found) for found in rows]
+
+
+def info_nce(a: Tensor, b: Tensor, tau: float | Tensor, a_there: Tensor, b_there: Tensor) -> tuple[Tensor, int]:
+    """Sum of both directions' cross-entropies over the rows that both sides have, and how many those are."""
+    both = a_there & b_there
+    total = a.new_zeros(())
+    for x, y, there in ((a, b, b_there), (b, a, a_there)):
+        position = (there.cumsum(0) - 1)[both]
+        if len(position):
+            total = total + F.cross_entropy(x[both] @ y[there].T / tau, position, reduction="sum")
+    return total, int(both.sum())
+
+
+def paired(
+    xs: Sequence[Tensor], contrast: str, temperature: float | Tensor, mask: Tensor | None, normalize: bool
+) -> Tensor:
+    """The contrasts "leave_one_out" and "pairs"."""
+    there = torch.ones(len(xs[0]), len(xs), dtype=torch.bool) if mask is None else mask
+    z = [x / torch.linalg.vector_norm(x, dim=1, keepdim=True) if normalize else x for x in xs]
+    z = [x.where(there[:, m, None], torch.zeros_like(x)) for m, x in enumerate(z)]
+    if contrast == "pairs":
+        found = [info_nce(z[m], z[j], temperature, there[:, m], there[:, j]) for m in range(len(z)) for j in range(m)]
+    else:
+        w = others(xs, mask, normalize)
+        found = [
+            info_nce(x, y, temperature, there[:, m], (y != 0).any(1)) for m, (x, y) in enumerate(zip(z, w, strict=True))
+        ]
+    total = sum((loss for loss, _ in found), xs[0].new_zeros(()))
+    return total / (2 * max(sum(number for _, number in found), 1))
+
+
 def modality(
     xs: Sequence[Tensor], u: Tensor, temperature: float | Tensor, mask: Tensor | None, normalize: bool
 ) -> Tensor:
@@ -99,6 +144,9 @@ def pmrl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, alignment, instance) of ``pmrl_loss``."""
     alignment = mean_alignment(alignments(xs, temperature, mask, normalize, objective), len(xs), mask)
+    if contrast in ("leave_one_out", "pairs"):
+        second = paired(xs, contrast, instance_temperature, mask, normalize)
+        return alignment + weight * second, alignment, second
     u = leading_vectors(xs, mask, normalize)
     if contrast == "leading":
         second = instance(u, instance_temperature, None if mask is None else mask.any(1))

@@ -52,6 +52,8 @@ CALLS = {
     "values": (True, spec.SIGMA),
     "triplet": (False, spec.SIGMA | spec.U | spec.V),
     "pmrl": (True, spec.ALIGNMENT_MEAN | spec.U | spec.Z),
+    "others": (True, spec.ALIGNMENT_MEAN | spec.Z | spec.W),
+    "others1": (False, spec.ALIGNMENT_MEAN | spec.Z | spec.W),
 }
 
 
@@ -67,6 +69,9 @@ QUICK = [Case(target, "alignment", "fp32", 4) for target in ("sm_90", "sm_120", 
 CASES = [
     *(Case("sm_90", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (2, 3, 4, 5, 6, 7, 8)),
     *(Case("sm_90", call, "fp32", k) for call in ("leading", "values") for k in (4, 6, 8)),
+    *(Case("sm_90", "others", "fp32", k) for k in (2, 3, 4, 6, 8, 12)),
+    *(Case("sm_90", "others1", "fp32", k) for k in (4, 6, 8)),
+    *(Case("sm_90", "others", dtype, 8) for dtype in ("bf16", "fp64")),
     *(Case("sm_90", call, dtype, 4) for call in ("alignment", "triplet") for dtype in ("bf16", "fp16", "fp64")),
     *(Case("sm_90", call, "fp32", 4, True) for call in ("alignment", "pmrl")),
     *(Case("sm_90", "alignment", "fp32", k) for k in (12, 32)),
@@ -79,6 +84,8 @@ CASES = [
     *(Case("sm_120", call, "fp32", k) for call in ("alignment", "triplet", "pmrl") for k in (3, 6)),
     *(Case("sm_120", call, dtype, 4) for call in ("alignment", "pmrl") for dtype in ("bf16", "fp16", "fp64")),
     *(Case(target, "pmrl", "fp32", 4) for target in ("sm_75", "gfx1100")),
+    *(Case(target, "others", "fp32", 8) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
+    Case("sm_120", "others", "fp32", 3),
     *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
 ]
 

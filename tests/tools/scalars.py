@@ -52,6 +52,12 @@ SCALARS: dict[str, Callable[..., Tensor]] = {
     "pmrl_loss-modality": lambda *xs, **options: pmrl_loss(
         *xs, temperature=0.7, instance_temperature=0.5, contrast="modality", **options
     ),
+    "pmrl_loss-leave_one_out": lambda *xs, **options: pmrl_loss(
+        *xs, temperature=0.7, instance_temperature=0.5, contrast="leave_one_out", **options
+    ),
+    "pmrl_loss-pairs": lambda *xs, **options: pmrl_loss(
+        *xs, instance_temperature=0.5, contrast="pairs", alignment_weight=0.0, **options
+    ),
     "singular_values": lambda *xs, **options: weighted(singular_values(*xs, **options)),
     "dominant_singular_value": lambda *xs, **options: weighted(dominant_singular_value(*xs, **options)),
     "dominant_singular_triplet": lambda *xs, **options: weighted(*dominant_singular_triplet(*xs, **options)),

@@ -55,6 +55,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "triplet": lambda xs, **o: sum(part.sum() for part in dominant_singular_triplet(xs, **o)),
     "pmrl": lambda xs, **o: pmrl_loss(xs, **o),
     "pmrl-modality": lambda xs, **o: pmrl_loss(xs, contrast="modality", temperature=1.0, **o),
+    "pmrl-leave_one_out": lambda xs, **o: pmrl_loss(xs, contrast="leave_one_out", temperature=1.0, **o),
     "contrast": lambda xs, **o: instance_contrastive_loss(xs[0], **_of_rows(o)) + 0 * sum(x.sum() for x in xs[1:]),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS)
@@ -106,13 +107,13 @@ def test_a_learned_temperature_is_never_read(B, no_synchronisation):
     for reduction in ("mean", "none"):
         loss = dominant_sv_loss(modalities(B), temperature=tau, reduction=reduction, backend="triton").sum()
         torch.autograd.grad(loss, tau)
-    for contrast in ("leading", "modality"):
+    for contrast in ("leading", "modality", "leave_one_out"):
         options = {"temperature": tau, "instance_temperature": tau2, "contrast": contrast}
         torch.autograd.grad(pmrl_loss(modalities(B), backend="triton", **options), (tau, tau2))
 
 
 @each_layout
-@pytest.mark.parametrize("contrast", ["leading", "modality"])
+@pytest.mark.parametrize("contrast", ["leading", "modality", "leave_one_out"])
 def test_learned_temperatures_agree_with_the_reference(contrast, B):
     found = []
     for backend in ("triton", "reference"):
@@ -256,7 +257,7 @@ def test_memory_is_that_of_the_gradients(B):
     before = torch.cuda.memory_allocated()
     grads = step("softmax", xs)
     peak = torch.cuda.max_memory_allocated() - before
-    state = 8 * record.state_size(B, record.layout(k, True, True, True))
+    state = 8 * record.state_size(B, record.layout(k, True, True, True, False))
     assert peak <= sum(g.numel() * g.element_size() for g in grads) + state + (1 << 16)
 
 
@@ -277,12 +278,16 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(gradient[-1], expected)
 
 
-@pytest.mark.parametrize("function", ["softmax", "triplet"])
+@pytest.mark.parametrize("function", ["softmax", "triplet", "others"])
 def test_opcheck(function):
     """Schema, fakes and dispatch of both operators. Not all of a state is written: what is asked for decides."""
     from pmrl_kernels.ops.spectral import spec, triton
 
-    wanted = spec.ALIGNMENT_MEAN if function == "softmax" else spec.SIGMA | spec.U | spec.V
+    wanted = {
+        "softmax": spec.ALIGNMENT_MEAN,
+        "triplet": spec.SIGMA | spec.U | spec.V,
+        "others": spec.ALIGNMENT_MEAN | spec.Z | spec.W,
+    }[function]
     xs = [x.detach() for x in modalities(16)]
     options = (None, None, 0.05, True, function == "softmax", wanted)
     forward = triton.forward_operator

@@ -84,10 +84,10 @@ def test_auto_prefers_it_on_a_gpu_only():
         "def resolve(op, device):\n"
         "    problem = torch.device(device), torch.float32, 3, 64\n"
         "    return b.choose(op, tuple(b.available.values()), None, *problem, {})[0].backend\n"
-        "print(*(resolve(op, device) for op in ('spectral', 'instance') for device in ('cuda', 'cpu')))"
+        "print(*(resolve(op, device) for op in ('spectral', 'paired') for device in ('cuda', 'cpu')))"
     )
     done = run("-c", code, TRITON_INTERPRET="1")
-    spectral_on_gpus, spectral_on_cpus, instance_on_gpus, instance_on_cpus = done.stdout.split()
-    assert (spectral_on_gpus, instance_on_gpus) == ("triton", "reference"), done.stderr
+    spectral_on_gpus, spectral_on_cpus, paired_on_gpus, paired_on_cpus = done.stdout.split()
+    assert (spectral_on_gpus, paired_on_gpus) == ("triton", "reference"), done.stderr
     assert spectral_on_cpus in ("native", "triton")
-    assert instance_on_cpus in ("native", "reference")
+    assert paired_on_cpus in ("native", "reference")

@@ -26,7 +26,8 @@ if runtime.INTERPRETED:
 OUTPUTS = {
     "alignment": spec.ALIGNMENT_MEAN,
     "values": spec.SIGMA,
-    "everything": spec.ALIGNMENT_MEAN | spec.SIGMA | spec.U | spec.V | spec.Z,
+    "others": spec.ALIGNMENT_MEAN | spec.Z | spec.W,
+    "everything": spec.ALIGNMENT_MEAN | spec.SIGMA | spec.U | spec.V | spec.Z | spec.W,
 }
 
 
@@ -42,9 +43,11 @@ def launched(monkeypatch) -> Iterator[list[str]]:
     [
         ("alignment", 64, ["forward_kernel", "reduce_kernel"]),
         ("values", 64, ["forward_kernel"]),
+        ("others", 64, ["forward_kernel", "reduce_kernel"]),
         ("everything", 64, ["forward_kernel", "reduce_kernel"]),
         ("alignment", 65536, ["gram_kernel", "solve_kernel"]),
         ("values", 65536, ["gram_kernel", "solve_kernel"]),
+        ("others", 65536, ["gram_kernel", "solve_kernel", "vectors_kernel"]),
         ("everything", 65536, ["gram_kernel", "solve_kernel", "vectors_kernel"]),
         ("everything", 0, []),
     ],
@@ -225,7 +228,9 @@ def test_shapes_without_running(launched):
             outputs, state = launch.forward(xs, None, None, 0.05, True, True, wanted)
             expected = spec.output_shapes(xs, True, wanted)
             assert [(x.shape, x.dtype) for x in outputs] == [(x.shape, x.dtype) for x in expected]
-            kept = record.layout(3, True, True, wanted & spec.ANY_ALIGNMENT != 0)
+            kept = record.layout(3, True, True, wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0)
+            fake = triton._forward_shapes(xs, None, None, 0.05, True, True, wanted)[1]
+            assert state[0].shape == fake[0].shape
             assert state[0].shape == (record.state_size(5, kept),)
 
 
@@ -242,12 +247,12 @@ def test_operators_of_another_layout_have_another_name(monkeypatch):
 
 def test_a_record_has_room_for_its_fields():
     """Which lie side by side, but for the Gram matrix and what takes the place of another's."""
-    for k, spectrum, normalize, alignment in itertools.product((1, 2, 4, 9, 32), *[(False, True)] * 3):
+    for k, spectrum, normalize, alignment, others in itertools.product((1, 2, 4, 9, 32), *[(False, True)] * 4):
         half = k * (k + 1) // 2
         sizes = dict.fromkeys(record.Layout._fields, k)
         sizes |= {"gram": half, "eigenvectors": k * k, "through_alignment": half, "resolvent": half}
         sizes |= dict.fromkeys(("slope", "alignment", "undecided"), 1)
-        kept = record.layout(k, spectrum, normalize, alignment)
+        kept = record.layout(k, spectrum, normalize, alignment, others)
         starts = {name: at for name, at in kept._asdict().items() if at is not None and name != "size"}
         assert starts.pop("gram") == 0
         assert spectrum or starts.pop("resolvent") == starts["eigenvectors"] == half
@@ -256,4 +261,5 @@ def test_a_record_has_room_for_its_fields():
         assert [0 if spectrum else half, *ends] == [*starts.values(), ends[-1]]
         assert kept.size in (ends[-1], ends[-1] + 1)
         assert (kept.inverse_norms is None, kept.undecided is None) == (not normalize, spectrum)
+        assert (kept.others is None) == (not others)
         assert (kept.slope is None) == (kept.alignment is None) == (kept.through_alignment is None) == (not alignment)

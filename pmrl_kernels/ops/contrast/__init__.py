@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..operators import Pair
-from .spec import INSTANCE, MODALITY
+from .spec import PAIRED
 
-OPS = (INSTANCE, MODALITY)
+OPS = (PAIRED,)
 
 
 def implementations(backend: str) -> Mapping[str, Pair]:

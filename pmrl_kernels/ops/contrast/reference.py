@@ -1,6 +1,7 @@
 """The contrasts in pure PyTorch, forward and hand-written backward, tile by tile: no B x B matrix at large B.
 
-Every row i of a (n, d) has its positive at row start + i of b (N, d). With δ_ij = (s_ij − s_i⁺)/τ its loss is
+Of a pair of matrices every row i of a (n, d) has its positive at row start + i of b (N, d). With δ_ij = (s_ij − s_i⁺)/τ
+its loss is
 
     ℓ_i = log(1 + Σ_{j≠start+i} exp δ_ij) = softplus(logsumexp δ_ij),
 
@@ -140,206 +141,147 @@ def _divisor(counted: Tensor, positive: Tensor) -> Tensor:
     return counted.sum().clamp_min(1) + torch.where(counted, positive * 0, 0.0).sum(dtype=torch.float64)
 
 
-def _where_seen(x: Tensor, side: _Side) -> Tensor:
-    """0 for the rows that are left out, whatever the others, or a gradient that came in, make of the rest."""
-    return x if side.seen is None else x.masked_fill(~side.seen[:, None], 0.0)
+class _Pair(NamedTuple):
+    """Two sides, and which of the vectors they are."""
+
+    left: _Side
+    right: _Side
+    at: tuple[int, int]
+    symmetric: bool  # both sides are the same, and have their losses once
 
 
-def _unit_side(u: Tensor) -> tuple[_Side, Tensor]:
-    """Unit rows, their similarity with themselves 1 by definition; zero rows have no direction and are left out."""
-    valid = (u != 0).any(1)
-    mask, positive = _unless_all(valid), 1 + 0 * u.sum(1)
-    return _Side(u, positive, mask, mask), _divisor(valid, positive)
+def _pairs(
+    vectors: Sequence[Tensor], indices: Sequence[int], directions: Sequence[bool], mask: Tensor | None
+) -> tuple[list[_Pair], Tensor]:
+    """The sides of each pair, by the rules of ``spec.PAIRED``; and how many losses a mean counts."""
+    masked = 0 if mask is None else mask.shape[1]
+    there, filled = [], []
+    for n, (x, is_direction) in enumerate(zip(vectors, directions, strict=True)):
+        rows = (x != 0).any(1) if is_direction else torch.ones_like(x[:, 0], dtype=torch.bool)
+        column = n - len(vectors) + masked
+        if mask is not None and column >= 0:
+            present = read_mask(mask)[:, column]
+            rows, x = rows & present, x.masked_fill(~present[:, None], 0.0)
+        there.append(rows)
+        filled.append(x)
+    found, counted, positives = [], [], []
+    for a, b in zip(indices[::2], indices[1::2], strict=True):
+        both = there[a] & there[b]
+        if a == b and directions[a]:
+            positive = 1 + 0 * filled[a].sum(1)  # by definition, unless a row is not finite
+        else:
+            positive = (filled[a] * filled[b]).sum(1)
+            positive = positive.masked_fill(~positive.isfinite(), torch.nan)  # an Inf must not turn into weight 0
+        seen_a = both if directions[b] and not directions[a] else there[a]
+        seen_b = both if directions[a] and not directions[b] else there[b]
+        here = _unless_all(both)
+        left, right = (_Side(filled[n], positive, here, _unless_all(x)) for n, x in ((a, seen_a), (b, seen_b)))
+        found.append(_Pair(left, right, (a, b), a == b))
+        counted.append(both)
+        positives.append(positive)
+    nothing = vectors[0].new_zeros((0,))
+    number = _divisor(torch.cat([nothing.bool(), *counted]), torch.cat([nothing, *positives]))
+    return found, number * spec.directions(indices)
 
 
-def instance_forward(
-    u: Tensor, everyone: Tensor | None, start: int, temperature: Tensor | None, fixed_temperature: float
+def paired_forward(
+    vectors: Sequence[Tensor],
+    pairs: Sequence[int],
+    directions: Sequence[bool],
+    mask: Tensor | None,
+    everyone: Sequence[Tensor],
+    everyone_mask: Tensor | None,
+    start: int,
+    temperature: Tensor | None,
+    fixed_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """cross_entropy(U Uᵀ/τ, arange(B)) over the rows of U that are not zero; the others are unit vectors.
+    """Mean over pairs (a, b) and their rows of ½[CE(a Bᵀ/τ) + CE(b Aᵀ/τ)], or CE(a Aᵀ/τ) of vectors with themselves.
 
     Args:
-        u: (B, d).
-        everyone, start: None and 0; or the rows of all processes (N, d), with u at rows start and following.
+        vectors, pairs, directions, mask: see ``spec.PAIRED``; matrices (B, d), whose absent rows may hold anything.
+        everyone, everyone_mask, start: empty, None and 0; or the vectors of all processes, (N, d) each, their mask, and
+            at which row those of this process start.
 
     Returns:
-        The sum of the losses of u over the number of rows of U that count (0-d); the losses (B,), float64,
-        0 where a row does not count; a state for the backward pass.
+        The sum of this process's losses over how many everyone has (0-d); the losses (directions, pairs, B), float64, 0
+        where a row has none; a state for the backward pass.
     """
-    with torch.autocast(u.device.type, enabled=False):
-        all_rows, number = _unit_side(u if everyone is None else everyone)
-        own = all_rows.at(slice(start, start + len(u)))
+    with torch.autocast(vectors[0].device.type, enabled=False):
+        B = len(vectors[0])
+        found, number = _pairs(everyone or vectors, pairs, directions, everyone_mask if everyone else mask)
+        rows = slice(start, start + B)
         tau = read_temperature(temperature, fixed_temperature, contrast=True)
-        losses = _softplus(_log_sums(own, all_rows, start, tau, False)[0])
-        if own.counted is not None:
-            losses = losses.masked_fill(~own.counted, 0.0)
+        losses = vectors[0].new_zeros(spec.losses_shape(vectors, pairs))
+        for n, (left, right, _, symmetric) in enumerate(found):
+            forth, back = _log_sums(left.at(rows), right, start, tau, not everyone and not symmetric)
+            if back is None and not symmetric:
+                back, _ = _log_sums(right.at(rows), left, start, tau, False)
+            for direction, sums in enumerate((forth, back)):
+                if sums is not None:
+                    losses[direction, n] = _softplus(sums)
+            here = left.at(rows).counted
+            if here is not None:
+                losses[:, n].masked_fill_(~here, 0.0)
         mean = losses.sum(dtype=torch.float64) / number * (tau / tau)
-        return mean.to(u.dtype), losses.double(), u.new_empty((0,))
+        return mean.to(losses.dtype), losses.double(), losses.new_empty((0,))
 
 
-def instance_backward(
-    u: Tensor,
-    everyone: Tensor | None,
+def paired_backward(
+    vectors: Sequence[Tensor],
+    pairs: Sequence[int],
+    directions: Sequence[bool],
+    mask: Tensor | None,
+    everyone: Sequence[Tensor],
+    everyone_mask: Tensor | None,
     start: int,
     temperature: Tensor | None,
     fixed_temperature: float,
     losses: Tensor,
     state: Tensor,
     grad: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """∂/∂u (B, d) of what all processes' losses (N,) sum up to, over their number; and this one's ∂/∂τ (0-d float64).
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the mean over all processes from their losses (directions, pairs, N): of the vectors, and ∂/∂τ.
 
-    Q U/(τ N) with Q_ij = P_ij + P_ji, Q_ii = −2 Σ_{j≠i} P_ij.
+    ∂/∂τ (0-d float64) is of this process's losses. Rows that nothing has to do with get zeros, whatever the others, or
+    the gradient that comes in, make of the rest.
     """
-    with torch.autocast(u.device.type, enabled=False):
-        all_rows, number = _unit_side(u if everyone is None else everyone)
-        rows = slice(start, start + len(u))
+    with torch.autocast(vectors[0].device.type, enabled=False):
+        found, number = _pairs(everyone or vectors, pairs, directions, everyone_mask if everyone else mask)
+        rows = slice(start, start + len(vectors[0]))
         tau = read_temperature(temperature, fixed_temperature, contrast=True)
         scale = grad.double() / number / tau
-        sides = all_rows.at(rows), all_rows
-        pulled, _, slope = _pulled(*sides, losses[rows], losses, start, tau, both=False, slope=temperature is not None)
-        # a scaler's upstream gradient need not fit the output's dtype
-        return _where_seen((pulled.double() * scale).to(u.dtype), sides[0]), -slope * scale
-
-
-class _Modality(NamedTuple):
-    """What one modality's contrast is between: embeddings and leading vectors, of this process and of all."""
-
-    z: _Side
-    u: _Side
-
-
-def _modality_sides(z: Sequence[Tensor], u: Tensor, mask: Tensor | None, raw: bool) -> tuple[list[_Modality], Tensor]:
-    """The two sides of each modality's similarities, and how many pairs of instance and modality are present."""
-    mask = None if mask is None else read_mask(mask)
-    valid = (u != 0).any(1)
-    if raw:
-        valid = torch.ones_like(valid) if mask is None else mask.any(1)
-    sides, counted, positives = [], [], []
-    for m, z_m in enumerate(z):
-        present = valid if mask is None else valid & mask[:, m]
-        if mask is not None:
-            z_m = z_m.masked_fill(~mask[:, m, None], 0.0)
-        positive = (z_m * u).sum(1)
-        positive = positive.masked_fill(~positive.isfinite(), torch.nan)  # an Inf must not turn into weight 0
-        counted.append(present)
-        positives.append(positive)
-        here = _unless_all(present)
-        seen = here if mask is None else _unless_all(valid)
-        sides.append(_Modality(_Side(z_m, positive, here, here), _Side(u, positive, here, seen)))
-    return sides, _divisor(torch.cat(counted), torch.cat(positives))
-
-
-def _modality_everyone(
-    z: Sequence[Tensor],
-    u: Tensor,
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-    raw: bool,
-) -> tuple[list[_Modality], Tensor]:
-    if everyone:
-        return _modality_sides(everyone[1:], everyone[0], everyone_mask, raw)
-    return _modality_sides(z, u, mask, raw)
-
-
-def modality_forward(
-    z: Sequence[Tensor],
-    u: Tensor,
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-    start: int,
-    raw: bool,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over present pairs (i, m) of ½[CE(z_m Uᵀ/τ) + CE(U z_mᵀ/τ)], each i's positive its own u_i.
-
-    An embedding looks for its leading vector among all of them, a leading vector for its embedding among the
-    present ones.
-
-    Args:
-        z, u, mask: k tensors (B, d); (B, d), zero rows left out unless ``raw``; bool (B, k) or None.
-        everyone, everyone_mask, start: empty, None and 0; or u and the z of all processes, N rows each, their mask,
-            and at which row those of this process start.
-        raw: u holds any vectors, which count where the mask has one of their modalities.
-
-    Returns:
-        The sum of the pairs' losses over the number of present pairs of all processes (0-d); the losses of both
-        directions, (2, k, B), float64; a state for the backward pass.
-    """
-    with torch.autocast(u.device.type, enabled=False):
-        sides, number = _modality_everyone(z, u, mask, everyone, everyone_mask, raw)
-        rows = slice(start, start + len(u))
-        tau = read_temperature(temperature, fixed_temperature, contrast=True)
-        losses = u.new_empty((2, len(z), len(u)))
-        for m, (of_z, of_u) in enumerate(sides):
-            forth, back = _log_sums(of_z.at(rows), of_u, start, tau, not everyone)
-            if back is None:
-                back, _ = _log_sums(of_u.at(rows), of_z, start, tau, False)
-            for direction, found in enumerate((forth, back)):
-                losses[direction, m] = _softplus(found)
-            here = of_z.at(rows).counted
-            if here is not None:
-                losses[:, m].masked_fill_(~here, 0.0)
-        mean = losses.sum(dtype=torch.float64) / (2 * number) * (tau / tau)
-        return mean.to(u.dtype), losses.double(), u.new_empty((0,))
-
-
-def modality_backward(
-    z: Sequence[Tensor],
-    u: Tensor,
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-    start: int,
-    raw: bool,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    losses: Tensor,
-    state: Tensor,
-    grad: Tensor,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients of the mean over all processes from their losses (2, k, N): k times (B, d), (B, d), and ∂/∂τ.
-
-    ∂/∂τ (0-d float64) is of this process's losses. What comes back for absent embeddings says nothing;
-    the spectral op's backward pass drops it with the rest of them.
-    """
-    with torch.autocast(u.device.type, enabled=False):
-        sides, number = _modality_everyone(z, u, mask, everyone, everyone_mask, raw)
-        rows = slice(start, start + len(u))
-        tau = read_temperature(temperature, fixed_temperature, contrast=True)
-        scale = grad.double() / (2 * number) / tau
         slopes = temperature is not None
-        grad_u = torch.zeros_like(u)
-        grad_temperature = torch.zeros((), dtype=torch.float64, device=u.device)
-        grad_z = []
-        for (of_z, of_u), forth, back in zip(sides, *losses, strict=True):
-            from_z, from_u, slope = _pulled(of_z.at(rows), of_u, forth[rows], back, start, tau, not everyone, slopes)
-            grad_temperature -= slope
-            if from_u is None:
-                from_u, _, slope = _pulled(of_u.at(rows), of_z, back[rows], forth, start, tau, False, slopes)
-                grad_temperature -= slope
-            grad_u += from_u
-            grad_z.append(_where_seen((from_z.double() * scale).to(u.dtype), of_z.at(rows)))
-        grad_u = _where_seen((grad_u.double() * scale).to(u.dtype), sides[0].u.at(rows))
-        return grad_z, grad_u, grad_temperature * scale
+        slope = torch.zeros((), dtype=torch.float64, device=vectors[0].device)
+        grads = [torch.zeros_like(x) for x in vectors]
+        used = [torch.zeros_like(x[:, 0], dtype=torch.bool) for x in vectors]
+        for n, (left, right, at, symmetric) in enumerate(found):
+            forth = losses[0, n]
+            back = forth if symmetric else losses[1, n]
+            both = not everyone and not symmetric
+            own, from_other, part = _pulled(left.at(rows), right, forth[rows], back, start, tau, both, slopes)
+            slope -= part
+            if from_other is None and not symmetric:
+                from_other, _, part = _pulled(right.at(rows), left, back[rows], forth, start, tau, False, slopes)
+                slope -= part
+            for which, side, pulled in zip(at, (left, right), (own, from_other), strict=True):
+                if pulled is not None:
+                    seen = side.at(rows).seen
+                    used[which] |= True if seen is None else seen
+                    grads[which] += pulled if seen is None else pulled.masked_fill(~seen[:, None], 0.0)
+        for x, seen in zip(grads, used, strict=True):
+            x.copy_((x.double() * scale).masked_fill(~seen[:, None], 0.0))  # a scaler's gradient need not fit float32
+        return grads, slope * scale
 
 
-def _instance_forward_shapes(u: Tensor, *_: Any) -> Any:
-    return u.new_empty(()), u.new_empty(u.shape[:1], dtype=torch.float64), u.new_empty((0,))
-
-
-def _modality_forward_shapes(z: Sequence[Tensor], u: Tensor, *_: Any) -> Any:
-    return u.new_empty(()), u.new_empty((2, len(z), u.shape[0]), dtype=torch.float64), u.new_empty((0,))
+def _forward_shapes(vectors: Sequence[Tensor], pairs: Sequence[int], *_: Any) -> Any:
+    x, shape = vectors[0], spec.losses_shape(vectors, pairs)
+    return x.new_empty(()), x.new_empty(shape, dtype=torch.float64), x.new_empty((0,))
 
 
 def _registered() -> tuple[Operators, dict[str, Pair]]:
     operators = Operators(f"{NAMESPACE}_contrast")
-    instance = operators.define(spec.INSTANCE, instance_forward, instance_backward, _instance_forward_shapes)
-    modality = operators.define(spec.MODALITY, modality_forward, modality_backward, _modality_forward_shapes)
-    pairs = {spec.INSTANCE.name: Pair(NAME, *instance, rejects), spec.MODALITY.name: Pair(NAME, *modality, rejects)}
-    return operators, pairs
+    paired = operators.define(spec.PAIRED, paired_forward, paired_backward, _forward_shapes)
+    return operators, {spec.PAIRED.name: Pair(NAME, *paired, rejects)}
 
 
 _operators, PAIRS = _registered()

@@ -14,11 +14,11 @@ from . import spec
 LANES = 16  # instances solved together, at most: the state comes in blocks of them
 
 
-def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, float64_input: bool) -> tuple[int, int]:
+def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, others: bool, float64_input: bool) -> tuple[int, int]:
     """As csrc/cpu says: state_size numbers an instance, with room for whole blocks."""
     pairs = k + k * k if spectrum else 1 + k * (k + 1) // 2
     # a symbolic k takes no bool as a factor
-    return B + LANES - 1, pairs + k * (1 + int(normalize) + int(float64_input))
+    return B + LANES - 1, pairs + k * (1 + int(normalize) + int(others) + int(float64_input))
 
 
 def _forward_shapes(
@@ -33,7 +33,9 @@ def _forward_shapes(
     first = embeddings[0]
     B, k = first.shape[0], spec.number_of_modalities(embeddings)
     float64_input = spec.output_dtype(embeddings) == torch.float64
-    state = first.new_empty(_state_shape(B, k, normalize, spectrum, float64_input), dtype=torch.float64)
+    state = first.new_empty(
+        _state_shape(B, k, normalize, spectrum, wanted & spec.W != 0, float64_input), dtype=torch.float64
+    )
     return spec.output_shapes(embeddings, spectrum, wanted), [state]
 
 

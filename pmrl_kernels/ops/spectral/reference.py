@@ -1,8 +1,10 @@
 """The spectral op in pure PyTorch: through each instance's k x k Gram matrix, forward and hand-written backward.
 
     Z = X diag(1/n),   G = ZᵀZ = V diag(λ) Vᵀ,   σ = √λ,   u₁ = Z v₁/σ₁
+    w_m = y_m/‖y_m‖,   y_m = Σ_{j≠m} |v_j| z_j
     alignment = log Σ_j exp((σ_j − σ₁)/τ), or ‖Z‖_F − σ₁
-    dX = h ⊗ c + X·C (+ H f), where h = ∂L/∂u₁, H = ∂L/∂Z, and c (B, k), C (B, k, k), f come from all other gradients
+    dX = h ⊗ c + D·g + X·C (+ H f), where h = ∂L/∂u₁, g = ∂L/∂w, H = ∂L/∂Z, and c (B, k), C, D (B, k, k) and f come
+    from all other gradients
 
 One pass over the embeddings forms the Gram matrices, one applies the coefficients; no float64 copy of all embeddings
 ever exists. The formulas are derived in docs/mathematics.md.
@@ -293,6 +295,7 @@ class _State(NamedTuple):
     matrix: Tensor  # (B, k, k): eigenvectors in columns, or the Gram matrix without the spectrum
     v: Tensor  # (B, k): v₁
     inverse_norms: Tensor  # (B, k), or (0, k) where embeddings are not normalised
+    others: Tensor  # (B, k): 1/‖y_m‖, or 0; (0, k) where the w are not wanted
     exponents: Tensor  # (B, k) int32, or (0, k) for embeddings of up to 32 bits
 
 
@@ -320,7 +323,9 @@ def forward(
     """
     batch = _Batch(embeddings, mask, normalize)
     G, inverse_norms = batch.gram()
-    if spectrum:
+    if wanted == spec.Z:  # there is nothing to decompose for
+        eigenvalues, matrix, v = G.new_zeros((batch.B, batch.k if spectrum else 1)), G, torch.zeros_like(G[:, 0])
+    elif spectrum:
         eigenvalues, matrix = _eigh(G)
         eigenvalues = eigenvalues.where(batch.logits | eigenvalues.isnan(), 0.0)
         v = _oriented(eigenvalues, matrix, _tied(eigenvalues, batch.k, batch.float64_input))
@@ -328,7 +333,9 @@ def forward(
         (eigenvalues, v), matrix = _power_iteration(G, batch.float64_input), G
     sigma = eigenvalues.sqrt()
 
-    outputs = []
+    outputs, others = [], v.new_empty((0, batch.k))
+    if wanted & spec.W:
+        others = _inverse_norms_of_others(G, v)
     if wanted & spec.ANY_ALIGNMENT:
         tau = read_temperature(temperature, fixed_temperature) if spectrum else None
         if tau is not None:
@@ -350,13 +357,13 @@ def forward(
         if batch.shared_exponent is not None:
             shown = _scale_by_power_of_two(shown, batch.shared_exponent)
         outputs.append(shown.to(batch.dtype, copy=True))
-    u, z = _vectors(batch, v, sigma, inverse_norms, wanted)
+    u, z, w = _vectors(batch, v, sigma, inverse_norms, others, wanted)
     if wanted & spec.U:
         outputs.append(u)
     if wanted & spec.V:
         outputs.append(v.to(batch.dtype, copy=True))
     exponents = G.new_empty((0, batch.k), dtype=torch.int32) if batch.exponents is None else batch.exponents
-    return outputs + z, list(_State(eigenvalues, matrix, v, inverse_norms, exponents))
+    return outputs + z + w, list(_State(eigenvalues, matrix, v, inverse_norms, others, exponents))
 
 
 def _softmax_alignment(batch: _Batch, sigma: Tensor, tau: Tensor | float) -> Tensor:
@@ -375,18 +382,35 @@ def _leading_alignment(batch: _Batch, G: Tensor, eigenvalues: Tensor) -> Tensor:
     return alignment
 
 
+def _inverse_norms_of_others(G: Tensor, v: Tensor) -> Tensor:
+    """1/‖y_m‖ (B, k), y_m = Σ_{j≠m} |v_j| z_j, and 0 where that norm counts as zero."""
+    a = v.abs()
+    Ga, diagonal = torch.bmm(G, a[:, :, None]).squeeze(2), G.diagonal(dim1=1, dim2=2)
+    squares = (a * Ga).sum(1, keepdim=True) - 2 * a * Ga + a * a * diagonal
+    zero = constants.CANCELLED * (a * diagonal.sqrt()).sum(1, keepdim=True)
+    return torch.where(squares <= zero * zero, 0.0, squares.rsqrt())
+
+
+def _of_others(v: Tensor, others: Tensor) -> Tensor:
+    """W (B, k, k) of w_m = Z W_m: |v_j|/‖y_m‖ off the diagonal."""
+    W = v.abs()[:, :, None] * others[:, None, :]
+    return W.masked_fill(torch.eye(v.shape[1], dtype=torch.bool, device=v.device), 0.0)
+
+
 def _vectors(
-    batch: _Batch, v: Tensor, sigma: Tensor, inverse_norms: Tensor, wanted: int
-) -> tuple[Tensor, list[Tensor]]:
-    """u₁ (B, d) and the k unit embeddings (B, d), as far as they are wanted."""
+    batch: _Batch, v: Tensor, sigma: Tensor, inverse_norms: Tensor, others: Tensor, wanted: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """u₁ (B, d), the k unit embeddings (B, d), and the k directions w (B, d), as far as they are wanted."""
     (B, d, k), (dtype, device) = (batch.B, batch.d, batch.k), (batch.dtype, batch.device)
-    want_u, want_z = bool(wanted & spec.U), bool(wanted & spec.Z)
+    want_u, want_z, want_w = bool(wanted & spec.U), bool(wanted & spec.Z), bool(wanted & spec.W)
     u = torch.empty((B if want_u else 0, d), dtype=dtype, device=device)
     z = [torch.empty((B, d), dtype=dtype, device=device) for _ in range(k)] if want_z else []
-    if not (want_u or want_z):
-        return u, z
+    w = [torch.empty((B, d), dtype=dtype, device=device) for _ in range(k)] if want_w else []
+    if not (want_u or want_z or want_w):
+        return u, z, w
     scale = inverse_norms if batch.normalize else v.new_ones((1, 1)).expand(B, k)
     coefficients = v * scale * _reciprocal(sigma[:, :1])
+    W = _of_others(v, others) * scale[:, :, None] if want_w else v
     for rows, X in batch.blocks:
         if want_u:
             u[rows] = torch.bmm(coefficients[rows, None, :], X).squeeze(1).to(dtype)
@@ -395,7 +419,11 @@ def _vectors(
             if batch.shared_exponent is not None:
                 found = _scale_by_power_of_two(found, batch.shared_exponent[rows])
             z_m[rows] = found.to(dtype)
-    return u, z
+        if want_w:
+            directions = torch.bmm(W[rows].mT, X)
+            for m, w_m in enumerate(w):
+                w_m[rows] = directions[:, m].to(dtype)
+    return u, z, w
 
 
 def _forward_shapes(
@@ -415,6 +443,7 @@ def _forward_shapes(
         matrix=x((B, k, k), dtype=float64),
         v=x((B, k), dtype=float64),
         inverse_norms=x((B if normalize else 0, k), dtype=float64),
+        others=x((B if wanted & spec.W else 0, k), dtype=float64),
         exponents=x((B if out == float64 else 0, k), dtype=torch.int32),
     )
     return spec.output_shapes(embeddings, spectrum, wanted), list(state)
@@ -432,14 +461,17 @@ class _Incoming(NamedTuple):
     sigma: Tensor | None
     u: Tensor | None
     v: Tensor | None
-    z: Sequence[Tensor | None]
+    z: Sequence[Tensor | None]  # k of them, or none
+    w: Sequence[Tensor | None]  # k of them, or none
 
     @classmethod
-    def split(cls, grads: Sequence[Tensor | None], wanted: int) -> _Incoming:
+    def split(cls, grads: Sequence[Tensor | None], wanted: int, k: int) -> _Incoming:
         rest = list(grads)
         flags = (spec.ANY_ALIGNMENT, spec.SIGMA, spec.U, spec.V)
         alignment, sigma, u, v = (rest.pop(0) if wanted & flag else None for flag in flags)
-        return cls(alignment, sigma, u, v, rest)
+        number = k if wanted & spec.Z else 0
+        z, w = rest[:number], rest[number:]
+        return cls(alignment, sigma, u, v, z, w if any(g is not None for g in w) else [])
 
 
 def backward(
@@ -454,29 +486,37 @@ def backward(
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of all of ``forward``'s outputs at once: dX = h ⊗ c + X·C (+ H f).
+    """Gradients of all of ``forward``'s outputs at once: dX = h ⊗ c + D·g + X·C (+ H f).
 
-    c (B, k) and C (B, k, k) are made in k-space from every incoming gradient; one pass over the
+    c (B, k), D and C (B, k, k) are made in k-space from every incoming gradient; one pass over the
     embeddings applies them. Returns the gradients in the layout and dtypes of ``embeddings``, empty
     where not ``needed``; then, if τ is a tensor, ∂/∂τ as a float64 0-d tensor.
     """
-    saved, incoming = _State(*state), _Incoming.split(grads, wanted)
+    saved = _State(*state)
     batch = _Batch(embeddings, mask, normalize, saved.exponents)
+    incoming = _Incoming.split(grads, wanted, batch.k)
     inverse_sigma1 = _reciprocal(saved.eigenvalues[:, :1].sqrt())
     tau = read_temperature(temperature, fixed_temperature) if spectrum else None
 
     # A = M + N, with dZ = h v₁ᵀ/σ₁ + Z A: M comes through singular values, N through the leading vectors.
     A, slope = _through_values(batch, saved, incoming, wanted, tau, inverse_sigma1)
-    w, along_z = _dots(batch, saved, incoming)
-    c = torch.zeros_like(saved.v)
+    w, along_z, along_g = _dots(batch, saved, incoming)
+    c, D = torch.zeros_like(saved.v), None
     # the gradients are still to be multiplied by 2^last_exponents
     last_exponents = -batch.exponents if batch.exponents is not None and normalize else None
-    if incoming.u is not None or incoming.v is not None:
+    if incoming.u is not None or incoming.v is not None or incoming.w:
         q = torch.zeros_like(saved.v) if incoming.v is None else incoming.v.double()
         if batch.mask is not None:
             q = q.masked_fill(~batch.mask, 0.0)
         pairs = (saved.eigenvalues, saved.matrix) if spectrum else _eigh(saved.matrix)
+        if incoming.w:
+            D = _of_others(saved.v, saved.others)
+            slopes, S = _through_others(along_g, D, saved, pairs, batch)
+            q = q + slopes
+            along_z = along_z + (D * along_g).sum(2)
         N = _through_vectors(w, q, *pairs, saved.v, inverse_sigma1, batch.float64_input)
+        if incoming.w:
+            N = N + S
         if incoming.u is not None:
             c = saved.v * inverse_sigma1
         if batch.shared_exponent is not None:
@@ -485,6 +525,7 @@ def backward(
             up = batch.shared_exponent.clamp_min(0)
             N = _scale_by_power_of_two(N, -up[:, :, None])
             c = _scale_by_power_of_two(c, -up)
+            D = None if D is None else _scale_by_power_of_two(D, -up[:, :, None])
             last_exponents = -batch.shared_exponent.clamp_max(0)
             A = _scale_by_power_of_two(A, -last_exponents[:, :, None])
         A = A + N
@@ -496,7 +537,8 @@ def backward(
         radial = (gram * A).sum(2) + c * w + along_z
         C = (A - torch.diag_embed(radial)) * saved.inverse_norms[:, :, None] * saved.inverse_norms[:, None, :]
         c = c * saved.inverse_norms
-    found = _apply(batch, embeddings, needed, C, c, incoming, saved.inverse_norms, last_exponents)
+        D = None if D is None else D * saved.inverse_norms[:, :, None]
+    found = _apply(batch, embeddings, needed, C, c, D, incoming, saved.inverse_norms, last_exponents)
     return found if temperature is None else [*found, slope]
 
 
@@ -543,19 +585,52 @@ def _through_values(
     return _through_spectrum(g, saved.eigenvalues, saved.matrix, v, batch.float64_input), slope
 
 
-def _dots(batch: _Batch, saved: _State, incoming: _Incoming) -> tuple[Tensor, Tensor]:
-    """z_m · ∂L/∂u₁ and z_m · ∂L/∂z_m, (B, k) each (of embeddings as they are where these are not normalised)."""
+def _through_others(
+    along_g: Tensor, W: Tensor, saved: _State, pairs: tuple[Tensor, Tensor], batch: _Batch
+) -> tuple[Tensor, Tensor]:
+    """What the gradients g_m of w_m = Z W_m make of ∂L/∂v₁ (B, k), and of A (B, k, k), from z_j · g_m (B, k, k).
+
+    With h_m = (g_m − w_m w_mᵀg_m)/‖y_m‖, ∂L/∂|v_j| = z_jᵀ Σ_{m≠j} h_m, and ∂L/∂z_j = |v_j| Σ_{m≠j} h_m, of which the
+    part along the w is in A. |v_j| has slope 0 where v_j is 0, up to what rounding makes of it.
+    """
+    eigenvalues, V = pairs
+    v, k = saved.v, batch.k
+    along_w = (W * along_g).sum(1, keepdim=True)  # w_mᵀ g_m
+    GW = torch.bmm(V, eigenvalues[:, :, None] * torch.bmm(V.mT, W))
+    h = (along_g - GW * along_w) * saved.others[:, None, :]
+    slopes = h.masked_fill(torch.eye(k, dtype=torch.bool, device=v.device), 0.0).sum(2)
+    tied = _tied(eigenvalues, k, batch.float64_input)
+    gap = eigenvalues[:, :1] - eigenvalues.masked_fill(tied, 0.0).amax(1, keepdim=True)
+    zero = v.abs() * gap <= constants.zero_sum(k) * eigenvalues[:, :1]
+    return torch.where(zero, 0.0, slopes * v.sign()), -torch.bmm(W * along_w, W.mT)
+
+
+def _dots(batch: _Batch, saved: _State, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor]:
+    """z_m · ∂L/∂u₁ and z_m · ∂L/∂z_m, (B, k) each, and z_j · ∂L/∂w_m, (B, k, k) (of embeddings as they are where these
+    are not normalised)."""
     w, along_z = torch.zeros_like(saved.v), torch.zeros_like(saved.v)
+    along_g = saved.v.new_zeros((batch.B if incoming.w else 0, batch.k, batch.k))
     direct = batch.normalize and any(H is not None for H in incoming.z)
-    if incoming.u is None and not direct:
-        return w, along_z
+    if incoming.u is None and not direct and not incoming.w:
+        return w, along_z, along_g
     for rows, X in batch.blocks:
         if incoming.u is not None:
             w[rows] = torch.bmm(X, incoming.u[rows].double()[:, :, None]).squeeze(2)
         for m, H in enumerate(incoming.z if direct else ()):
             if H is not None:
                 along_z[rows, m] = (X[:, m] * H[rows].double()).sum(1)
-    return (w * saved.inverse_norms, along_z * saved.inverse_norms) if batch.normalize else (w, along_z)
+        if incoming.w:
+            along_g[rows] = torch.bmm(X, _stacked(incoming.w, rows).mT)
+    if not batch.normalize:
+        return w, along_z, along_g
+    along_g = along_g * saved.inverse_norms[:, :, None] if incoming.w else along_g
+    return w * saved.inverse_norms, along_z * saved.inverse_norms, along_g
+
+
+def _stacked(grads: Sequence[Tensor | None], rows: slice) -> Tensor:
+    """Some rows of k gradients (B, d) in float64, (b, k, d); zeros for None."""
+    some = next(g for g in grads if g is not None)
+    return torch.stack([torch.zeros_like(some[rows]) if g is None else g[rows] for g in grads], 1).double()
 
 
 def _apply(
@@ -564,12 +639,13 @@ def _apply(
     needed: Sequence[bool],
     C: Tensor,
     c: Tensor,
+    D: Tensor | None,
     incoming: _Incoming,
     inverse_norms: Tensor,
     last_exponents: Tensor | None,
 ) -> list[Tensor]:
-    """dX = (h ⊗ c + X·C + H f)·2^last_exponents, f = 1/norms (but H itself, after that, where these are not divided
-    out), in the layout of ``embeddings``, empty where not needed."""
+    """dX = (h ⊗ c + D·g + X·C + H f)·2^last_exponents, f = 1/norms (but H itself, after that, where these are not
+    divided out), in the layout of ``embeddings``, empty where not needed."""
     normalize, stacked = batch.normalize, embeddings[0].dim() == 3
     columns = [m for m in range(batch.k) if needed[0 if stacked else m]]
     if stacked:
@@ -581,11 +657,13 @@ def _apply(
         found = targets
     if not columns:
         return found
-    C, c = C[:, columns], c[:, columns]
+    C, c, D = C[:, columns], c[:, columns], None if D is None else D[:, columns]
     for rows, X in batch.blocks:
         dX = torch.bmm(C[rows], X)
         if incoming.u is not None:
             dX.addcmul_(c[rows, :, None], incoming.u[rows].double()[:, None, :])
+        if D is not None:
+            dX.baddbmm_(D[rows], _stacked(incoming.w, rows))
         for i, m in enumerate(columns):
             dx, H = dX[:, i], incoming.z[m] if incoming.z else None
             if H is not None and normalize:

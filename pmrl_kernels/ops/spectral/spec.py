@@ -15,10 +15,15 @@ from torch import Tensor
 from ..function import Tensors
 from ..operators import Op, Pair
 
-ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z = (1 << bit for bit in range(7))
+ALIGNMENT, ALIGNMENT_SUM, ALIGNMENT_MEAN, SIGMA, U, V, Z, W = (1 << bit for bit in range(8))
 """What is wanted, added up: one of the first three at most (the alignment terms (B,), their sum, or their mean over the
-instances with at least two modalities), singular values (B, min(d, k)) or (B, 1), u₁ (B, d), v₁ (B, k), and the k
-normalised embeddings (B, d). Outputs come in this order, and nothing else is allocated."""
+instances with at least two modalities), singular values (B, min(d, k)) or (B, 1), u₁ (B, d), v₁ (B, k), the k
+normalised embeddings (B, d), and for each modality the direction (B, d) that the others share,
+
+    w_m = y_m/‖y_m‖,   y_m = Σ_{j≠m} |v_j| z_j,
+
+zeros where ‖y_m‖ counts as zero (``constants.CANCELLED``). Outputs come in this order, and nothing else is
+allocated."""
 
 ANY_ALIGNMENT = ALIGNMENT | ALIGNMENT_SUM | ALIGNMENT_MEAN
 
@@ -51,8 +56,7 @@ def output_shapes(embeddings: Sequence[Tensor], spectrum: bool, wanted: int) -> 
         shapes.append((B, d))
     if wanted & V:
         shapes.append((B, k))
-    if wanted & Z:
-        shapes += [(B, d)] * k
+    shapes += [(B, d)] * k * (bool(wanted & Z) + bool(wanted & W))
     return [xs[0].new_empty(shape, dtype=out) for shape in shapes]
 
 
@@ -127,5 +131,5 @@ class Spectral(NamedTuple):
     def outputs(self, tensors: Tensors) -> int:
         """How many there are."""
         k = number_of_modalities(tensors[2:])
-        single = (ANY_ALIGNMENT, SIGMA, U, V)
-        return sum(bool(self.wanted & flag) for flag in single) + (k if self.wanted & Z else 0)
+        one, several = (ANY_ALIGNMENT, SIGMA, U, V), (Z, W)
+        return sum(bool(self.wanted & flag) for flag in one) + k * sum(bool(self.wanted & flag) for flag in several)

@@ -82,6 +82,7 @@ class Mode(NamedTuple):
     spectrum: bool  # all singular values are asked for; else the leading one
     normalize: bool
     alignment: bool  # the alignment term is asked for
+    others: bool  # and the w, what the other modalities of each one share
     float64_input: bool
     double_float: bool  # sums over d in pairs of float32
     scaled: bool  # embeddings may be scaled by powers of two, as a record's exponents say
@@ -90,10 +91,12 @@ class Mode(NamedTuple):
 
 
 @functools.cache
-def mode(k: int, spectrum: bool, normalize: bool, alignment: bool, float64_input: bool, double_float: bool) -> Mode:
-    record, coefficients = layout(k, spectrum, normalize, alignment), coefficient_layout(k)
+def mode(
+    k: int, spectrum: bool, normalize: bool, alignment: bool, others: bool, float64_input: bool, double_float: bool
+) -> Mode:
+    record, coefficients = layout(k, spectrum, normalize, alignment, others), coefficient_layout(k, others)
     scaled = float64_input or double_float
-    settings = (spectrum, normalize, alignment, float64_input, double_float, scaled)
+    settings = (spectrum, normalize, alignment, others, float64_input, double_float, scaled)
     return Mode(k, next_power_of_two(k), *settings, record, coefficients)
 
 

@@ -169,6 +169,28 @@ def plus_multiple(total, c, x):
 
 
 @triton.jit
+def plus_dot_of_sum(total, a, b, STEP: tl.constexpr):
+    """As ``plus_dot``, of a block b and a sum a, neither of which need have its neighbours in one lane."""
+    if len(total) == 2:
+        high, low = plus_product(total, a[0], b)
+        low += a[1] * b
+        s = high + low
+        return (s, low - (s - high))
+    else:
+        return plus_dot(total, a[0], b, STEP, True)
+
+
+@triton.jit
+def plus_multiple_of_sum(total, c, x):
+    """As ``plus_multiple``, of a sum x."""
+    if len(c) == 2:
+        high, low = plus_multiple(total, c, x[0])
+        return (high, low + c[0][:, None] * x[1])
+    else:
+        return plus_multiple(total, c, x[0])
+
+
+@triton.jit
 def rounded(total):
     """To one block."""
     if len(total) == 2:

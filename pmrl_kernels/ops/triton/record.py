@@ -33,13 +33,14 @@ class Layout(NamedTuple):
     inverse_norms: Any  # 1/n, 0 for zero vectors
     exponents: Any  # column m was scaled by 2^-e before its Gram entries were formed
     weights: Any  # of V's columns, for a while; then the coefficients of u₁ = Σ_m c_m x_m
+    others: Any  # 1/‖y_m‖, y_m = Σ_{j≠m} |v_j| z_j, and 0 where that norm counts as zero
     slope: Any  # ∂(alignment)/∂τ
     alignment: Any  # the alignment term
     undecided: Any  # 1 where power iteration left the leading pair to Jacobi, else 0
     size: Any  # numbers of a record, an even number
 
 
-def layout(k: Any, spectrum: bool, normalize: bool, alignment: bool) -> Layout:
+def layout(k: Any, spectrum: bool, normalize: bool, alignment: bool, others: bool) -> Layout:
     """Of what a state depends on must a compiler know, since it allocates some: it knows neither the card nor how it
     sums, and exponents have a place everywhere."""
     half = k * (k + 1) // 2
@@ -54,6 +55,7 @@ def layout(k: Any, spectrum: bool, normalize: bool, alignment: bool) -> Layout:
         ("inverse_norms", k, normalize),
         ("exponents", k, True),
         ("weights", k, True),
+        ("others", k, others),
         ("slope", 1, alignment),
         ("alignment", 1, alignment),
         ("undecided", 1, not spectrum),
@@ -72,20 +74,26 @@ def state_size(B: Any, record: Layout) -> Any:
 
 
 class Coefficients(NamedTuple):
-    """Where the coefficients of a backward pass are, dX = h cᵀ + X C + H diag(factors), of an instance. In double_float
-    each stands as a pair in its place."""
+    """Where the coefficients of a backward pass are, of an instance: dX = h cᵀ + X C + H diag(factors), and with the w
+
+        dx_m += shares_m (R − r_m g_m),   R = Σ_j r_j g_j,   g = ∂L/∂w, r = the record's ``others``.
+
+    In double_float each stands as a pair in its place."""
 
     C: int  # upper triangle
     c: int
     factors: int  # what the columns' own incoming gradients are multiplied by
     exponents: int  # of two, that the gradients of the columns are still to be multiplied by; not in double_float
     weights: int  # k numbers for a while
+    shares: Any  # |v_m|/n_m; None unless the w are asked for
     size: int
 
 
-def coefficient_layout(k: int) -> Coefficients:
+def coefficient_layout(k: int, others: bool) -> Coefficients:
     half = k * (k + 1) // 2
-    return Coefficients(0, half, half + k, half + 2 * k, half + 3 * k, half + 4 * k)
+    end = half + 4 * k
+    shares, size = (end, end + k) if others else (None, end)
+    return Coefficients(0, half, half + k, half + 2 * k, half + 3 * k, shares, size)
 
 
 @triton.jit

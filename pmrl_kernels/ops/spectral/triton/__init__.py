@@ -62,7 +62,8 @@ def _forward_shapes(
     from ...triton.record import layout, state_size
 
     first = embeddings[0]
-    record = layout(spec.number_of_modalities(embeddings), spectrum, normalize, wanted & spec.ANY_ALIGNMENT != 0)
+    asked = wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0
+    record = layout(spec.number_of_modalities(embeddings), spectrum, normalize, *asked)
     state = first.new_empty((state_size(first.shape[0], record),), dtype=torch.float64)
     return spec.output_shapes(embeddings, spectrum, wanted), [state]
 

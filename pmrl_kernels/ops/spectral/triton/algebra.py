@@ -1,5 +1,6 @@
 """The loss and its gradient in k-space (docs/mathematics.md): from eigenpairs of Gram matrices to singular values,
-leading vectors and alignment, and from incoming gradients to the coefficients of dX = h cᵀ + X C.
+leading vectors and alignment, and from incoming gradients to the coefficients of dX = h cᵀ + X C, and of what comes
+through the w.
 
 N instances are taken at once, matrices as blocks [N, K, K] (row i, column j), vectors as [N, K, 1] or [N, 1, K], K
 being a power of two from k on. The phases of a kernel are separated by barriers, so what one has written to a record
@@ -24,6 +25,8 @@ from ...triton.record import (
     store_symmetric,
     store_vector,
 )
+
+CANCELLED = tl.constexpr(constants.CANCELLED)
 
 _CASES = [(k, float64) for k in range(1, constants.MAX_MODALITIES + 1) for float64 in (False, True)]
 _FLOORS = {case: constants.singular_value_floor(*case) ** 2 for case in _CASES}
@@ -97,6 +100,25 @@ def weighted(b, weights, MODE: tl.constexpr):
         weight = tl.load(weights + m, mask=b.there, other=0.0)
         total += left * weight * right
     return total
+
+
+@triton.jit
+def times_gram(matrix, values, x, MODE: tl.constexpr):
+    """G x [N, K, 1]; ``matrix`` is G, or with the spectrum V, and ``values`` the eigenvalues [N, 1, K]."""
+    if MODE.spectrum:
+        along = values * tl.sum(product(matrix, x), 1, keep_dims=True)
+        return tl.sum(product(matrix, along), 2, keep_dims=True)
+    else:
+        return tl.sum(product(matrix, along_columns(x, MODE.K)), 2, keep_dims=True)
+
+
+@triton.jit
+def gram_diagonal(b, matrix, values, MODE: tl.constexpr):
+    """[N, K, 1], as above."""
+    if MODE.spectrum:
+        return tl.sum(product(matrix * matrix, values), 2, keep_dims=True)
+    else:
+        return tl.sum(tl.where(b.i == b.j, matrix, 0.0), 2, keep_dims=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,6 +354,19 @@ def store_values(b, sigma, values, rank, exponent, d, MODE: tl.constexpr):
 
 
 @triton.jit
+def inverse_norms_of_others(b, matrix, values, v_i, MODE: tl.constexpr):
+    """1/‖y_m‖ [N, K, 1], y_m = Σ_{j≠m} a_j z_j, a = |v₁|, and 0 where that norm counts as zero:
+    ‖y_m‖² = aᵀG a − 2 a_m (G a)_m + a_m² G_mm. Of NaN no such thing is true, and it stays NaN."""
+    a = tl.abs(v_i)
+    Ga = times_gram(matrix, values, a, MODE)
+    diagonal = gram_diagonal(b, matrix, values, MODE)
+    squares = tl.sum(product(a, Ga), 1, keep_dims=True) - 2.0 * a * Ga + a * a * diagonal
+    least = CANCELLED * tl.sum(product(a, tl.sqrt(diagonal)), 1, keep_dims=True)
+    zero = squares <= least * least
+    return tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, squares)))
+
+
+@triton.jit
 def finish_forward(b, mask, tau, outputs, d, VECTORS: tl.constexpr, MODE: tl.constexpr):
     """Completes the records of N instances from their eigenpairs, and writes sigma and v as far as they are given.
 
@@ -359,6 +394,15 @@ def finish_forward(b, mask, tau, outputs, d, VECTORS: tl.constexpr, MODE: tl.con
         else:
             shown = unscaled(tl.sqrt(top), exponent, MODE)
             tl.store(outputs.sigma + b.instance, shown.to(outputs.sigma.dtype.element_ty), mask=b.there)
+
+    if MODE.others:
+        if MODE.spectrum:
+            inverses = inverse_norms_of_others(b, V, values, v_i, MODE)
+        else:
+            # loaded again, as for the resolvent
+            again = load_symmetric(b.record + MODE.record.gram, b.i, b.j, b.there, k)
+            inverses = inverse_norms_of_others(b, again, top, v_i, MODE)
+        store_vector(b.record + MODE.record.others, b.i, b.there, inverses, k)
 
     loss = tl.zeros([N, 1, 1], tl.float64)
     slope = tl.zeros([N, 1, 1], tl.float64)
@@ -392,8 +436,9 @@ def finish_forward(b, mask, tau, outputs, d, VECTORS: tl.constexpr, MODE: tl.con
 
 @triton.jit
 def store_coefficients(
-    b, coefficients, C, c, factors, exponent, THROUGH_U: tl.constexpr, FACTORS: tl.constexpr, MODE: tl.constexpr
-):
+    b, coefficients, C, c, factors, shares, exponent, THROUGH_U: tl.constexpr, FACTORS: tl.constexpr,
+    OTHERS: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
     """In double_float, all of an instance's coefficients are multiplied by the power of two that makes the largest
     about 1, and the gradients get it back at the end: gradients may be of any size that is a float32, coefficients of
     more."""
@@ -405,10 +450,13 @@ def store_coefficients(
             highest = tl.maximum(highest, highest_exponent(c))
         if FACTORS:
             highest = tl.maximum(highest, highest_exponent(factors))
+        if OTHERS:
+            highest = tl.maximum(highest, highest_exponent(shares))
         e = tl.where((highest > 0) & (highest < 0x7FF), highest - 1022, 0).to(tl.float64)
         C = scaled(C, -e)
         c = scaled(c, -e)
         factors = scaled(factors, -e)
+        shares = scaled(shares, -e)
         exponent = tl.minimum(tl.maximum(exponent + e, -250.0), 250.0)  # beyond that there are only 0 and infinity
     inside = b.there & (b.i < k)
     upper = b.there & (b.i <= b.j) & (b.j < k)
@@ -417,6 +465,8 @@ def store_coefficients(
         store_coefficient(coefficients + MODE.coefficients.c + b.i, c, inside, D)
     if FACTORS:
         store_coefficient(coefficients + MODE.coefficients.factors + b.i, factors, inside, D)
+    if OTHERS:
+        store_coefficient(coefficients + MODE.coefficients.shares + b.i, shares, inside, D)
     tl.store(coefficients + MODE.coefficients.exponents + b.i, exponent, mask=inside)
 
 
@@ -431,7 +481,7 @@ def alignment_coefficients(b, coefficients, mask, grad, MODE: tl.constexpr):
     exponent = none
     if MODE.normalize:
         exponent = -load_vector(b.record + MODE.record.exponents, b.i, b.there, k)
-    store_coefficients(b, coefficients, C, none, none, exponent, False, False, MODE)
+    store_coefficients(b, coefficients, C, none, none, none, exponent, False, False, False, MODE)
 
 
 @triton.jit
@@ -488,14 +538,69 @@ def load_pairs(b, MODE: tl.constexpr):
         return top, top, top, v_i
 
 
+class ThroughOthers(NamedTuple):
+    """What sums over d tell of g = ∂L/∂w, [N, K, 1] each: x_m · R, x_m · g_m and Y · g_m, where R = Σ_m r_m g_m,
+    Y = Σ_m |v_m| z_m, r = 1/‖y‖ or 0."""
+
+    along_sum: Any
+    own: Any
+    along_common: Any
+
+
+@triton.jit
+def zero_entries(b, values, top, v_i, MODE: tl.constexpr):
+    """Which entries of v₁ [N, K, 1] are 0 up to what rounding makes of it: |v_j| gap <= zero_sum λ₁.
+
+    The gap is that to the next eigenvalue that is not tied. Without the spectrum one over the resolvent's Frobenius
+    norm stands for it, which is at most √(k−1) times less.
+    """
+    k: tl.constexpr = MODE.k
+    if MODE.spectrum:
+        tied = top - values <= eigenvalue_gap(k, MODE.float64_input) * top
+        gap = top - tl.max(tl.where(tied, 0.0, values), 2, keep_dims=True)
+        return tl.abs(v_i) * gap <= zero_sum(k) * top
+    else:
+        T = load_symmetric(b.record + MODE.record.resolvent, b.i, b.j, b.there, k)
+        norm = tl.sqrt(tl.sum(tl.sum(product(T, T), 2, keep_dims=True), 1, keep_dims=True))
+        return tl.abs(v_i) <= zero_sum(k) * tl.maximum(top * norm, 1.0)
+
+
+@triton.jit
+def through_others(b, sums, matrix, values, top, v_i, v_j, inverse_i, MODE: tl.constexpr):
+    """What the gradients g_m of w_m = r_m Σ_{j≠m} a_j z_j, a = |v₁|, make of ∂L/∂v₁, of A, and of the radial parts of
+    dZ = Z A, of which shares (R − r_m g_m) has no part in A.
+
+    With h_m = r_m (g_m − w_m w_mᵀg_m) it is ∂L/∂a_j = z_jᵀ Σ_{m≠j} h_m = c_j and ∂L/∂z_j = a_j Σ_{m≠j} h_m. All of that
+    follows from ``sums`` and G, with t_m = r_m² w_mᵀg_m:
+
+        c_j = Σ_{m≠j} (r_m z_jᵀg_m − t_m z_jᵀy_m)
+        A_jl = −a_j a_l Σ_{m≠j,l} t_m
+    """
+    K: tl.constexpr = MODE.K
+    a = tl.abs(v_i)
+    r = load_vector(b.record + MODE.record.others, b.i, b.there, MODE.k)
+    own = sums.own * inverse_i
+    t = product(r * r * r, sums.along_common - a * own)  # rounded, since it is summed up
+    total = tl.sum(t, 1, keep_dims=True)
+    rest = total - t
+    c = sums.along_sum * inverse_i - r * own
+    c -= times_gram(matrix, values, a, MODE) * rest
+    c += times_gram(matrix, values, t * a, MODE) - gram_diagonal(b, matrix, values, MODE) * t * a
+    slopes = tl.where(zero_entries(b, values, top, v_i, MODE), 0.0, tl.where(v_i < 0, -c, c))
+    A = -a * tl.abs(v_j) * tl.where(b.i == b.j, rest, rest - along_columns(t, K))
+    return slopes, A, a * c
+
+
 @triton.jit
 def gradient_coefficients(
-    b, coefficients, mask, w, direct, grad_alignment, grads, d, THROUGH_U: tl.constexpr, DIRECT: tl.constexpr,
-    MODE: tl.constexpr,
+    b, coefficients, mask, w, direct, through_w, grad_alignment, grads, d, THROUGH_U: tl.constexpr,
+    DIRECT: tl.constexpr, OTHERS: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """All incoming gradients of N instances to the coefficients of dX = h cᵀ + X C + H diag(factors).
+    """All incoming gradients of N instances to the coefficients of dX = h cᵀ + X C + H diag(factors), and the shares of
+    what comes through the w.
 
-    ``w`` and ``direct`` [N, K, 1] are x_m · ∂L/∂u₁ and x_m · ∂L/∂z_m, ``grad_alignment`` is [N, 1, 1].
+    ``w`` and ``direct`` [N, K, 1] are x_m · ∂L/∂u₁ and x_m · ∂L/∂z_m, ``grad_alignment`` is [N, 1, 1], ``through_w``
+    are ``ThroughOthers``.
     """
     k: tl.constexpr = MODE.k
     K: tl.constexpr = MODE.K
@@ -513,6 +618,7 @@ def gradient_coefficients(
         A, radial = through_values(b, coefficients, grads.sigma, values, V, top, v_i, v_j, d, MODE)
 
     c = v_i * inverse_sigma
+    shares = tl.abs(v_i)
     exponent = tl.zeros([N, K, 1], tl.float64)
     if MODE.scaled and MODE.normalize:
         exponent = -load_vector(b.record + MODE.record.exponents, b.i, b.there, k)
@@ -526,15 +632,26 @@ def gradient_coefficients(
     if MODE.normalize:
         w = w * inverse_i
         direct = direct * inverse_i
-    if THROUGH_U or grads.v is not None:
+    if THROUGH_U or grads.v is not None or OTHERS:
         r = w * inverse_sigma
         if grads.v is not None:
             at = grads.v.pointer + b.instance * grads.v.strides[0] + b.i * grads.v.strides[1]
             r += tl.load(at, mask=present_i, other=0.0).to(tl.float64)
+        if OTHERS:
+            matrix = V
+            if not MODE.spectrum:
+                matrix = load_symmetric(b.record + MODE.record.gram, b.i, b.j, b.there, k)
+            slopes, A_others, radial_others = through_others(
+                b, through_w, matrix, values, top, v_i, v_j, inverse_i, MODE
+            )
+            r += slopes
         y, Gy = turned(b, r, values, V, top, MODE)
         along = tl.sum(product(v_i, w), 1, keep_dims=True) * inverse_sigma * inverse_sigma * inverse_sigma
         through = y * v_j + v_i * along_columns(y, K) - along * v_i * v_j
         radial += v_i * (Gy + top * (y - along * v_i))
+        if OTHERS:
+            through += A_others
+            radial += radial_others
         if MODE.scaled and not MODE.normalize:
             # ``through`` and c are 2^-e times these, A is not. Up or down, the factor goes where nothing overflows
             # before the sum is formed: on those two, or on A now and on the gradient at the end.
@@ -542,6 +659,7 @@ def gradient_coefficients(
             up = tl.maximum(e, 0.0)
             exponent += up - e
             c = scaled(c, -up)
+            shares = scaled(shares, -up)
             A = scaled(A, e - up)
             aligned = scaled(aligned, e - up)
             through = scaled(through, -up)
@@ -551,6 +669,9 @@ def gradient_coefficients(
     C = aligned + projected(A, radial + direct, inverse_i, inverse_j, b.i, b.j, MODE.normalize)
     if MODE.normalize:
         c = c * inverse_i
+        shares = shares * inverse_i
     C = tl.where(present_i & present_j, C, 0.0)
     c = tl.where(present_i, c, 0.0)
-    store_coefficients(b, coefficients, C, c, inverse_i, exponent, THROUGH_U, DIRECT and MODE.normalize, MODE)
+    store_coefficients(
+        b, coefficients, C, c, inverse_i, shares, exponent, THROUGH_U, DIRECT and MODE.normalize, OTHERS, MODE
+    )

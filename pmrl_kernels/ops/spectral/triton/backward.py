@@ -1,4 +1,5 @@
-"""The backward kernel: all gradients of the spectral operators in one launch, dX = h cᵀ + X C (+ H)."""
+"""The backward kernel: all gradients of the spectral operators in one launch, dX = h cᵀ + X C (+ H), and what comes
+through the w."""
 
 from typing import Any, NamedTuple
 
@@ -8,14 +9,18 @@ import triton.language as tl
 from ...triton.arguments import Instances
 from ...triton.double_float import no_sum, over_lanes, power, to_float64
 from ...triton.record import load_symmetric, load_vector, number_of_modalities, own, record_of
-from .algebra import alignment_coefficients, block_of, gradient_coefficients
+from .algebra import ThroughOthers, alignment_coefficients, block_of, gradient_coefficients
 from .passes import (
     Linear,
+    Others,
     add_dots,
+    add_dots_of_others,
     apply_chunk,
     apply_tile,
+    dots_of_others_tile,
     dots_tile,
     load_linear,
+    load_others,
     load_rows,
     load_scale,
     load_scales,
@@ -64,10 +69,11 @@ def write_slope(slope, grads, state, MEAN: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    x, mask, state, coefficients, slope, grads, grad_u, grad_z, out, B, d, MODE: tl.constexpr, STEP: tl.constexpr,
-    MEAN: tl.constexpr, RESIDENT: tl.constexpr,
+    x, mask, state, coefficients, slope, grads, grad_u, grad_z, grad_w, out, B, d, MODE: tl.constexpr,
+    STEP: tl.constexpr, MEAN: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of R instances: dX = h cᵀ + X C (+ H), h and H being what comes in for u₁ and the z.
+    """Gradients of R instances: dX = h cᵀ + X C (+ H), h and H being what comes in for u₁ and the z; and with g, what
+    comes in for the w, dx_m += s_m (R − r_m g_m), R = Σ_j r_j g_j, s = |v₁|/n, r = 1/‖y‖.
 
     Reads the records, x, and the incoming gradients that are given; writes the gradients that are wanted, ∂L/∂τ if
     ``slope`` is given. A gradient of the alignment term alone finds its C in the record; whatever else comes in is made
@@ -81,9 +87,11 @@ def backward_kernel(
         if tl.program_id(0) == 0:
             write_slope(slope, grads, state, MEAN)
     if MODE.K >= 16:
-        backward_tile(x, mask, state, coefficients, grad, grads, grad_u, grad_z, out, at, d, MODE, STEP)
+        backward_tile(x, mask, state, coefficients, grad, grads, grad_u, grad_z, grad_w, out, at, d, MODE, STEP)
     else:
-        backward_rows(x, mask, state, coefficients, grad, grads, grad_u, grad_z, out, at, d, MODE, STEP, RESIDENT)
+        backward_rows(
+            x, mask, state, coefficients, grad, grads, grad_u, grad_z, grad_w, out, at, d, MODE, STEP, RESIDENT
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,23 +101,34 @@ def backward_kernel(
 
 @triton.jit
 def dots_rows(
-    rows, scales, x, mask, grad_u, grad_z, at, d, MODE: tl.constexpr, STEP: tl.constexpr, RESIDENT: tl.constexpr
-):
-    """x_m · ∂L/∂u₁, and x_m · ∂L/∂z_m where those come in: a tuple of blocks [R]."""
+    rows, scales, x, mask, records, grad_u, grad_z, grad_w, at, d, MODE: tl.constexpr, STEP: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):  # fmt: skip
+    """x_m · ∂L/∂u₁, x_m · ∂L/∂z_m where those come in, and where the ∂L/∂w do, what ``add_dots_of_others`` says: a
+    tuple of blocks [R]."""
     k: tl.constexpr = MODE.k
+    first: tl.constexpr = k if grad_z is None else 2 * k
+    number: tl.constexpr = first if grad_w is None else first + 3 * k
     sums = ()
-    for _ in tl.static_range(k if grad_z is None else 2 * k):
+    others = ()
+    if grad_w is not None:
+        others = load_others(records, at.there, MODE, STEP)
+    for _ in tl.static_range(number):
         sums = sums + (no_sum(STEP.rows, STEP.columns // STEP.vector, MODE.double_float),)
     if RESIDENT:
         cols = tl.arange(0, STEP.columns)
         sums = add_dots(sums, rows, scales, mask, grad_u, grad_z, at, cols, d, MODE, STEP)
+        if grad_w is not None:
+            sums = add_dots_of_others(sums, first, rows, scales, others, grad_w, at, cols, d, MODE, STEP)
     else:
         for start in range(0, d, STEP.columns):
             cols = start + tl.arange(0, STEP.columns)
             chunk = load_rows(x, mask, at, cols, d, k)
             sums = add_dots(sums, chunk, scales, mask, grad_u, grad_z, at, cols, d, MODE, STEP)
+            if grad_w is not None:
+                sums = add_dots_of_others(sums, first, chunk, scales, others, grad_w, at, cols, d, MODE, STEP)
     dots = ()
-    for n in tl.static_range(k if grad_z is None else 2 * k):
+    for n in tl.static_range(number):
         dots = dots + (over_lanes(sums[n]),)
     return dots
 
@@ -128,20 +147,23 @@ def recorded_linear(records, grad, there, MODE: tl.constexpr):
             if MODE.normalize:
                 e = -tl.load(records + MODE.record.exponents + m, mask=there, other=0.0)
             powers = powers + (power(e),)
-    return Linear(C, (), (), powers)
+    return Linear(C, (), (), powers, ())
 
 
 @triton.jit
 def backward_rows(
-    x, mask, state, coefficients, grad, grads, grad_u, grad_z, out, at, d, MODE: tl.constexpr, STEP: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    x, mask, state, coefficients, grad, grads, grad_u, grad_z, grad_w, out, at, d, MODE: tl.constexpr,
+    STEP: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """``backward_kernel`` of k <= 8: rows of R instances."""
     k: tl.constexpr = MODE.k
     R: tl.constexpr = STEP.rows
-    DOTS: tl.constexpr = (grad_u is not None) or ((grad_z is not None) and MODE.normalize)
-    SIMPLE: tl.constexpr = (grads.sigma is None) and (grads.v is None) and (grad_u is None) and (grad_z is None)
-    scales = load_scales(own(state, at, MODE), at.there, MODE, STEP)
+    OTHERS: tl.constexpr = grad_w is not None
+    DOTS: tl.constexpr = (grad_u is not None) or ((grad_z is not None) and MODE.normalize) or OTHERS
+    VECTORS: tl.constexpr = (grad_u is not None) or (grad_z is not None) or OTHERS
+    SIMPLE: tl.constexpr = (grads.sigma is None) and (grads.v is None) and not VECTORS
+    records = own(state, at, MODE)
+    scales = load_scales(records, at.there, MODE, STEP)
     rows = ()
     if RESIDENT:
         rows = load_rows(x, mask, at, tl.arange(0, STEP.columns), d, k)
@@ -157,24 +179,33 @@ def backward_rows(
         else:
             dots = ()
             if DOTS:
-                dots = dots_rows(rows, scales, x, mask, grad_u, grad_z, at, d, MODE, STEP, RESIDENT)
+                dots = dots_rows(rows, scales, x, mask, records, grad_u, grad_z, grad_w, at, d, MODE, STEP, RESIDENT)
+            w = packed(dots, 0, R, MODE)
+            direct = packed(dots if grad_z is not None else (), k, R, MODE)
+            through_w = ()
+            if OTHERS:
+                first: tl.constexpr = k if grad_z is None else 2 * k
+                through_w = ThroughOthers(
+                    packed(dots, first, R, MODE), packed(dots, first + k, R, MODE), packed(dots, first + 2 * k, R, MODE)
+                )
             gradient_coefficients(
-                block, theirs, mask, packed(dots, 0, R, MODE), packed(dots, k, R, MODE), grad[:, None, None], grads, d,
-                grad_u is not None, grad_z is not None, MODE,
+                block, theirs, mask, w, direct, through_w, grad[:, None, None], grads, d,
+                grad_u is not None, grad_z is not None, OTHERS, MODE,
             )  # fmt: skip
         tl.debug_barrier()
         if MODE.double_float:
             mine = coefficients + tl.program_id(0).to(tl.int64) * MODE.coefficients.size
         else:
             mine = coefficients + at.index * MODE.coefficients.size
-        linear = load_linear(mine, at.there, grad_u is not None, (grad_z is not None) and MODE.normalize, MODE, R)
+        DIRECT: tl.constexpr = (grad_z is not None) and MODE.normalize
+        linear = load_linear(mine, records, at.there, grad_u is not None, DIRECT, OTHERS, MODE, R)
     if RESIDENT:
-        apply_chunk(rows, linear, scales, mask, grad_u, grad_z, out, at, tl.arange(0, STEP.columns), d, MODE)
+        apply_chunk(rows, linear, scales, mask, grad_u, grad_z, grad_w, out, at, tl.arange(0, STEP.columns), d, MODE)
     else:
         for start in range(0, d, STEP.columns):
             cols = start + tl.arange(0, STEP.columns)
             chunk = load_rows(x, mask, at, cols, d, k)
-            apply_chunk(chunk, linear, scales, mask, grad_u, grad_z, out, at, cols, d, MODE)
+            apply_chunk(chunk, linear, scales, mask, grad_u, grad_z, grad_w, out, at, cols, d, MODE)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,11 +215,14 @@ def backward_rows(
 
 @triton.jit
 def backward_tile(
-    x, mask, state, coefficients, grad, grads, grad_u, grad_z, out, at, d, MODE: tl.constexpr, STEP: tl.constexpr
-):
+    x, mask, state, coefficients, grad, grads, grad_u, grad_z, grad_w, out, at, d, MODE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
     """``backward_kernel`` of k > 8: the program's instance."""
     k: tl.constexpr = MODE.k
-    SIMPLE: tl.constexpr = (grads.sigma is None) and (grads.v is None) and (grad_u is None) and (grad_z is None)
+    OTHERS: tl.constexpr = grad_w is not None
+    VECTORS: tl.constexpr = (grad_u is not None) or (grad_z is not None) or OTHERS
+    SIMPLE: tl.constexpr = (grads.sigma is None) and (grads.v is None) and not VECTORS
     tile = tile_of(x, mask, MODE)
     record = record_of(state, tile.instance, MODE)
     scale = load_scale(record, MODE)
@@ -199,6 +233,7 @@ def backward_tile(
     c = tl.zeros([MODE.K], tl.float64)
     factors = c
     last = c
+    others = ()
     if SIMPLE:
         number = tl.sum(tile.present.to(tl.int32), 0)
         upstream = tl.where(number >= 2, tl.sum(grad, 0), 0.0)
@@ -210,11 +245,15 @@ def backward_tile(
         direct = c
         if (grad_u is not None) or ((grad_z is not None) and MODE.normalize):
             w, direct = dots_tile(x, tile, scale, grad_u, grad_z, d, MODE, STEP)
+        through_w = ()
+        if OTHERS:
+            along_sum, own_dots, along_common = dots_of_others_tile(x, tile, scale, record, grad_w, d, MODE, STEP)
+            through_w = ThroughOthers(along_sum[None, :, None], own_dots[None, :, None], along_common[None, :, None])
         one = at.index[:, None, None]
         block = block_of(record_of(state, one, MODE), one, at.there[:, None, None], MODE.K)
         gradient_coefficients(
             block, coefficients + one * MODE.coefficients.size, mask, w[None, :, None], direct[None, :, None],
-            grad[:, None, None], grads, d, grad_u is not None, grad_z is not None, MODE,
+            through_w, grad[:, None, None], grads, d, grad_u is not None, grad_z is not None, OTHERS, MODE,
         )  # fmt: skip
         tl.debug_barrier()
         mine = coefficients + tile.instance * MODE.coefficients.size
@@ -224,4 +263,7 @@ def backward_tile(
             last = load_vector(mine + MODE.coefficients.exponents, index, inside, k)
         if (grad_z is not None) and MODE.normalize:
             factors = load_vector(record + MODE.record.inverse_norms, index, inside, k)
-    apply_tile(x, tile, Linear(C, c, factors, last), scale, grad_u, grad_z, out, d, MODE, STEP)
+        if OTHERS:
+            inverses = load_vector(record + MODE.record.others, index, inside, k)
+            others = Others(load_vector(mine + MODE.coefficients.shares, index, inside, k), inverses)
+    apply_tile(x, tile, Linear(C, c, factors, last, others), scale, grad_u, grad_z, grad_w, out, d, MODE, STEP)

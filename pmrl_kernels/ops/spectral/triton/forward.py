@@ -4,7 +4,8 @@ For large batches, with an instance per lane, or K lanes per instance, in the so
 
     gram_kernel      reads the k embeddings of each instance once, writes the Gram matrix G = XᵀX to its record
     solve_kernel     reads G; writes sigma, v, the alignment term (or its sum), and the rest of the record
-    vectors_kernel   reads the embeddings again; writes u = X c and the z_m = x_m / n_m, if they are wanted
+    vectors_kernel   reads the embeddings again; writes u = X c, the z_m = x_m / n_m and the w_m = (Y - |v_m| z_m) r_m,
+                     Y = Σ_j |v_j| z_j, as far as they are wanted
 
 For small ones forward_kernel, all three at once with one instance per program, then reduce_kernel if a sum is wanted.
 
@@ -278,20 +279,21 @@ def solve_kernel(
 
 
 @triton.jit
-def vectors_kernel(x, mask, state, u, z, B, d, MODE: tl.constexpr, STEP: tl.constexpr):
-    """u = X c and z_m = x_m / n_m of R instances. Reads x and records; writes u (B, d) and the z (B, d), if given."""
+def vectors_kernel(x, mask, state, u, z, w, B, d, MODE: tl.constexpr, STEP: tl.constexpr):
+    """u = X c, z_m = x_m / n_m and w_m = (Y - |v_m| z_m) r_m of R instances, Y = Σ_j |v_j| z_j. Reads x and records;
+    writes u (B, d), the z and the w (B, d), as far as they are given."""
     instance = tl.program_id(0).to(tl.int64) * STEP.rows + tl.arange(0, STEP.rows)
-    vectors_phase(x, mask, state, Instances(instance, instance < B), u, z, d, MODE, STEP)
+    vectors_phase(x, mask, state, Instances(instance, instance < B), u, z, w, d, MODE, STEP)
 
 
 @triton.jit
 def forward_kernel(
-    x, mask, temperature, state, counter, outputs, u, z, B, d, MODE: tl.constexpr, STEP: tl.constexpr,
+    x, mask, temperature, state, counter, outputs, u, z, w, B, d, MODE: tl.constexpr, STEP: tl.constexpr,
     VECTORS: tl.constexpr,
 ):  # fmt: skip
     """gram_kernel, solve_kernel and vectors_kernel of R instances, whose embeddings are in cache the second time.
 
-    Reads x; writes the records, u and z as far as they are given, the outputs that are, and sets the counter to 0.
+    Reads x; writes the records, u, z and w as far as they are given, the outputs that are, and sets the counter to 0.
     """
     instance = tl.program_id(0).to(tl.int64) * STEP.rows + tl.arange(0, STEP.rows)
     at = Instances(instance, instance < B)
@@ -311,9 +313,9 @@ def forward_kernel(
     loss, _, _ = finish_forward(block, mask, read_temperature(temperature), outputs, d, VECTORS, MODE)
     if outputs.alignment is not None:
         tl.store(outputs.alignment + one, loss.to(outputs.alignment.dtype.element_ty), mask=one < B)
-    if (u is not None) or (z is not None):
+    if (u is not None) or (z is not None) or (w is not None):
         tl.debug_barrier()
         if MODE.K >= 16:
-            vectors_tile_phase(x, tile, record_of(state, tile.instance, MODE), u, z, d, MODE, STEP)
+            vectors_tile_phase(x, tile, record_of(state, tile.instance, MODE), u, z, w, d, MODE, STEP)
         else:
-            vectors_phase(x, mask, state, at, u, z, d, MODE, STEP)
+            vectors_phase(x, mask, state, at, u, z, w, d, MODE, STEP)

@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     pass_block: int  # columns taken at a time by these
     latency_rows: int  # instances of a program of forward_kernel, and of the backward pass of u₁ and z
     latency_block: int  # columns taken at a time by these
+    others_block: int  # and by the backward pass of the w, whose gradients are as many rows again
+    others_pass_block: int  # and by vectors_kernel where it writes the w: it holds all rows at once
     latency_warps: int
     vector: int  # elements in 16 bytes
     double_float: bool  # sums in pairs of float32
@@ -72,6 +74,8 @@ def plan(k: int, d: int, small: bool, itemsize: int, slow_float64: bool) -> Plan
     whole = next_power_of_two(d)
     lanes = k <= 6
     together = runtime.INTERPRETED and K < 16 and not double_float  # costs the interpreter no more than one
+    pass_block = 32 if double_float else max(min(8 * vector, whole), vector)
+    latency_block = 32 if K >= 16 or double_float else max(min(32 * vector, whole), vector)
     return Plan(
         latency=small or K >= 16,
         lanes=lanes,
@@ -80,9 +84,11 @@ def plan(k: int, d: int, small: bool, itemsize: int, slow_float64: bool) -> Plan
         solve_warps=1,
         pass_rows=1 if double_float else 16,
         pass_warps=1 if double_float else 4,
-        pass_block=32 if double_float else max(min(8 * vector, whole), vector),
+        pass_block=pass_block,
         latency_rows=4 if together else 1,
-        latency_block=32 if K >= 16 or double_float else max(min(32 * vector, whole), vector),
+        latency_block=latency_block,
+        others_block=latency_block if K >= 16 else min(latency_block, 2048 // (K * max(itemsize, 4))),
+        others_pass_block=min(pass_block, 256 // K),
         latency_warps=4 if K >= 16 else 1,
         vector=vector,
         double_float=double_float,
@@ -117,23 +123,24 @@ def _call(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted:
     shape, dtype = first.shape, first.dtype
     B, d, k = shape[0], shape[-1], shape[1] if len(shape) == 3 else len(xs)
     p = plan(k, d, B <= LATENCY_BATCH, first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
-    aligns = wanted & spec.ANY_ALIGNMENT != 0
-    return xs, B, k, d, p, mode(k, spectrum, normalize, aligns, dtype == torch.float64, p.double_float)
+    asked = wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0
+    return xs, B, k, d, p, mode(k, spectrum, normalize, *asked, dtype == torch.float64, p.double_float)
 
 
 # ------------------------------------------------------------------------------------------------
 # Forward
 # ------------------------------------------------------------------------------------------------
 
-_Allocated = tuple[Tensor | None, Outputs, Tensor | None, list[Tensor] | None, list[Tensor]]
-"""The alignment term's sum or mean, what is k numbers long, u, the z (None for what is not wanted); all, in order."""
+_Allocated = tuple[Tensor | None, Outputs, Tensor | None, list[Tensor] | None, list[Tensor] | None, list[Tensor]]
+"""The alignment term's sum or mean, what is k numbers long, u, the z, the w (None for what is not wanted); all, in
+order."""
 
 
 def _allocated(call: _Call, wanted: int) -> _Allocated:
     xs, B, k, d, _, MODE = call
     first = xs[0]
     device, out = first.device, first.dtype if MODE.float64_input else torch.float32
-    total = alignment = sigma = u = v = z = None
+    total = alignment = sigma = u = v = z = w = None
     outputs = []
     if wanted & spec.ALIGNMENT:
         alignment = torch.empty(B, dtype=out, device=device)
@@ -153,7 +160,10 @@ def _allocated(call: _Call, wanted: int) -> _Allocated:
     if wanted & spec.Z:
         z = [torch.empty((B, d), dtype=out, device=device) for _ in range(k)]
         outputs += z
-    return total, Outputs(alignment, sigma, v), u, z, outputs
+    if wanted & spec.W:
+        w = [torch.empty((B, d), dtype=out, device=device) for _ in range(k)]
+        outputs += w
+    return total, Outputs(alignment, sigma, v), u, z, w, outputs
 
 
 def forward(
@@ -171,7 +181,7 @@ def forward(
         with torch.cuda.device(device):
             return forward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted)
     call = xs, B, _, d, p, MODE = _call(embeddings, normalize, spectrum, wanted)
-    total, small, u, zs, outputs = _allocated(call, wanted)
+    total, small, u, zs, ws, outputs = _allocated(call, wanted)
     state = xs[0].new_empty(state_size(B, MODE.record), dtype=torch.float64)
     if B == 0:
         if total is not None:
@@ -179,11 +189,13 @@ def forward(
         return outputs, [state]
 
     x, multiple = rows(xs, d)
-    z, u_multiple, z_multiple = None, 1, 1
+    z, w, u_multiple, z_multiple, w_multiple = None, None, 1, 1, 1
     if zs is not None:
         z, z_multiple = targets(zs, d)
+    if ws is not None:
+        w, w_multiple = targets(ws, d)
     if multiple == 1:
-        z_multiple = 1
+        z_multiple = w_multiple = 1
     elif u is not None and u.data_ptr() % 16 == 0:
         u_multiple = multiple
     if mask is not None:
@@ -192,13 +204,13 @@ def forward(
     if total is not None and (not p.latency or B > SHARE):
         sums = Sums(total, state[HEAD + B * MODE.record.size :], state[-1:].view(torch.int32))
     tau = Temperature(temperature, _bits(fixed_temperature))
-    vectors, mean = wanted & (spec.U | spec.V) != 0, wanted & spec.ALIGNMENT_MEAN != 0
+    vectors, mean = wanted & (spec.U | spec.V | spec.W) != 0, wanted & spec.ALIGNMENT_MEAN != 0
     parameters: tuple[Any, ...]
     if p.latency:
         R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
-        arguments = (x, mask, tau, state, sums.counter, small, u, z, B, d)
+        arguments = (x, mask, tau, state, sums.counter, small, u, z, w, B, d)
         parameters = (MODE, Step(R, block, _vector(p, multiple, R * block, warps)), vectors)
-        multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, 1, multiple)
+        multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, w_multiple, 1, multiple)
         runtime.run(Launch(kernels.forward_kernel, -(-B // R), warps, arguments, parameters, multiples))
         if total is not None:
             programs, parameters = -(-B // SHARE), (MODE, mean, BATCH, SHARE)
@@ -212,9 +224,10 @@ def forward(
     solve = Solve(p.solve_instances, p.solve_part, p.lanes)
     solved = (mask, tau, state, sums, small, B, d), (MODE, solve, vectors, mean, BATCH), (1,) * 7
     runtime.run(Launch(kernels.solve_kernel, -(-B // solve.instances), p.solve_warps, *solved))
-    if u is not None or z is not None:
-        aligned = (multiple, 1, 1, u_multiple, z_multiple, 1, multiple)
-        written = (x, mask, state, u, z, B, d), (MODE, Step(R, block, 1)), aligned
+    if u is not None or z is not None or w is not None:
+        block = block if w is None else p.others_pass_block
+        aligned = (multiple, 1, 1, u_multiple, z_multiple, w_multiple, 1, multiple)
+        written = (x, mask, state, u, z, w, B, d), (MODE, Step(R, block, 1)), aligned
         runtime.run(Launch(kernels.vectors_kernel, programs, warps, *written))
     return outputs, [state]
 
@@ -224,18 +237,19 @@ def forward(
 # ------------------------------------------------------------------------------------------------
 
 
-_Incoming = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]
-"""Gradients of the alignment term, sigma, u, v and the z; None where nothing comes in."""
+_Incoming = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]
+"""Gradients of the alignment term, sigma, u, v, the z and the w; None where nothing comes in."""
 
 
-def _incoming(grads: Sequence[Tensor | None], wanted: int) -> _Incoming:
+def _incoming(grads: Sequence[Tensor | None], wanted: int, k: int) -> _Incoming:
     rest = list(grads)
     alignment = rest.pop(0) if wanted & spec.ANY_ALIGNMENT else None
     sigma = rest.pop(0) if wanted & spec.SIGMA else None
     u = rest.pop(0) if wanted & spec.U else None
     v = rest.pop(0) if wanted & spec.V else None
-    z = [None if g is None else dense(g) for g in rest]
-    return alignment, sigma, None if u is None else dense(u), v, z
+    vectors = [None if g is None else dense(g) for g in rest]
+    number = k if wanted & spec.Z else 0
+    return alignment, sigma, None if u is None else dense(u), v, vectors[:number], vectors[number:]
 
 
 def _gradients(xs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
@@ -291,7 +305,7 @@ def backward(
         for g in to:
             if g is not None:
                 g.zero_()
-    incoming = _incoming(grads, wanted)
+    incoming = _incoming(grads, wanted, call[2])
     summed, mean = not wanted & spec.ALIGNMENT, wanted & spec.ALIGNMENT_MEAN != 0
     slope = None
     if temperature is not None:
@@ -318,31 +332,33 @@ def _launch_backward(
     mean: bool,
 ) -> None:
     xs, B, _, d, p, MODE = call
-    grad_alignment, grad_sigma, grad_u, grad_v, grad_z = incoming
+    grad_alignment, grad_sigma, grad_u, grad_v, grad_z, grad_w = incoming
     x, multiple = rows(xs, d)
     out, out_multiple = targets(to, d)
-    u, z, u_multiple, z_multiple = None, None, 1, 1
+    u, z, w, u_multiple, z_multiple, w_multiple = None, None, None, 1, 1, 1
     if grad_u is not None:
         (_, _, strides), u_multiple = rows([grad_u], d)
         u = Values(grad_u, strides)
     if grad_z:
         z, z_multiple = some_rows(grad_z, d)
+    if grad_w:
+        w, w_multiple = some_rows(grad_w, d)
     if multiple == 1:
-        u_multiple = z_multiple = out_multiple = 1
+        u_multiple = z_multiple = w_multiple = out_multiple = 1
     alignment = None
     if grad_alignment is not None:
         alignment = Values(grad_alignment, (0,) if summed else grad_alignment.stride())
     small = Gradients(alignment, values(grad_sigma), values(grad_v))
 
-    simple = grad_sigma is None and grad_v is None and u is None and z is None
-    resident = not simple and d <= p.latency_block and MODE.K < 16
-    R, block, warps = p.latency_rows, p.latency_block, p.latency_warps
+    simple = grad_sigma is None and grad_v is None and u is None and z is None and w is None
+    R, block, warps = p.latency_rows, p.latency_block if w is None else p.others_block, p.latency_warps
+    resident = not simple and d <= block and MODE.K < 16
     if simple and MODE.K < 16:
         R, block, warps = p.pass_rows, p.pass_block, p.pass_warps
     coefficients = None
     if not simple or p.double_float:
         coefficients = state.new_empty(B * MODE.coefficients.size)
-    arguments = (x, mask, state, coefficients, slope, small, u, z, out, B, d)
-    multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, out_multiple, 1, multiple)
+    arguments = (x, mask, state, coefficients, slope, small, u, z, w, out, B, d)
+    multiples = (multiple, 1, 1, 1, 1, 1, u_multiple, z_multiple, w_multiple, out_multiple, 1, multiple)
     parameters = (MODE, Step(R, block, p.vector), mean, resident)
     runtime.run(Launch(backward_kernel, -(-B // R), warps, arguments, parameters, multiples))

@@ -23,7 +23,9 @@ from ...triton.double_float import (
     no_sum,
     over_lanes,
     plus_dot,
+    plus_dot_of_sum,
     plus_multiple,
+    plus_multiple_of_sum,
     power,
     rounded,
     times_power,
@@ -71,6 +73,18 @@ def load_rows(x, mask, at, cols, d, k: tl.constexpr):
 
 
 @triton.jit
+def lifted_rows(rows, scales, MODE: tl.constexpr):
+    """The rows of k embeddings in the arithmetic's numbers, multiplied by ``scales``, if there are any."""
+    xs = ()
+    for m in tl.static_range(MODE.k):
+        row = lifted(rows[m], MODE.double_float)
+        if MODE.scaled:
+            row = times_power(row, scales[m])
+        xs = xs + (row,)
+    return xs
+
+
+@triton.jit
 def load_scales(records, there, MODE: tl.constexpr, STEP: tl.constexpr):
     """What embeddings were multiplied by before their Gram entries were formed, as factors; nothing where they were
     not. ``records`` are a program's ``own``."""
@@ -95,6 +109,57 @@ def load_incoming_row(grad_z, m: tl.constexpr, mask, at, cols, inside, MODE: tl.
     is_present = presence(mask, at.index, m, at.there, MODE.k)[:, None]
     pointers = grad_z.pointer + grad_z.offsets[m] + at.index[:, None] * grad_z.strides[m] + cols[None, :]
     return lifted(tl.load(pointers, mask=inside & is_present, other=0.0), MODE.double_float)
+
+
+class Others(NamedTuple):
+    """Coefficients of R instances for w_m = (Y − s_m x_m) r_m, Y = Σ_j s_j x_j: s = |v₁|/n, r = 1/‖y‖ or 0."""
+
+    shares: Any
+    inverses: Any
+
+
+@triton.jit
+def load_others(records, there, MODE: tl.constexpr, STEP: tl.constexpr):
+    """``records`` are a program's ``own``."""
+    D: tl.constexpr = MODE.double_float
+    shares = ()
+    inverses = ()
+    for m in tl.static_range(MODE.k):
+        share = tl.abs(load_each(records + MODE.record.leading + m, there, STEP.rows, D))
+        if MODE.normalize:
+            share = share * load_each(records + MODE.record.inverse_norms + m, there, STEP.rows, D)
+        shares = shares + (coefficient(share, D),)
+        inverses = inverses + (coefficient(load_each(records + MODE.record.others + m, there, STEP.rows, D), D),)
+    return Others(shares, inverses)
+
+
+@triton.jit
+def load_incoming_other(grad_w, m: tl.constexpr, at, cols, inside):
+    """One chunk of ∂L/∂w_m of R instances, as it is: also where modality m is absent, since w_m is not its own. Zeros
+    where nothing comes in."""
+    if grad_w.offsets[m] is None:
+        return tl.zeros(inside.shape, grad_w.pointer.dtype.element_ty)
+    else:
+        pointers = grad_w.pointer + grad_w.offsets[m] + at.index[:, None] * grad_w.strides[m] + cols[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_incoming_others(grad_w, at, cols, inside, MODE: tl.constexpr):
+    """Of all k of them."""
+    rows = ()
+    for m in tl.static_range(MODE.k):
+        rows = rows + (load_incoming_other(grad_w, m, at, cols, inside),)
+    return rows
+
+
+@triton.jit
+def combined(rows, coefficients, MODE: tl.constexpr):
+    """Σ_m c_m x_m of one chunk, a sum."""
+    total = ()
+    for m in tl.static_range(MODE.k):
+        total = plus_multiple(total, coefficients[m], lifted(rows[m], MODE.double_float))
+    return total
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,8 +282,58 @@ def combine_rows(x, mask, at, coefficients, scales, out, d, MODE: tl.constexpr, 
 
 
 @triton.jit
-def vectors_phase(x, mask, state, at, u, z, d, MODE: tl.constexpr, STEP: tl.constexpr):
-    """u (B, d) and the k tensors z (B, d) of R instances."""
+def load_factor(records, m: tl.constexpr, there, MODE: tl.constexpr, STEP: tl.constexpr):
+    """What x_m is multiplied by to be z_m."""
+    if MODE.normalize:
+        return load_each(records + MODE.record.inverse_norms + m, there, STEP.rows, MODE.double_float)
+    else:
+        return tl.full([STEP.rows], 1.0, tl.float64)
+
+
+@triton.jit
+def store_unit(z, m: tl.constexpr, row, factor, at, cols, d, MODE: tl.constexpr):
+    """One chunk of z_m, the row of x_m times its factor."""
+    row = rounded(plus_multiple((), coefficient(factor, MODE.double_float), row))
+    pointers = z.pointer + z.offsets[m] + at.index[:, None] * z.stride + cols[None, :]
+    inside = at.there[:, None] & (cols < d)[None, :]
+    tl.store(pointers, row.to(z.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def others_rows(x, mask, at, records, scales, z, w, d, MODE: tl.constexpr, STEP: tl.constexpr):
+    """w_m (B, d) = (Y − s_m x_m) r_m for R instances, Y = Σ_j s_j x_j; and the z_m, if given, from the same loads. What
+    cancels is at most 2^12 times what is left, which sums have the digits for."""
+    k: tl.constexpr = MODE.k
+    others = load_others(records, at.there, MODE, STEP)
+    factors = ()
+    if z is not None:
+        for m in tl.static_range(k):
+            factors = factors + (load_factor(records, m, at.there, MODE, STEP),)
+    for start in range(0, d, STEP.columns):
+        cols = start + tl.arange(0, STEP.columns)
+        rows = ()
+        for m in tl.static_range(k):
+            row = lifted(load_row(x, m, mask, at, cols, d, k), MODE.double_float)
+            if z is not None:
+                if not MODE.normalize:
+                    store_unit(z, m, row, factors[m], at, cols, d, MODE)
+            if MODE.scaled:
+                row = times_power(row, scales[m])
+            if z is not None:
+                if MODE.normalize:
+                    store_unit(z, m, row, factors[m], at, cols, d, MODE)
+            rows = rows + (row,)
+        Y = combined(rows, others.shares, MODE)
+        for m in tl.static_range(k):
+            rest = rounded(plus_multiple(Y, others.shares[m], -rows[m]))
+            found = rounded(plus_multiple((), others.inverses[m], rest))
+            pointers = w.pointer + w.offsets[m] + at.index[:, None] * w.stride + cols[None, :]
+            tl.store(pointers, found.to(w.pointer.dtype.element_ty), mask=at.there[:, None] & (cols < d)[None, :])
+
+
+@triton.jit
+def vectors_phase(x, mask, state, at, u, z, w, d, MODE: tl.constexpr, STEP: tl.constexpr):
+    """u (B, d), the k tensors z (B, d) and the k tensors w (B, d) of R instances."""
     records = own(state, at, MODE)
     scales = load_scales(records, at.there, MODE, STEP)
     if u is not None:
@@ -227,20 +342,17 @@ def vectors_phase(x, mask, state, at, u, z, d, MODE: tl.constexpr, STEP: tl.cons
             c = load_each(records + MODE.record.weights + m, at.there, STEP.rows, MODE.double_float)
             coefficients = coefficients + (coefficient(c, MODE.double_float),)
         combine_rows(x, mask, at, coefficients, scales, u, d, MODE, STEP)
-    if z is not None:
+    if w is not None:
+        others_rows(x, mask, at, records, scales, z, w, d, MODE, STEP)
+    elif z is not None:
         for m in tl.static_range(MODE.k):
-            factor = tl.full([STEP.rows], 1.0, tl.float64)
-            if MODE.normalize:
-                factor = load_each(records + MODE.record.inverse_norms + m, at.there, STEP.rows, MODE.double_float)
+            factor = load_factor(records, m, at.there, MODE, STEP)
             for start in range(0, d, STEP.columns):
                 cols = start + tl.arange(0, STEP.columns)
                 row = lifted(load_row(x, m, mask, at, cols, d, MODE.k), MODE.double_float)
                 if MODE.scaled and MODE.normalize:
                     row = times_power(row, scales[m])
-                row = rounded(plus_multiple((), coefficient(factor, MODE.double_float), row))
-                pointers = z.pointer + z.offsets[m] + at.index[:, None] * z.stride + cols[None, :]
-                inside = at.there[:, None] & (cols < d)[None, :]
-                tl.store(pointers, row.to(z.pointer.dtype.element_ty), mask=inside)
+                store_unit(z, m, row, factor, at, cols, d, MODE)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,13 +361,14 @@ def vectors_phase(x, mask, state, at, u, z, d, MODE: tl.constexpr, STEP: tl.cons
 
 
 class Linear(NamedTuple):
-    """dx_m = (h c_m + Σ_j C_mj x_j + f_m H_m) 2^e_m, tuples of coefficients of R instances; empty ones are not
-    needed."""
+    """dx_m = (h c_m + Σ_j C_mj x_j + f_m H_m + s_m (Σ_j r_j g_j − r_m g_m)) 2^e_m, tuples of coefficients of R
+    instances; empty ones are not needed."""
 
     C: Any
     c: Any
     factors: Any
     powers: Any  # of 2^e
+    others: Any  # s and r
 
 
 @triton.jit
@@ -279,12 +392,36 @@ def add_dots(sums, rows, scales, mask, grad_u, grad_z, at, cols, d, MODE: tl.con
 
 
 @triton.jit
-def load_linear(
-    coefficients, there, THROUGH_U: tl.constexpr, FACTORS: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr
+def add_dots_of_others(
+    sums, first: tl.constexpr, rows, scales, others, grad_w, at, cols, d, MODE: tl.constexpr, STEP: tl.constexpr
 ):
+    """Adds to 3 k sums, from ``first`` on, what one chunk has of x_m · R, x_m · g_m and Y · g_m, g_m = ∂L/∂w_m,
+    R = Σ_m r_m g_m, Y = Σ_m s_m x_m."""
+    k: tl.constexpr = MODE.k
+    inside = at.there[:, None] & (cols < d)[None, :]
+    xs = lifted_rows(rows, scales, MODE)
+    grads = load_incoming_others(grad_w, at, cols, inside, MODE)
+    R = combined(grads, others.inverses, MODE)
+    Y = combined(xs, others.shares, MODE)
+    for m in tl.static_range(k):
+        sums = put(sums, first + m, plus_dot_of_sum(sums[first + m], R, xs[m], STEP))
+        if grad_w.offsets[m] is not None:
+            g = lifted(grads[m], MODE.double_float)
+            sums = put(sums, first + k + m, plus_dot(sums[first + k + m], xs[m], g, STEP, True))
+            sums = put(sums, first + 2 * k + m, plus_dot_of_sum(sums[first + 2 * k + m], Y, g, STEP))
+    return sums
+
+
+@triton.jit
+def load_linear(
+    coefficients, records, there, THROUGH_U: tl.constexpr, FACTORS: tl.constexpr, OTHERS: tl.constexpr,
+    MODE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     """What ``algebra.store_coefficients`` has left, of R instances."""
     k: tl.constexpr = MODE.k
     D: tl.constexpr = MODE.double_float
+    shares = ()
+    inverses = ()
     C = ()
     c = ()
     factors = ()
@@ -299,22 +436,23 @@ def load_linear(
         if MODE.scaled:
             e = load_each(coefficients + MODE.coefficients.exponents + m, there, R, D)
             powers = powers + (power(e.to(tl.float32 if D else tl.float64)),)
-    return Linear(C, c, factors, powers)
+        if OTHERS:
+            shares = shares + (load_coefficient(coefficients + MODE.coefficients.shares + m, there, R, D),)
+            inverses = inverses + (coefficient(load_each(records + MODE.record.others + m, there, R, D), D),)
+    return Linear(C, c, factors, powers, Others(shares, inverses))
 
 
 @triton.jit
-def apply_chunk(rows, linear, scales, mask, grad_u, grad_z, out, at, cols, d, MODE: tl.constexpr):
+def apply_chunk(rows, linear, scales, mask, grad_u, grad_z, grad_w, out, at, cols, d, MODE: tl.constexpr):
     """The gradients dx_m of one chunk that are wanted, by ``Linear``."""
     k: tl.constexpr = MODE.k
     inside = at.there[:, None] & (cols < d)[None, :]
-    xs = ()
-    for m in tl.static_range(k):
-        row = lifted(rows[m], MODE.double_float)
-        if MODE.scaled:
-            row = times_power(row, scales[m])
-        xs = xs + (row,)
+    xs = lifted_rows(rows, scales, MODE)
     if grad_u is not None:
         h = load_incoming(grad_u, at, cols, inside, MODE)
+    if grad_w is not None:
+        grads = load_incoming_others(grad_w, at, cols, inside, MODE)
+        R = combined(grads, linear.others.inverses, MODE)
     for m in tl.static_range(k):
         if out.offsets[m] is not None:
             total = plus_multiple((), linear.C[triangle(m, 0)], xs[0])
@@ -322,6 +460,10 @@ def apply_chunk(rows, linear, scales, mask, grad_u, grad_z, out, at, cols, d, MO
                 total = plus_multiple(total, linear.C[triangle(m, j)], xs[j])
             if grad_u is not None:
                 total = plus_multiple(total, linear.c[m], h)
+            if grad_w is not None:
+                g = lifted(load_incoming_other(grad_w, m, at, cols, inside), MODE.double_float)
+                rest = plus_multiple(R, linear.others.inverses[m], -g)
+                total = plus_multiple_of_sum(total, linear.others.shares[m], rest)
             incoming = ()
             if grad_z is not None:
                 if grad_z.offsets[m] is not None:
@@ -408,6 +550,24 @@ def load_incoming_tile(grad_z, tile, cols, d, MODE: tl.constexpr):
 
 
 @triton.jit
+def load_incoming_others_tile(grad_w, tile, cols, d, MODE: tl.constexpr):
+    """∂L/∂w of the k modalities, [K, BLOCK] in float64; also of absent ones."""
+    at = gathered(grad_w.offsets, MODE.k, MODE.K) + tile.instance * gathered(grad_w.strides, MODE.k, MODE.K)
+    inside = which(grad_w.offsets, MODE.k, MODE.K)[:, None] & (cols < d)[None, :]
+    return to_float64(tl.load(grad_w.pointer + at[:, None] + cols[None, :], mask=inside, other=0.0))
+
+
+@triton.jit
+def load_others_tile(record, MODE: tl.constexpr):
+    """As ``load_others``, of one instance, blocks [K]."""
+    index = tl.arange(0, MODE.K)
+    share = tl.abs(load_vector(record + MODE.record.leading, index, index >= 0, MODE.k))
+    if MODE.normalize:
+        share = share * load_vector(record + MODE.record.inverse_norms, index, index >= 0, MODE.k)
+    return Others(share, load_vector(record + MODE.record.others, index, index >= 0, MODE.k))
+
+
+@triton.jit
 def load_incoming_vector(grad_u, tile, cols, d):
     """∂L/∂u₁, [BLOCK] in float64."""
     pointers = grad_u.pointer + tile.instance * grad_u.strides[0] + cols
@@ -474,7 +634,7 @@ def gram_tile_phase(x, tile, record, d, MODE: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def vectors_tile_phase(x, tile, record, u, z, d, MODE: tl.constexpr, STEP: tl.constexpr):
+def vectors_tile_phase(x, tile, record, u, z, w, d, MODE: tl.constexpr, STEP: tl.constexpr):
     """As ``vectors_phase``, of one instance."""
     k: tl.constexpr = MODE.k
     K: tl.constexpr = MODE.K
@@ -497,6 +657,34 @@ def vectors_tile_phase(x, tile, record, u, z, d, MODE: tl.constexpr, STEP: tl.co
             X = load_tile(x, tile, cols, d, scale if MODE.normalize else ()) * factor[:, None]
             pointers = z.pointer + to[:, None] + cols[None, :]
             tl.store(pointers, X.to(z.pointer.dtype.element_ty), mask=inside[:, None] & (cols < d)[None, :])
+    if w is not None:
+        others = load_others_tile(record, MODE)
+        to = gathered(w.offsets, k, K) + tile.instance * w.stride
+        for start in range(0, d, STEP.columns):
+            cols = start + tl.arange(0, STEP.columns)
+            X = product(load_tile(x, tile, cols, d, scale), others.shares[:, None])
+            found = (tl.sum(X, 0)[None, :] - X) * others.inverses[:, None]
+            pointers = w.pointer + to[:, None] + cols[None, :]
+            tl.store(pointers, found.to(w.pointer.dtype.element_ty), mask=inside[:, None] & (cols < d)[None, :])
+
+
+@triton.jit
+def dots_of_others_tile(x, tile, scale, record, grad_w, d, MODE: tl.constexpr, STEP: tl.constexpr):
+    """x_m · R, x_m · g_m and Y · g_m as in ``add_dots_of_others``, blocks [K]."""
+    others = load_others_tile(record, MODE)
+    along_sum = tl.zeros([MODE.K], tl.float64)
+    own_dots = tl.zeros([MODE.K], tl.float64)
+    along_common = tl.zeros([MODE.K], tl.float64)
+    for start in range(0, d, STEP.columns):
+        cols = start + tl.arange(0, STEP.columns)
+        X = load_tile(x, tile, cols, d, scale)
+        g = load_incoming_others_tile(grad_w, tile, cols, d, MODE)
+        R = tl.sum(product(g, others.inverses[:, None]), 0)
+        Y = tl.sum(product(X, others.shares[:, None]), 0)
+        along_sum += tl.sum(product(X, R[None, :]), 1)
+        own_dots += tl.sum(product(X, g), 1)
+        along_common += tl.sum(product(g, Y[None, :]), 1)
+    return along_sum, own_dots, along_common
 
 
 @triton.jit
@@ -515,7 +703,7 @@ def dots_tile(x, tile, scale, grad_u, grad_z, d, MODE: tl.constexpr, STEP: tl.co
 
 
 @triton.jit
-def apply_tile(x, tile, linear, scale, grad_u, grad_z, out, d, MODE: tl.constexpr, STEP: tl.constexpr):
+def apply_tile(x, tile, linear, scale, grad_u, grad_z, grad_w, out, d, MODE: tl.constexpr, STEP: tl.constexpr):
     """As ``apply_chunk``, of one instance and all its columns; ``linear`` has blocks, and exponents for powers."""
     to = gathered(out.offsets, MODE.k, MODE.K) + tile.instance * out.stride
     wanted = which(out.offsets, MODE.k, MODE.K)
@@ -526,6 +714,9 @@ def apply_tile(x, tile, linear, scale, grad_u, grad_z, out, d, MODE: tl.constexp
         total = tl.dot(C, X, out_dtype=tl.float64)
         if grad_u is not None:
             total += linear.c[:, None] * load_incoming_vector(grad_u, tile, cols, d)[None, :]
+        if grad_w is not None:
+            g = product(load_incoming_others_tile(grad_w, tile, cols, d, MODE), linear.others.inverses[:, None])
+            total += linear.others.shares[:, None] * (tl.sum(g, 0)[None, :] - g)
         if grad_z is not None:
             H = load_incoming_tile(grad_z, tile, cols, d, MODE)
             if MODE.normalize:
