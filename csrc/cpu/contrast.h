@@ -36,19 +36,24 @@ namespace pmrl {
 namespace {
 
 // With few rows less of a triangle is wasted, and a tile is still in cache after its product; with more rows BLAS
-// copies less. 128 is best or close to it for B = 1024 to 4096, d = 128 and 512.
+// copies less. 128 is best or close to it for B = 1024 to 4096, d = 128 and 512. Outside of triangles each thread brings
+// as many, up to a point, for of 128 rows BLAS leaves two threads a tenth of their time idle.
 constexpr int64_t kTileRows = 128;
+constexpr int64_t kTallestTile = 512;
 constexpr int64_t kTileSize = int64_t(1) << 22;   // numbers in a tile at most, unless it has only 32 rows
 constexpr int64_t kSavedSize = int64_t(1) << 23;  // similarities kept for the backward pass at most
 
 int64_t padded(int64_t n) { return (n + kTilePadding - 1) / kTilePadding * kTilePadding; }
 
-int64_t tile_rows(int64_t columns) {
-  return std::clamp(kTileSize / padded(std::max<int64_t>(1, columns)) / kTilePadding * kTilePadding,
-                    int64_t(kTilePadding), kTileRows);
-}
-
 enum class Mode { kTriangle, kRows, kBoth };
+
+// What is kept for the backward pass, which may run in another thread and with another number of them, lies the same way
+// whatever comes out here: outside of triangles all tiles are of the same width.
+int64_t tile_rows(Mode mode, int64_t columns) {
+  const int64_t threads = mode == Mode::kTriangle ? 1 : torch::stable::get_num_threads();
+  return std::clamp(kTileSize / padded(std::max<int64_t>(1, columns)) / kTilePadding * kTilePadding,
+                    int64_t(kTilePadding), std::min(kTileRows * threads, kTallestTile));
+}
 
 // What the similarities of n rows take, in whole tiles. pmrl_kernels/ops/contrast/native.py computes the same.
 int64_t saved_size(Mode mode, int64_t n, int64_t columns) {
@@ -156,7 +161,7 @@ struct Tile {
 
 std::vector<Tile> tiles(Mode mode, int64_t n, int64_t columns) {
   std::vector<Tile> found;
-  const int64_t height = tile_rows(columns);
+  const int64_t height = tile_rows(mode, columns);
   for (int64_t first = 0; first < n; first += height) {
     Tile t;
     t.first = first;

@@ -78,7 +78,7 @@ class Objective(NamedTuple):
         if total is not None:
             weighted = _times(total, self.alignment_weight)
             alignment = weighted if alignment is None else alignment + weighted
-            weighted = total * self.instance_weight
+            weighted = _times(total, self.instance_weight)
             instance = weighted if instance is None else instance + weighted
 
         pulls: Sequence[Tensor | None] = [None] * self.contrast.kind.vectors(number_of_modalities(embeddings))

@@ -35,6 +35,28 @@ def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
         assert OPS.paired_forward(*arguments)[2].shape == native._forward_shapes(*arguments)[2].shape
 
 
+@pytest.mark.parametrize("group", [False, True], ids=["one process", "of several"])
+def test_a_state_is_the_same_whatever_the_number_of_threads(group):
+    """The backward pass may run with another one: tiles are taller the more threads there are, memory is not to tell."""
+    a, b, c = contrasts.rows(3, 300, 7, torch.float32)
+    columns = contrasts.everyone([a, b, c]) if group else []
+    given = [a, b, c], [0, 1, 1, 2], [True] * 3, None, columns, None, int(group), None, 0.1
+    before = torch.get_num_threads()
+    gradients = {}
+    try:
+        for first, then in itertools.product((1, 2, 8), repeat=2):
+            torch.set_num_threads(first)
+            loss, losses, state = OPS.paired_forward(*given)
+            if group:
+                losses = torch.cat([losses.new_ones(2, 2, 1), losses, losses.new_ones(2, 2, 3)], 2)
+            torch.set_num_threads(then)
+            gradients[first, then], _ = OPS.paired_backward(*given, losses, state, torch.ones(()))
+    finally:
+        torch.set_num_threads(before)
+    for found in gradients.values():
+        torch.testing.assert_close(found, gradients[1, 1], rtol=1e-5, atol=1e-8)
+
+
 def test_operators_read_masks_of_any_bytes():
     """They may be called with what inputs.py has not read: a mask's bytes are 0 or not."""
     xs, mask = [x.detach() for x in modalities(4, 37, 19, torch.float32)], some_mask(37, 4)
