@@ -62,8 +62,10 @@ $(STUDY): $(BUILT)
 study: $(STUDY)
 	$(BIN)/python examples/multiview_study.py $(ARGS)
 
+# Two threads in each of two processes would wait for one another. What several threads compute has tests of its own,
+# and `make sanitize` runs with them.
 test: $(BUILT)
-	$(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
+	$(if $(filter 0,$(JOBS)),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
 
 test-slow: $(BUILT)
 	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --seed=$(SEED) $(ARGS)

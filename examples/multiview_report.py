@@ -14,6 +14,7 @@ NOTHING_FOUND = 1e-3  # the R@1 that counts in a ratio where there is less
 SET_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 SET_MARKERS = "osD^vP*"
 LEAST_RATIO = 0.6  # of the figure; what is below is written there
+LINE = 0.035  # height of a label there
 
 Entry = dict[str, Any]
 Chosen = Callable[[str, str, Contender], list[Any]]
@@ -181,20 +182,25 @@ def draw_cost(axes: Any, table: Entry, record: dict[str, Any], contenders: list[
         for i, c in enumerate(contenders)
         if c.name in table["rows"] and c.temperature is None
     )
-    below = 0  # how many ratios are too low for the axis and stand under it, each on a line of its own
-    for i, (seconds, _, contender) in enumerate(points):
+    column = points[-1][0] * 1.35  # where labels begin, right of all points
+    shown = [(seconds, c) for seconds, _, c in points if table["rows"][c.name]["ratio"] >= LEAST_RATIO]
+    shown.sort(key=lambda point: table["rows"][point[1].name]["ratio"])
+    ratios = [table["rows"][c.name]["ratio"] for _, c in shown]
+    for (seconds, contender), place in zip(shown, apart(ratios, LINE), strict=True):
         row = table["rows"][contender.name]
-        height, label = row["ratio"], contender.label
-        if height >= LEAST_RATIO:
-            axes.errorbar(seconds, height, yerr=row["error"], fmt="o", ms=7, color=contender.colour, capsize=3)
-            # Neighbours have theirs above and below, or left.
-            place = {"xytext": (-7, -12), "ha": "right"} if contender is BASELINE else {"xytext": (7, (5, -11)[i % 2])}
-        else:
+        axes.errorbar(seconds, row["ratio"], yerr=row["error"], fmt="o", ms=7, color=contender.colour, capsize=3)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        leader = {"arrowstyle": "-", "color": contender.colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 5}
+        label = {"va": "center", "color": contender.colour, "fontsize": 8.5, "arrowprops": leader, "bbox": white}
+        axes.annotate(contender.label, (seconds, row["ratio"]), (column, place), **label)
+    below = 0  # how many ratios are too low for the axis and stand under it, each on a line of its own
+    for seconds, _, contender in points:
+        ratio = table["rows"][contender.name]["ratio"]
+        if ratio < LEAST_RATIO:
             below += 1
-            height, label = LEAST_RATIO - 0.03 * below, f"{label}: {row['ratio']:.2f}"
+            height, label = LEAST_RATIO - LINE * below, f"{contender.label}: {ratio:.2f}"
             axes.plot(seconds, height, "v", color=contender.colour, ms=7)
-            place = {"xytext": (7, -3)}
-        axes.annotate(label, (seconds, height), textcoords="offset points", fontsize=8.5, **place)
+            axes.annotate(label, (seconds, height), (7, -3), textcoords="offset points", fontsize=8.5)
     axes.axhline(1, color="#777777", lw=0.8, ls=":")
     axes.set(
         xscale="log",
@@ -202,10 +208,20 @@ def draw_cost(axes: Any, table: Entry, record: dict[str, Any], contenders: list[
         ylabel="R@1, ratio to InfoNCE over all pairs",
         title=f"R@1 against the time of the loss\n{table['label']}",
     )
-    # Room for the labels, which are right of their points.
-    axes.set_xlim(points[0][0] / 1.3, points[-1][0] * 3)
-    axes.set_ylim(LEAST_RATIO - 0.03 * (below + 1), None)
+    axes.set_xlim(points[0][0] / 1.3, column * 3.2)
+    axes.set_ylim(LEAST_RATIO - LINE * (below + 1), None)
     plain_ticks(axes, (0.5, 1, 2, 5, 10, 20, 50, 100))
+
+
+def apart(heights: Sequence[float], least: float) -> list[float]:
+    """Ascending heights, moved as little as makes neighbours so far apart."""
+    centre = statistics.fmean
+    groups: list[list[float]] = []  # of those that touch, each group about the mean of its own
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < least * len(groups[-2] + groups[-1]) / 2:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [centre(group) + least * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
 
 
 def draw_sweep(axes: Any, record: dict[str, Any], sweepers: list[Contender]) -> None:
