@@ -136,7 +136,10 @@ def draw(record: dict[str, Any], contenders: list[Contender], sweepers: list[Con
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (found, cost, sweep) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained", width_ratios=(5, 4, 4))
+    widths = (5, 4, 4) if record["sweep"]["sets"] else (5, 4)
+    figure, (found, cost, *sweep) = plt.subplots(
+        1, len(widths), figsize=(1.23 * sum(widths), 5), layout="constrained", width_ratios=widths
+    )
     conditions, protocol = record["conditions"], record["protocol"]
     figure.suptitle(
         f"Views of one thing in one space: {protocol['steps']} steps of batch {conditions['batch']}, "
@@ -146,7 +149,8 @@ def draw(record: dict[str, Any], contenders: list[Contender], sweepers: list[Con
     first = next(iter(record["tables"].values()))
     draw_recall(found, first, list(record["sets"]))
     draw_cost(cost, first, record, contenders)
-    draw_sweep(sweep, record, sweepers)
+    for axes in sweep:
+        draw_sweep(axes, record, sweepers)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -256,8 +260,7 @@ def draw_sweep(axes: Any, record: dict[str, Any], sweepers: list[Contender]) -> 
     drawn = ", ".join(f"{name} ({'solid' if style == '-' else 'dashed'})" for name, style in styles.items())
     axes.set_title(f"R@1 against the contrast's temperature\n{drawn}", pad=16)
     plain_ticks(axes, temperatures)
-    if styles:
-        axes.legend(frameon=True, framealpha=1, edgecolor="none", loc="lower right")
+    axes.legend(frameon=True, framealpha=1, edgecolor="none", loc="lower right")
 
 
 def plain_ticks(axes: Any, at: Sequence[float]) -> None:

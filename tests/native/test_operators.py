@@ -37,7 +37,7 @@ def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
 
 @pytest.mark.parametrize("group", [False, True], ids=["one process", "of several"])
 def test_a_state_is_the_same_whatever_the_number_of_threads(group):
-    """The backward pass may run with another one: tiles are taller the more threads there are, memory is not to tell."""
+    """The backward pass may run with another one: tiles are taller the more threads there are."""
     a, b, c = contrasts.rows(3, 300, 7, torch.float32)
     columns = contrasts.everyone([a, b, c]) if group else []
     given = [a, b, c], [0, 1, 1, 2], [True] * 3, None, columns, None, int(group), None, 0.1
@@ -46,7 +46,7 @@ def test_a_state_is_the_same_whatever_the_number_of_threads(group):
     try:
         for first, then in itertools.product((1, 2, 8), repeat=2):
             torch.set_num_threads(first)
-            loss, losses, state = OPS.paired_forward(*given)
+            _, losses, state = OPS.paired_forward(*given)
             if group:
                 losses = torch.cat([losses.new_ones(2, 2, 1), losses, losses.new_ones(2, 2, 3)], 2)
             torch.set_num_threads(then)

