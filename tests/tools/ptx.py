@@ -1,4 +1,4 @@
-"""Compiled Triton kernels on a CPU: an interpreter of PTX that watches memory.
+"""Compiled GPU kernels on a CPU: an interpreter of PTX, Triton's and nvcc's, that watches memory.
 
     python -m pytest -p tests.tools.ptx tests/contract -k triton --one-in 60
 
@@ -6,28 +6,43 @@ Triton's own interpreter runs the source; this runs what the compiler made of it
 layouts, shuffles, predicated loads and stores, barriers. As a pytest plugin it has the Triton backend take tensors of a
 CPU and runs each of its launches, one program after the other, its threads in step. With ``TRITON_LIBCUDA_PATH`` at a
 folder with a driver compiled from libcuda.c, kernels are launched by Triton itself, through its launcher in C, and run
-here with what would go to the card; else they are called with the arguments that it would be given. It raises
+here with what would go to the card; else they are called with the arguments that it would be given.
+
+What nvcc makes of CUDA C++ for sm_80, sm_90 and sm_100 runs by ``execute`` with the name of a kernel; a program is then
+a thread block, and launches have one dimension. Whatever is not known raises: calls of functions that were not inlined,
+floating-point atomics (sums without an order), copies in bulk, barriers of some threads.
+
+It raises
 
 * ``MemoryFaultError`` where a thread accesses what belongs to no tensor, or is not aligned;
 * ``RaceError`` where two threads access the same byte, one of them changing it, with no barrier in between that both
   pass: shared and global memory, threads of one warp included, and other programs of the same launch. (The racecheck of
-  compute-sanitizer looks at shared memory only.) Reads marked volatile are left out: an atomic counter orders these.
+  compute-sanitizer looks at shared memory only.) A volatile read of global memory, or one by an atomic order, may find
+  what another program wrote if that has fenced and then counted itself by an atomic, as where the last one adds up.
+  What atomics themselves read and write is left out. And where lanes exchange registers, some of whom are elsewhere.
 
-What it does not show: time, approximate functions as the hardware has them (they are exact here), and orders of
-execution other than in step. A fused multiply-add is rounded twice, the first time to 64 bits (float32: 53).
+What it does not show: time, and orders of execution other than in step. A fused multiply-add is rounded twice, the
+first time to 64 bits (float32: 53). Approximate functions are exact, so that one result can be told from another one to
+the last bit; the hardware is only known by bounds. Whether results depend on that shows in ``approximating``, where
+they are off by random amounts. ``counting`` counts what warps execute.
 
 Compilers leave registers undefined where a value goes unused (the half beyond k of a packed pair, say). These hold
-ones in all bits here, which is NaN in every floating-point type, so a result that depends on one shows.
+ones in all bits here, which is NaN in every floating-point type, so a result that depends on one shows. So does shared
+or local memory that nobody wrote, and what a shuffle gets from a lane that is not there.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
+import functools
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +57,9 @@ TYPES = {
     "f32": np.dtype(np.float32),
     "f64": np.dtype(np.float64),
 }
+# Generic addresses: those of global memory are its own, the others' begin at multiples of 2^60.
+SPACES = ("global", "shared", "local", "param")
+WINDOW = 60
 
 
 class MemoryFaultError(Exception):
@@ -76,6 +94,8 @@ class Memory:
         self.regions = sorted(regions, key=lambda region: region.start)
         self.starts = [region.start for region in self.regions]
         self.where = where
+        # by program, for each thread and each warp: how many barriers had been passed at its last fence that counts
+        self.released: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def find(self, addresses: np.ndarray, size: int) -> Iterator[tuple[Region, np.ndarray, np.ndarray]]:
         """(region, which of the addresses are in it, their offsets)."""
@@ -92,6 +112,21 @@ class Memory:
             inside = (addresses[left] >= region.start) & (addresses[left] + np.uint64(size) <= end)
             yield region, left[inside], (addresses[left[inside]] - np.uint64(region.start)).astype(np.int64)
             left = left[~inside]
+
+    def release(self, program: int, barriers: np.ndarray, of_warp: np.ndarray) -> None:
+        """Others may from now on find what threads of a program wrote before fences, of threads and warps."""
+        before = self.released.get(program, (barriers, of_warp))
+        self.released[program] = np.maximum(before[0], barriers), np.maximum(before[1], of_warp)
+
+    def has_released(self, past: np.ndarray) -> np.ndarray:
+        """Which writes, (n, 4), are older than a fence of that thread, or than a barrier before anyone's fence."""
+        out = np.zeros(len(past), bool)
+        for program in np.intersect1d(past[:, 0], list(self.released)):
+            (barriers, of_warp), at = self.released[int(program)], np.flatnonzero(past[:, 0] == program)
+            thread, seen = past[at, 1], past[at, 2]
+            # a thread's own fence: of this interval between barriers, whether before or after it nobody knows
+            out[at] = (seen <= barriers[thread]) | (seen < barriers.max()) | (past[at, 3] < of_warp[thread // WARP])
+        return out
 
 
 class Threads(NamedTuple):
@@ -121,8 +156,8 @@ def _unordered(past: np.ndarray, now: np.ndarray) -> np.ndarray:
     return somebody & (other_program | within)
 
 
-def load(memory: Memory, addresses: np.ndarray, size: int, threads: Threads | None) -> np.ndarray:
-    """Bytes (n, size). Without threads nobody watches."""
+def load(memory: Memory, addresses: np.ndarray, size: int, threads: Threads | None, strong: bool = False) -> np.ndarray:
+    """Bytes (n, size). Without threads nobody watches; strong reads find what other programs have released."""
     out = np.empty((len(addresses), size), np.uint8)
     for region, who, offsets in memory.find(addresses, size):
         at = offsets[:, None] + np.arange(size)
@@ -132,8 +167,11 @@ def load(memory: Memory, addresses: np.ndarray, size: int, threads: Threads | No
         region.watch()
         now = np.broadcast_to(_stamps(threads, who)[:, None], (*at.shape, 4))
         racing = _unordered(region.writes[at], now)
+        if strong and racing.any():
+            racing[racing] = ~memory.has_released(region.writes[at][racing])
         if racing.any():
-            raise RaceError(_told(memory, "reads", now[racing][0], "what", region.writes[at][racing][0], "wrote"))
+            link = "with no fence and atomic in between" if strong else "with no barrier in between"
+            raise RaceError(_told(memory, "reads", now[racing][0], "what", region.writes[at][racing][0], "wrote", link))
         past = region.reads[at]
         again = (past[..., 0] == now[..., 0]) & (past[..., 2] == now[..., 2]) & (past[..., 1] != now[..., 1])
         stamps = now.copy()
@@ -156,7 +194,8 @@ def store(memory: Memory, addresses: np.ndarray, values: np.ndarray, threads: Th
             for past, what in ((region.writes[at], "wrote"), (region.reads[at], "read")):
                 racing = changed & _unordered(past, now)
                 if racing.any():
-                    raise RaceError(_told(memory, "writes", now[racing][0], "where", past[racing][0], what))
+                    link = "with no barrier in between"
+                    raise RaceError(_told(memory, "writes", now[racing][0], "where", past[racing][0], what, link))
             order = np.argsort(at.ravel(), kind="stable")
             flat, bytes_ = at.ravel()[order], values[who].ravel()[order]
             twice = (flat[1:] == flat[:-1]) & (bytes_[1:] != bytes_[:-1])
@@ -166,11 +205,11 @@ def store(memory: Memory, addresses: np.ndarray, values: np.ndarray, threads: Th
         region.data[at] = values[who]
 
 
-def _told(memory: Memory, verb: str, now: np.ndarray, link: str, past: np.ndarray, did: str) -> str:
+def _told(memory: Memory, verb: str, now: np.ndarray, what: str, past: np.ndarray, did: str, link: str) -> str:
     def name(stamp: np.ndarray) -> str:
         return f"thread {stamp[1]} of program {stamp[0]}" if stamp[1] >= 0 else f"several threads of program {stamp[0]}"
 
-    return f"{memory.where}: {name(now)} {verb} {link} {name(past)} {did}, with no barrier in between"
+    return f"{memory.where}: {name(now)} {verb} {what} {name(past)} {did}, {link}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,72 +222,255 @@ Run = Callable[["Program", "np.ndarray | None"], Any]
 class Instruction(NamedTuple):
     text: str
     line: str  # of the source
+    opcode: str
     name: str  # the part of the opcode before the first dot
     predicate: str | None
     wanted: bool
     run: Run | None  # None for what changes the flow
-    target: str | None  # of a branch
+    target: str | None  # of a branch; the lanes that a barrier of a warp names
+
+
+class Entry(NamedTuple):
+    """A kernel as it stands in a module."""
+
+    parameters: str
+    directives: str
+    body: str
+
+
+class Module(NamedTuple):
+    entries: dict[str, Entry]
+    files: dict[str, str]  # of the source, by number
+    variables: dict[str, np.ndarray]  # bytes in global memory, constants among them; they live as long as the module
+    dynamic: list[str]  # names for the shared memory that a launch adds
 
 
 class Code(NamedTuple):
     name: str
     parameters: dict[str, int]  # their bytes
-    registers: dict[str, Any]  # prefix -> dtype
+    registers: dict[str, Any]  # name, or prefix -> dtype
+    symbols: dict[str, int]  # addresses of names, each in its state space
+    variables: list[np.ndarray]
+    shared: int  # bytes that are declared
+    local: int  # bytes of each thread
     instructions: list[Instruction]
     labels: dict[str, int]
-    threads: int
+    threads: int | None  # at most, or exactly; None: as launched
+    exactly: bool
 
 
-def parse(text: str) -> Code:
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+_DECLARATION = re.compile(
+    r"^[ \t]*((?:\.(?:visible|extern|weak|common)\s+)*)\.(shared|local|global|const)\s+(?:\.align\s+(\d+)\s+)?"
+    r"\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?\s*(?:=\s*([^;]*))?;",
+    re.MULTILINE,
+)
+
+
+class _Declared(NamedTuple):
+    external: bool
+    align: int
+    dtype: np.dtype
+    name: str
+    size: int
+    values: list[str]
+
+
+def _declared(text: str, *spaces: str) -> list[_Declared]:
+    """The variables of state spaces."""
+    found = []
+    for how, space, align, kind, name, count, values in _DECLARATION.findall(text):
+        if space in spaces:
+            dtype, given = TYPES[kind], re.findall(r"[^\s,{}]+", values)
+            size = dtype.itemsize * int(count or 1)
+            found.append(_Declared("extern" in how, int(align or dtype.itemsize), dtype, name, size, given))
+    return found
+
+
+def _laid_out(variables: Sequence[_Declared]) -> tuple[dict[str, int], int]:
+    """Their offsets, one behind the other, and what they take together."""
+    offsets, size = {}, 0
+    for one in variables:
+        offsets[one.name] = _rounded_up(size, one.align)
+        size = offsets[one.name] + one.size
+    return offsets, size
+
+
+def _closing(text: str, at: int) -> int:
+    """Behind the brace that closes the one that ends at ``at``."""
+    depth = 1
+    for brace in re.compile(r"[{}]").finditer(text, at):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
+    raise ValueError("a brace is not closed")
+
+
+@functools.cache
+def module(text: str) -> Module:
     text = re.sub(r"//[^\n]*", "", text)
-    entry = re.search(r"\.entry\s+(\w+)\((.*?)\)", text, re.DOTALL)
-    body = text[text.index("{", entry.end()) :]
-    # .param .u64 [.ptr .global .align 1] name
-    parameters = {
-        words[-1]: TYPES[words[1].lstrip(".")].itemsize for words in (part.split() for part in entry[2].split(","))
-    }
-    threads = int(re.search(r"\.reqntid\s+(\d+)", text)[1])
-    registers = {}
-    for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+?)<", body):
-        registers[prefix] = RAW["pred" if kind == "pred" else kind.lstrip("bfsu")]
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
     files = {
         m[1]: m[2].rpartition("/")[2] for m in re.finditer(r"^\s*\.file\s+(\d+)\s+\"([^\"]*)\"", text, re.MULTILINE)
     }
+    entries, outside, at = {}, [], 0
+    for head in re.finditer(r"\.(entry|func)\b([^{;]*)\{", text):
+        outside.append(text[at : head.start()])
+        at = _closing(text, head.end())
+        if head[1] == "entry":
+            found = re.fullmatch(r"\s*([\w$]+)\s*(?:\((.*)\))?([^)]*)", head[2], re.DOTALL)
+            entries[found[1]] = Entry(found[2] or "", found[3], text[head.end() : at - 1])
+    around = "".join([*outside, text[at:]])
+    variables = {}
+    for one in _declared(around, "global", "const"):
+        data = np.zeros(one.size // one.dtype.itemsize, one.dtype)
+        data[: len(one.values)] = [_literal(value, one.dtype) for value in one.values]
+        variables[one.name] = data.view(np.uint8)
+    shared = _declared(around, "shared")
+    if not all(one.external for one in shared):
+        raise NotImplementedError("shared memory of several kernels")
+    return Module(entries, files, variables, [one.name for one in shared])
+
+
+@functools.cache
+def parse(text: str, name: str | None = None) -> Code:
+    """A kernel of a module: the only one, or that named."""
+    whole = module(text)
+    if name is None:
+        (name,) = whole.entries
+    entry = whole.entries[name]
+    parameters, places, size = {}, {}, 0
+    for part in filter(None, map(str.strip, entry.parameters.split(","))):
+        # .param [.align 8] .u64 [.ptr .global .align 1] name, or .b8 name[bytes] for a struct
+        words = part.split()
+        kind = next(word[1:] for word in words if word[1:] in TYPES)
+        called, count = re.fullmatch(r"([\w$]+)(?:\[(\d+)\])?", words[-1]).groups()
+        parameters[called] = TYPES[kind].itemsize * int(count or 1)
+        places[called] = size
+        size = _rounded_up(size + parameters[called], 16)
+    threads = re.search(r"\.(reqntid|maxntid)\s+([\d, ]+)", entry.directives)
+    shared, static = _laid_out(_declared(entry.body, "shared"))
+    local, depot = _laid_out(_declared(entry.body, "local"))
+    static = _rounded_up(static, 16) if whole.dynamic else static
+    symbols = {called: data.ctypes.data for called, data in whole.variables.items()}
+    symbols |= places | shared | local | dict.fromkeys(whole.dynamic, static)
+    registers, instructions, labels = _statements(entry.body, whole.files)
+    return Code(
+        name,
+        parameters,
+        registers,
+        symbols,
+        list(whole.variables.values()),
+        static,
+        _rounded_up(depot, 16),
+        instructions,
+        labels,
+        int(np.prod([int(x) for x in threads[2].split(",")])) if threads else None,
+        bool(threads) and threads[1] == "reqntid",
+    )
+
+
+def _statements(body: str, files: dict[str, str]) -> tuple[dict[str, Any], list[Instruction], dict[str, int]]:
+    """Registers, instructions and labels. Names that a { } declares are its own."""
+    registers: dict[str, Any] = {}
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    scopes: list[dict[str, str]] = []
     line = ""
     body = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+)[^\n]*$", r"@line \1 \2;", body, flags=re.MULTILINE)
-    body = re.sub(r"^\s*\.(file|reg|pragma|section)\b[^\n]*$", "", body, flags=re.MULTILINE)
-    body = body[1 : body.index("$L__func_end0")]
-    # a register of one statement, which is not read
-    body = re.sub(r"\btmp\b", "_", re.sub(r"\{\s*\.reg\s+\.\w+\s+tmp;", "", body))
+    body = re.sub(r"^\s*\.(file|section)\b[^\n]*$", "", body, flags=re.MULTILINE)
     for statement in re.split(r";|(?<=:)\s*\n", body):
-        statement = " ".join(statement.split()).lstrip("{} ")
-        while label := re.match(r"(\$\w+):\s*", statement):
-            labels[label[1]] = len(instructions)
-            statement = statement[label.end() :]
-        if statement.startswith("@line"):
+        statement = " ".join(statement.split())
+        while found := re.match(r"\{\s*|\}\s*|(\$\w+):\s*", statement):
+            if found[1]:
+                labels[found[1]] = len(instructions)
+            elif found[0][0] == "{":
+                scopes.append({})
+            else:
+                scopes.pop()
+            statement = statement[found.end() :]
+        if declared := re.match(r"\.reg\s+\.(\w+)\s+", statement):
+            kind = RAW["pred" if declared[1] == "pred" else declared[1].lstrip("bfsu")]
+            for name in statement[declared.end() :].replace(" ", "").split(","):
+                own = name.partition("<")[0]  # %r<5> are %r0 ... %r4
+                if scopes and own == name:
+                    own = scopes[-1][name] = f"%{name.lstrip('%')}.{len(registers)}."
+                registers[own] = kind
+        elif statement.startswith("@line"):
             _, file, number = statement.split()
             line = f"{files.get(file)}:{number}"
-        elif statement:
+        elif statement and not re.match(r"\.(pragma|shared|local)\b", statement):
+            for scope in reversed(scopes):
+                for name, own in scope.items():
+                    statement = re.sub(rf"(?<![\w.%$]){re.escape(name)}(?![\w.])", own, statement)
             instructions.append(_decoded(statement, line))
-    return Code(entry[1], parameters, registers, instructions, labels, threads)
+    return registers, instructions, labels
 
 
 def _decoded(statement: str, line: str) -> Instruction:
-    found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
+    found = re.fullmatch(r"(?:@(!?)(%[\w.]+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
     if not found:
         raise NotImplementedError(statement)
     negated, predicate, opcode, rest = found.groups()
     arguments = [a.strip() for a in re.split(r",(?![^{\[]*[}\]])", rest)] if rest else []
     name, *parts = opcode.replace("::cta", "").split(".")  # this block's shared memory: there is no other one here
-    if name in ("bra", "ret") or opcode in ("bar.sync", "bar.warp.sync"):
-        target = arguments[0] if name == "bra" else None
-        name = "warp" if opcode == "bar.warp.sync" else name
-        return Instruction(statement, line, name, predicate, not negated, None, target)
+    flow = {"bra": "bra", "ret": "ret", "exit": "ret"}.get(name)
+    if opcode in ("bar.sync", "barrier.sync", "barrier.cta.sync") and arguments == ["0"]:  # of all threads
+        flow = "bar"
+    elif opcode == "bar.warp.sync":
+        flow = "warp"
+    if flow:
+        target = arguments[0] if flow in ("bra", "warp") else None
+        return Instruction(statement, line, opcode, flow, predicate, not negated, None, target)
     if name not in OPERATIONS:
         raise NotImplementedError(statement)
-    return Instruction(statement, line, name, predicate, not negated, OPERATIONS[name](parts, arguments), None)
+    try:
+        run = OPERATIONS[name](parts, arguments)
+    except KeyError as error:  # a type or a comparison
+        raise NotImplementedError(f"{statement}: {error}") from error
+    return Instruction(statement, line, opcode, name, predicate, not negated, run, None)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _literal(operand: str, dtype: np.dtype) -> Any:
+    """Of floating-point types, the bits."""
+    if operand[:2] in ("0d", "0f"):
+        bits = np.uint64(int(operand[2:], 16)) if operand[1] == "d" else np.uint32(int(operand[2:], 16))
+        return bits.view(dtype)
+    bits = 8 * dtype.itemsize
+    return np.array(int(operand.rstrip("U"), 0) & ((1 << bits) - 1), f"uint{bits}").view(dtype)[()]
+
+
+def kind(opcode: str) -> str:
+    """What an instruction is of, to count by."""
+    name, *parts = opcode.split(".")
+    last = parts[-1] if parts else ""
+    if name in ("ld", "st"):
+        space = next((space for space in (*SPACES, "const") if space in parts), "generic").replace("param", "parameter")
+        return f"{space} {'load' if name == 'ld' else 'store'}"
+    for kinds, names in KINDS.items():
+        if name in names:
+            return kinds
+    floating = {"f64": "float64", "f32": "float32", "f32x2": "float32", "f16": "half", "f16x2": "half", "bf16": "half"}
+    if name == "cvt":
+        return "float64 conversion" if "f64" in parts else "conversion"
+    of = floating.get(last, "integer")
+    return f"{of} function" if name in ("div", "rcp", "sqrt", "rsqrt", "ex2", "lg2") and of != "integer" else of
+
+
+KINDS = {
+    "shuffle": ("shfl", "vote", "redux"),
+    "atomic": ("atom", "red"),
+    "barrier": ("bar", "barrier"),
+    "fence": ("membar", "fence"),
+    "branch": ("bra", "ret", "exit"),
+    "move": ("mov", "selp", "cvta", "prmt"),
+    "matrix": ("mma",),
+    "matrix load": ("ldmatrix",),
+    "copy": ("cp",),
+}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,21 +481,35 @@ def _decoded(statement: str, line: str) -> Instruction:
 class Program:
     """The state of one program (thread block) of a launch."""
 
-    def __init__(self, code: Code, parameters: dict[str, int], memory: Memory, shared: int, at: int, of: int) -> None:
-        T = code.threads
-        self.code, self.parameters, self.memory = code, parameters, memory
-        self.shared = Memory([Region(0, np.full(max(shared, 16), 0xFF, np.uint8))], f"{code.name}, shared memory")
+    def __init__(
+        self, code: Code, parameters: np.ndarray, memory: Memory, shared: int, threads: int, at: int, of: int
+    ) -> None:
+        T = threads
+        self.code, self.memory, self.at = code, memory, at
+        self.parameters = Memory([Region(0, parameters)], f"{code.name}, parameters")
+        self.shared = Memory(
+            [Region(0, np.full(max(code.shared + shared, 16), 0xFF, np.uint8))], f"{code.name}, shared memory"
+        )
+        self.local = Memory([Region(0, np.full(T * code.local, 0xFF, np.uint8))], f"{code.name}, local memory")
         self.registers: dict[str, np.ndarray] = {}
         self.special = {"%tid.x": np.arange(T), "%ctaid.x": at, "%ntid.x": T, "%nctaid.x": of}
-        self.special |= {"%laneid": np.arange(T) % WARP}
-        self.thread, self.barriers, self.of_warp = np.arange(T), 0, np.zeros(T // WARP, np.int32)
-        self.at = at
+        self.special |= {f"%{name}.{axis}": 0 for name in ("tid", "ctaid") for axis in "yz"}
+        self.special |= {f"%{name}.{axis}": 1 for name in ("ntid", "nctaid") for axis in "yz"}
+        self.special |= {"%laneid": np.arange(T) % WARP, "%warpid": np.arange(T) // WARP}
+        self.special["%lanemask_lt"] = (1 << np.arange(T) % WARP) - 1
+        self.thread, self.barriers, self.of_warp = np.arange(T), 0, np.zeros(_rounded_up(T, WARP) // WARP, np.int32)
+        self.where = np.zeros(T, np.int64)  # the next instruction; -1: done
+        self.fenced, self.fenced_of_warp = np.full(T, -1), np.full(T, -1)  # barriers passed by then
+        self.executed = np.zeros(len(code.instructions), np.int64)  # by warps, where somebody counts
+
+    def _kind(self, register: str) -> Any:
+        kinds = self.code.registers
+        return kinds.get(register) or kinds[register.rstrip("0123456789")]
 
     def _register(self, operand: str) -> np.ndarray:
         """The bits in a declared register; ones as long as nobody has written to it."""
         if operand not in self.registers:
-            kind = self.code.registers[operand.rstrip("0123456789")]
-            self.registers[operand] = ~np.zeros(len(self.thread), kind)
+            self.registers[operand] = ~np.zeros(len(self.thread), self._kind(operand))
         return self.registers[operand]
 
     def get(self, operand: str, dtype: np.dtype) -> Any:
@@ -285,16 +521,9 @@ class Program:
             if raw.dtype.itemsize != dtype.itemsize:
                 return raw.astype(f"uint{8 * dtype.itemsize}").view(dtype)
             return raw.view(dtype)
-        if operand[:2] in ("0d", "0f"):
-            bits = np.uint64(int(operand[2:], 16)) if operand[1] == "d" else np.uint32(int(operand[2:], 16))
-            return bits.view(dtype)
-        if operand == "global_smem":
-            return dtype.type(0)
-        value = int(operand.rstrip("U"), 0)
-        if dtype.kind == "f":
-            return np.array(value & ((1 << 8 * dtype.itemsize) - 1), f"uint{8 * dtype.itemsize}").view(dtype)
-        bits = 8 * dtype.itemsize
-        return np.array(value & ((1 << bits) - 1), f"uint{bits}").view(dtype)[()]
+        if operand in self.code.symbols:
+            return dtype.type(self.code.symbols[operand])
+        return _literal(operand, dtype)
 
     def predicate(self, operand: str) -> Any:
         if operand[0] == "!":
@@ -306,64 +535,87 @@ class Program:
     def put(self, operand: str, value: Any, active: np.ndarray | None) -> None:
         if operand == "_":
             return
-        kind = self.code.registers[operand.rstrip("0123456789")]
-        T = len(self.thread)
+        kind, T = self._kind(operand), len(self.thread)
+        raw = np.asarray(value)
         if kind is np.bool_:
-            raw = np.broadcast_to(np.asarray(value, np.bool_), T)
-        else:
-            value = np.asarray(value)
+            raw = raw.astype(kind, copy=False)
+        elif raw.dtype.type is not kind:
             width = np.dtype(kind).itemsize
-            if value.dtype.itemsize != width:
-                if value.dtype.kind == "f":
-                    value = value.view(f"uint{8 * value.dtype.itemsize}")
-                value = value.astype(f"{'int' if value.dtype.kind == 'i' else 'uint'}{8 * width}")
-            raw = np.broadcast_to(np.ascontiguousarray(value).view(kind).reshape(np.shape(value)), T)
-        if active is None:
-            self.registers[operand] = np.array(raw)
-            return
-        self.registers[operand] = np.where(active, raw, self._register(operand))
+            if raw.dtype.itemsize != width:
+                if raw.dtype.kind == "f":
+                    raw = np.ascontiguousarray(raw).view(f"uint{8 * raw.dtype.itemsize}").reshape(raw.shape)
+                raw = raw.astype(f"{'int' if raw.dtype.kind == 'i' else 'uint'}{8 * width}")
+            raw = raw.view(kind)
+        if raw.shape != (T,):
+            raw = np.full(T, raw)
+        self.registers[operand] = raw if active is None else np.where(active, raw, self._register(operand))
 
     def threads(self, active: np.ndarray | None) -> Threads:
         index = self.thread if active is None else self.thread[active]
         return Threads(self.at, index, self.barriers, self.of_warp)
 
+    def fence(self, threads: Threads) -> None:
+        self.fenced[threads.index] = self.barriers
+        self.fenced_of_warp[threads.index] = self.of_warp[threads.index // WARP]
+
+    def release(self, threads: Threads) -> None:
+        """An atomic after fences: those of the same threads, and those of others that a barrier has followed."""
+        count = self.fenced < self.barriers
+        count[threads.index] = True
+        of_warp = np.full(len(self.of_warp), -1)
+        np.maximum.at(of_warp, self.thread // WARP, np.where(count, self.fenced_of_warp, -1))
+        if (counting := np.where(count, self.fenced, -1)).max() >= 0:
+            self.memory.release(self.at, counting, of_warp)
+
+    def _warps(self, some: np.ndarray | None) -> int:
+        return len(self.of_warp) if some is None else np.count_nonzero(np.bincount(self.thread[some] // WARP))
+
     def run(self) -> None:
         """All threads in step as long as they agree; else whoever is furthest behind goes first."""
         T = len(self.thread)
-        code, labels = self.code.instructions, self.code.labels
-        where = np.zeros(T, np.int64)  # -1: done
+        code, labels, where = self.code.instructions, self.code.labels, self.where
         waiting = np.full(T, "", "U4")
         while True:
             ready = (where >= 0) & (waiting == "")
             if not ready.any():
                 if not (where >= 0).any():
-                    return
+                    break
                 self._release(where, waiting)
                 continue
             pc = int(where[ready].min())
             active = ready & (where == pc)
-            instruction = code[pc]
+            joined = int(where[ready & ~active].min(initial=len(code) + 1))  # where others are met
             everyone = bool(active.all())
-            chosen = active
-            if instruction.predicate is not None:
-                chosen = active & (self.registers[instruction.predicate] == instruction.wanted)
-            if instruction.run is not None:
-                if chosen.any():
+            while pc < joined:
+                instruction = code[pc]
+                chosen, mask = active, None if everyone else active
+                if instruction.predicate is not None:
+                    chosen = active & (self._register(instruction.predicate) == instruction.wanted)
+                    mask = None if everyone and chosen.all() else chosen
+                if _counters:
+                    self.executed[pc] += self._warps(mask if instruction.run else active)
+                pc += 1
+                if instruction.run is None:
+                    break
+                if mask is None or mask.any():
                     try:
-                        instruction.run(self, None if everyone and chosen.all() else chosen)
+                        instruction.run(self, mask)
                     except Exception as error:
                         where_it_is = f"{self.code.name}, program {self.at}, {instruction.line}: {instruction.text}"
                         raise type(error)(f"{error}\n{where_it_is}") from error
-                where[active] = pc + 1
-            elif instruction.name == "bra":
-                where[active] = pc + 1
+            where[active] = pc
+            if instruction.name == "bra":
                 where[chosen] = labels[instruction.target]
             elif instruction.name == "ret":
-                where[active] = pc + 1
                 where[chosen] = -1
-            else:
-                where[active] = pc + 1
+            elif instruction.run is None:
                 waiting[chosen] = instruction.name
+                if instruction.name == "warp" and (self.get(instruction.target, TYPES["u32"]) != EVERYONE).any():
+                    raise NotImplementedError(f"{self.code.name}, a barrier of some lanes: {instruction.text}")
+        for count, by in _counters:
+            for instruction, times in zip(self.code.instructions, self.executed, strict=True):
+                if times:
+                    count[by(instruction.opcode)] += int(times)
 
     def _release(self, where: np.ndarray, waiting: np.ndarray) -> None:
         alive = where >= 0
@@ -387,6 +639,34 @@ class Program:
 # ------------------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[list[str], list[str]], Run]] = {}
+EVERYONE = np.uint32(0xFFFFFFFF)  # of the lanes of a warp
+_counters: list[tuple[Counter, Callable[[str], Hashable]]] = []
+_error: tuple[float, np.random.Generator] | None = None  # of approximate functions
+
+
+@contextlib.contextmanager
+def counting(by: Callable[[str], Hashable] = kind) -> Iterator[Counter]:
+    """How many instructions warps execute meanwhile: the ones that a thread of them executes, and all branches.
+
+    By ``kind``, or by another function of opcodes: ``str`` counts each one by itself."""
+    _counters.append((Counter(), by))
+    try:
+        yield _counters[-1][0]
+    finally:
+        _counters.pop()
+
+
+@contextlib.contextmanager
+def approximating(error: float = 2.0**-21.5, seed: int = 0) -> Iterator[None]:
+    """Approximate functions are off by random relative errors up to this one meanwhile.
+
+    The hardware's are within 2 units in the last place of float32 (div.full, div.approx) or 1 (rcp, sqrt, rsqrt)."""
+    global _error
+    _error = error, np.random.default_rng(seed)
+    try:
+        yield
+    finally:
+        _error = None
 
 
 def operation(*names: str) -> Callable[[Any], Any]:
@@ -403,9 +683,28 @@ def _split(operand: str) -> list[str]:
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    if a.dtype == np.float32:
-        return (a.astype(np.float64) * b.astype(np.float64) + c).astype(np.float32)
-    return (a.astype(np.longdouble) * b + c).astype(np.float64)
+    wide = np.float64 if a.dtype.itemsize < 8 else np.longdouble
+    return (a.astype(wide) * b.astype(wide) + c).astype(a.dtype)
+
+
+ENDS = {"rz": 0, "rm": -np.inf, "rp": np.inf}
+
+
+def _toward(x: Any, dtype: np.dtype, mode: str) -> Any:
+    """Rounded to a smaller type: rn to the nearest, rz to zero, rm down, rp up."""
+    near = x.astype(dtype)
+    if mode == "rn":
+        return near
+    beyond = {"rz": np.abs(near) > np.abs(x), "rm": near > x, "rp": near < x}[mode]
+    return np.where(beyond, np.nextafter(near, dtype.type(ENDS[mode])), near)
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """Of integers, toward zero; ones in all bits where there is none."""
+    by = np.where(b == 0, b.dtype.type(1), b)
+    down = a // by
+    found = down + ((down * by != a) & ((a < 0) != (by < 0))).astype(a.dtype)
+    return np.where(b == 0, ~b.dtype.type(0), found)
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -423,7 +722,32 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "rsqrt": lambda a: (1 / np.sqrt(a.astype(np.float64))).astype(a.dtype),
     "ex2": np.exp2,
     "lg2": np.log2,
+    "copysign": lambda a, b: np.copysign(b, a),
+    "rem": lambda a, b: a - _quotient(a, b) * b,
 }
+_KNOWN = {"rn", "rz", "rm", "rp", "ftz", "sat", "approx", "full", "NaN"}
+
+
+EXACTLY: dict[str, Callable[..., Fraction]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "fma": lambda a, b, c: a * b + c,
+    "rcp": lambda a: 1 / a,
+}
+
+
+def _directed(name: str, values: Sequence[np.ndarray], near: np.ndarray, mode: str) -> np.ndarray:
+    """From what is rounded to the nearest: the next number, where the exact result is on the other side."""
+    found = np.array(near)
+    shape = np.broadcast_shapes(*(v.shape for v in values))
+    for at, *given in zip(np.ndindex(shape), *(np.broadcast_to(v, shape).ravel() for v in values), strict=True):
+        if np.isfinite(given).all() and not (name in ("div", "rcp") and given[-1] == 0):
+            exact, rounded = EXACTLY[name](*(Fraction(float(x)) for x in given)), float(near[at])
+            if {"rz": abs(rounded) > abs(exact), "rm": rounded > exact, "rp": rounded < exact}[mode]:
+                found[at] = np.nextafter(near[at], near.dtype.type(ENDS[mode]))
+    return found
 
 
 @operation(*(name for name in ARITHMETIC if name != "mul"))
@@ -441,7 +765,12 @@ def _arithmetic(name: str, parts: list[str], args: list[str]) -> Run:
 
         return pairs
     dtype = TYPES[kind]
-    if name == "div" and dtype.kind != "f":
+    mode = next((part for part in parts if part in ("rz", "rm", "rp")), "rn")
+    saturated, approximate = "sat" in parts, "approx" in parts or "full" in parts
+    if dtype.kind != "f" and name == "div":
+        function = _quotient
+    known = not set(parts[:-1]) - _KNOWN and (dtype.kind == "f" or len(parts) == 1)
+    if not known or (mode != "rn" and name not in EXACTLY):
         raise NotImplementedError(".".join([name, *parts]))
     if "NaN" in parts:
         function = {"min": np.minimum, "max": np.maximum}[name]
@@ -451,6 +780,13 @@ def _arithmetic(name: str, parts: list[str], args: list[str]) -> Run:
         if flush:
             values = [_flushed(v) for v in values]
         found = np.asarray(function(*values), dtype)
+        if mode != "rn":
+            found = _directed(name, values, found, mode)
+        if approximate and _error is not None:
+            relative, random = _error
+            found = (found * (1 + relative * random.uniform(-1, 1, len(p.thread)))).astype(dtype)
+        if saturated:
+            found = np.where(np.isnan(found), dtype.type(0), np.clip(found, 0, 1))
         p.put(args[0], _flushed(found) if flush else found, m)
 
     return run
@@ -466,12 +802,14 @@ def _multiply(name: str, parts: list[str], args: list[str]) -> Run:
         return _arithmetic("mul", parts, args)
     dtype = TYPES[parts[-1]]
     wide = np.dtype(f"{'int' if dtype.kind == 'i' else 'uint'}{16 * dtype.itemsize}") if "wide" in parts else dtype
-    if "hi" in parts:
+    if set(parts[:-1]) - {"lo", "hi", "wide"}:
         raise NotImplementedError(".".join([name, *parts]))
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        a, b = (np.asarray(p.get(x, dtype)).astype(wide) for x in args[1:3])
+        a, b = (np.asarray(p.get(x, dtype)).astype(object if "hi" in parts else wide) for x in args[1:3])
         found = a * b
+        if "hi" in parts:  # of Python's integers
+            found = np.asarray(found >> 8 * dtype.itemsize).astype(dtype)
         if name == "mad":
             found = found + p.get(args[3], wide)
         p.put(args[0], np.asarray(found, wide), m)
@@ -508,21 +846,82 @@ def _shift(name: str, parts: list[str], args: list[str]) -> Run:
 @operation("bfe")
 def _field(name: str, parts: list[str], args: list[str]) -> Run:
     dtype = TYPES[parts[-1]]
+    bits = 8 * dtype.itemsize
 
     def run(p: Program, m: np.ndarray | None) -> None:
         a = np.asarray(p.get(args[1], dtype))
-        start, length = (int(p.get(x, TYPES["u32"])) for x in args[2:4])
-        top = dtype.type(8 * dtype.itemsize - start - length)
-        p.put(args[0], ((a << top) >> dtype.type(top + dtype.type(start))).astype(dtype), m)
+        start, length = (np.asarray(p.get(x, TYPES["u32"])).astype(np.int64) & 255 for x in args[2:4])
+        above = np.clip(bits - start - length, 0, bits - 1)  # of what lies beyond, it has the sign
+        found = (a << above.astype(dtype)) >> np.minimum(above + start, bits - 1).astype(dtype)
+        p.put(args[0], np.where((length == 0) | ((start >= bits) & (a >= 0)), 0, found).astype(dtype), m)
 
     return run
 
 
-@operation("popc")
-def _population(name: str, parts: list[str], args: list[str]) -> Run:
+@operation("bfi")
+def _insert(name: str, parts: list[str], args: list[str]) -> Run:
+    dtype = np.dtype(f"uint{8 * TYPES[parts[-1]].itemsize}")
+    bits = 8 * dtype.itemsize
+
     def run(p: Program, m: np.ndarray | None) -> None:
-        a = np.asarray(p.get(args[1], TYPES[parts[-1]]))
-        p.put(args[0], sum(((a >> a.dtype.type(bit)) & 1).astype(np.uint32) for bit in range(8 * a.dtype.itemsize)), m)
+        a, b = (np.asarray(p.get(x, dtype)) for x in args[1:3])
+        start, length = (np.asarray(p.get(x, TYPES["u32"])).astype(np.int64) & 255 for x in args[3:5])
+        ones = np.where(length == 0, 0, ~dtype.type(0) >> np.clip(bits - length, 0, bits - 1).astype(dtype))
+        by = np.minimum(start, bits - 1).astype(dtype)
+        mask = np.where(start < bits, ones.astype(dtype) << by, 0).astype(dtype)
+        p.put(args[0], (a << by) & mask | b & ~mask, m)
+
+    return run
+
+
+@operation("popc", "clz", "brev", "bfind")
+def _bits(name: str, parts: list[str], args: list[str]) -> Run:
+    dtype = TYPES[parts[-1]]
+    raw, last = np.dtype(f"uint{8 * dtype.itemsize}"), 8 * dtype.itemsize - 1
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        a = np.asarray(p.get(args[1], dtype))
+        a = np.where(a < 0, ~a, a).view(raw) if name == "bfind" else a.view(raw)
+        ones = [(a >> raw.type(bit)) & raw.type(1) for bit in range(last + 1)]
+        if name == "brev":
+            return p.put(args[0], sum(one << raw.type(last - bit) for bit, one in enumerate(ones)), m)
+        if name == "popc":
+            return p.put(args[0], sum(one.astype(np.uint32) for one in ones), m)
+        top = np.max([np.where(one, bit, -1) for bit, one in enumerate(ones)], 0)
+        found = last - top if name == "clz" or ("shiftamt" in parts) else top
+        return p.put(args[0], np.where((top < 0) & (name == "bfind"), -1, found).astype(np.int32), m)
+
+    return run
+
+
+@operation("lop3")
+def _lookup(name: str, parts: list[str], args: list[str]) -> Run:
+    """Any function of three bits, by its eight values."""
+    if parts != ["b32"]:
+        raise NotImplementedError(".".join([name, *parts]))
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        inputs, table = [np.asarray(p.get(x, TYPES["u32"])) for x in args[1:4]], int(args[4], 0)
+        found = np.uint32(0)
+        for row in range(8):
+            if table >> row & 1:
+                a, b, c = (x if row >> 2 - at & 1 else ~x for at, x in enumerate(inputs))
+                found = found | a & b & c
+        p.put(args[0], found, m)
+
+    return run
+
+
+@operation("shf")
+def _funnel(name: str, parts: list[str], args: list[str]) -> Run:
+    """32 bits of 64."""
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        low, high, by = (np.asarray(p.get(x, TYPES["u32"])).astype(np.uint64) for x in args[1:4])
+        by = by & np.uint64(31) if "wrap" in parts else np.minimum(by, np.uint64(32))
+        both = high << np.uint64(32) | low
+        found = both << by >> np.uint64(32) if parts[0] == "l" else both >> by
+        p.put(args[0], (found & np.uint64(EVERYONE)).astype(np.uint32), m)
 
     return run
 
@@ -590,7 +989,11 @@ def _compare(name: str, parts: list[str], args: list[str]) -> Run:
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    bits = np.asarray(x, np.float32).view(np.uint32)
+    x = np.asarray(x)
+    if x.dtype == np.float64:  # in one rounding: to float32 such that no tie is made or lost
+        near = _toward(x, TYPES["f32"], "rz")
+        x = (near.view(np.uint32) | (near != x)).view(np.float32)
+    bits = x.astype(np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
@@ -602,14 +1005,21 @@ ROUNDING = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
 def _convert(name: str, parts: list[str], args: list[str]) -> Run:
     to, origin = parts[-2:]
     rounding = next((ROUNDING[part] for part in parts if part in ROUNDING), None)
-    if "sat" in parts:
+    mode = next((part for part in parts if part in ("rn", "rz", "rm", "rp")), "rn")
+    halves = "bf16" in to or to == "f16x2"
+    if (
+        set(parts[:-2]) - {*ROUNDING, "rn", "rz", "rm", "rp", "ftz", "sat"}
+        or (mode != "rn" and (halves or origin[0] != "f" or to[0] != "f"))
+        or ("sat" in parts and to not in ("f32", "f64"))
+        or {to, origin} - {*TYPES, "bf16", "bf16x2", "f16x2"}
+    ):
         raise NotImplementedError(".".join([name, *parts]))
 
     def run(p: Program, m: np.ndarray | None) -> None:
         if to in ("bf16x2", "f16x2"):
-            halves = [np.asarray(p.get(a, TYPES["f32"])) for a in args[1:]]
+            both = [np.asarray(p.get(a, TYPES["f32"])) for a in args[1:]]
             half = _to_bfloat16 if to == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
-            high, low = (half(x).astype(np.uint32) for x in halves)
+            high, low = (half(x).astype(np.uint32) for x in both)
             return p.put(args[0], high << np.uint32(16) | low, m)
         if origin == "bf16":
             x = (np.asarray(p.get(args[1], TYPES["u16"])).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -628,8 +1038,45 @@ def _convert(name: str, parts: list[str], args: list[str]) -> Run:
             found = np.where(inside >= 2.0 ** (8 * dtype.itemsize - (dtype.kind == "i")), bounds.max, 0)
             small = inside < 2.0 ** (8 * dtype.itemsize - (dtype.kind == "i"))
             return p.put(args[0], np.where(small, np.where(small, inside, 0).astype(dtype), found).astype(dtype), m)
-        p.put(args[0], x.astype(dtype), m)
+        x = _toward(x, dtype, mode)
+        if "sat" in parts:
+            x = np.where(np.isnan(x), dtype.type(0), np.clip(x, 0, 1))
+        p.put(args[0], x, m)
         return None
+
+    return run
+
+
+@operation("cvta")
+def _generic(name: str, parts: list[str], args: list[str]) -> Run:
+    dtype = TYPES[parts[-1]]
+    (space,) = set(parts) & {*SPACES, "const"}
+    window = np.uint64((0 if space == "const" else SPACES.index(space)) << WINDOW)
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        address = np.asarray(p.get(args[1], TYPES["u64"]))
+        p.put(args[0], (address - window if "to" in parts else address + window).astype(dtype), m)
+
+    return run
+
+
+@operation("membar", "fence")
+def _fence(name: str, parts: list[str], args: list[str]) -> Run:
+    if "proxy" in parts:
+        raise NotImplementedError(".".join([name, *parts]))
+    beyond_the_block = not {"cta"} & set(parts)
+    return lambda p, m: p.fence(p.threads(m)) if beyond_the_block else None
+
+
+@operation("nanosleep")
+def _sleep(name: str, parts: list[str], args: list[str]) -> Run:
+    return lambda p, m: None
+
+
+@operation("trap")
+def _trap(name: str, parts: list[str], args: list[str]) -> Run:
+    def run(p: Program, m: np.ndarray | None) -> None:
+        raise RuntimeError("the kernel gives up")
 
     return run
 
@@ -659,34 +1106,92 @@ def _move(name: str, parts: list[str], args: list[str]) -> Run:
     return run
 
 
-def _address(operand: str) -> tuple[str, int]:
+def _addressing(operand: str) -> Callable[[Program, np.ndarray | None], np.ndarray]:
+    """The addresses of those threads that take part."""
     base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
-    return base, int(offset or "0", 0)
+    by = np.uint64(int(offset or "0", 0) % (1 << 64))
+
+    def addresses(p: Program, m: np.ndarray | None) -> np.ndarray:
+        found = p.get(base, TYPES["u64"]) + by
+        if base[0] == "%" and p._kind(base) is np.uint32:  # shared and local memory, where sums wrap around
+            found = found & np.uint64(0xFFFFFFFF)
+        found = np.broadcast_to(found, len(p.thread))
+        return found if m is None else found[m]
+
+    return addresses
 
 
-def _addresses(p: Program, operand: str, m: np.ndarray | None) -> np.ndarray:
-    base, offset = _address(operand)
-    found = np.broadcast_to(np.asarray(p.get(base, TYPES["u64"])), len(p.thread)) + np.uint64(offset % (1 << 64))
-    return found if m is None else found[m]
+def _space(parts: Sequence[str]) -> str:
+    return next((space for space in parts if space in SPACES), "global" if "const" in parts else "generic")
+
+
+def _by_space(space: str, addresses: np.ndarray) -> Iterator[tuple[str, Any, np.ndarray]]:
+    """(state space, which of the addresses are in it, those within it)."""
+    if space != "generic":
+        yield space, slice(None), addresses
+        return
+    windows = addresses >> np.uint64(WINDOW)
+    for window in np.unique(windows):
+        which = np.flatnonzero(windows == window)
+        if window >= len(SPACES):
+            raise MemoryFaultError(f"{int(addresses[which[0]]):#x} belongs to nobody")
+        yield SPACES[window], which, addresses[which] - (window << np.uint64(WINDOW))
+
+
+def _in_local(p: Program, addresses: np.ndarray, size: int, index: np.ndarray) -> np.ndarray:
+    """Each thread's own, one behind the other."""
+    if (addresses > p.code.local - size).any():
+        raise MemoryFaultError(f"{p.local.where}: {size} bytes at {int(addresses.max()):#x} belong to nobody")
+    return addresses + (index * p.code.local).astype(np.uint64)
+
+
+def _read(p: Program, where: str, addresses: np.ndarray, size: int, threads: Threads, strong: bool) -> np.ndarray:
+    """Bytes (n, size) in a state space, or in several ones by generic addresses."""
+    found = np.empty((len(addresses), size), np.uint8)
+    for space, which, at in _by_space(where, addresses):
+        mine = threads._replace(index=threads.index[which])
+        if space == "global":
+            found[which] = load(p.memory, at, size, mine, strong)
+        elif space == "shared":
+            found[which] = load(p.shared, at, size, mine)
+        elif space == "local":
+            found[which] = load(p.local, _in_local(p, at, size, mine.index), size, None)
+        else:
+            found[which] = load(p.parameters, at, size, None)
+    return found
+
+
+def _write(p: Program, where: str, addresses: np.ndarray, values: np.ndarray, threads: Threads) -> None:
+    for space, which, at in _by_space(where, addresses):
+        mine = threads._replace(index=threads.index[which])
+        if space == "global":
+            store(p.memory, at, values[which], mine)
+        elif space == "shared":
+            store(p.shared, at, values[which], mine)
+        elif space == "local":
+            store(p.local, _in_local(p, at, values.shape[1], mine.index), values[which], None)
+        else:
+            raise MemoryFaultError(f"{p.parameters.where}: are not to be written")
+
+
+STRONG = {"volatile", "relaxed", "acquire", "mmio"}
 
 
 @operation("ld")
 def _load(name: str, parts: list[str], args: list[str]) -> Run:
-    dtype = TYPES[parts[-1]]
-    if "param" in parts:
-        parameter = args[1].strip("[] ")
-        raw = np.dtype(f"uint{8 * dtype.itemsize}")
-        return lambda p, m: p.put(args[0], np.array(p.parameters[parameter], np.uint64).astype(raw).view(dtype), m)
-    into = _split(args[0])
+    dtype, into, space = TYPES[parts[-1]], _split(args[0]), _space(parts)
+    addresses, strong = _addressing(args[1]), bool(STRONG & set(parts))
+    size = len(into) * dtype.itemsize
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        memory = p.shared if "shared" in parts else p.memory
-        watching = None if "volatile" in parts else p.threads(m)
-        found = load(memory, _addresses(p, args[1], m), len(into) * dtype.itemsize, watching)
+        if space == "param" and args[1][1] != "%":  # the same for all threads
+            found = load(p.parameters, addresses(p, None)[:1], size, None)
+        else:
+            found = _read(p, space, addresses(p, m), size, p.threads(m), strong)
         values = np.ascontiguousarray(found).view(dtype)
         for at, register in enumerate(into):
             value = values[:, at]
-            if m is not None:
+            if m is not None and len(value) > 1:
                 value = np.zeros(len(p.thread), dtype)
                 value[m] = values[:, at]
             p.put(register, value, m)
@@ -697,7 +1202,7 @@ def _load(name: str, parts: list[str], args: list[str]) -> Run:
 @operation("ldmatrix")
 def _load_matrices(name: str, parts: list[str], args: list[str]) -> Run:
     """8 x 8 matrices of 16 bits: lane 8 i + r has the address of row r of the i-th, and gets two entries of each."""
-    into = _split(args[0])
+    into, addresses = _split(args[0]), _addressing(args[1])
     if "trans" in parts or "m8n8" not in parts:
         raise NotImplementedError(".".join([name, *parts]))
 
@@ -705,7 +1210,7 @@ def _load_matrices(name: str, parts: list[str], args: list[str]) -> Run:
         if m is not None:
             raise NotImplementedError(f"{name} by some threads")
         asked = p.thread % WARP < 8 * len(into)
-        rows = load(p.shared, _addresses(p, args[1], asked), 16, p.threads(asked)).reshape(-1, len(into), 8, 4, 4)
+        rows = load(p.shared, addresses(p, asked), 16, p.threads(asked)).reshape(-1, len(into), 8, 4, 4)
         for at, register in enumerate(into):
             p.put(register, np.ascontiguousarray(rows[:, at].reshape(-1, 4)).view(np.uint32)[:, 0], m)
 
@@ -714,72 +1219,128 @@ def _load_matrices(name: str, parts: list[str], args: list[str]) -> Run:
 
 @operation("st")
 def _store(name: str, parts: list[str], args: list[str]) -> Run:
-    dtype = TYPES[parts[-1]]
-    origins = _split(args[1])
+    dtype, origins, space, addresses = TYPES[parts[-1]], _split(args[1]), _space(parts), _addressing(args[0])
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        memory = p.shared if "shared" in parts else p.memory
         values = np.stack([np.broadcast_to(p.get(a, dtype), len(p.thread)) for a in origins], 1)
         values = np.ascontiguousarray(values if m is None else values[m]).view(np.uint8)
-        store(memory, _addresses(p, args[0], m), values, p.threads(m))
+        _write(p, space, addresses(p, m), values, p.threads(m))
 
     return run
 
 
-@operation("atom")
+ATOMICS: dict[str, Callable[..., Any]] = {  # of what is there and the operands
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, new: new,
+    "cas": lambda old, expected, new: new if old == expected else old,
+    "inc": lambda old, last: old.dtype.type(0) if old >= last else old + old.dtype.type(1),
+    "dec": lambda old, last: last if old == 0 or old > last else old - old.dtype.type(1),
+}
+
+
+@operation("atom", "red")
 def _atomic(name: str, parts: list[str], args: list[str]) -> Run:
-    dtype = TYPES[parts[-1]]
-    if "add" not in parts or dtype.kind == "f":
+    """In the order of threads. Sums of floating-point numbers are refused: on hardware they have no order."""
+    dtype, space = TYPES[parts[-1]], _space(parts)
+    function = next((ATOMICS[part] for part in parts if part in ATOMICS), None)
+    into, target, *operands = args if name == "atom" else ["_", *args]
+    if function is None or dtype.kind == "f" or len(_split(target)) > 1:
         raise NotImplementedError(".".join([name, *parts]))
+    addresses, releases = _addressing(target), bool({"release", "acq_rel"} & set(parts))
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        addresses, old = _addresses(p, args[1], m), np.zeros(len(p.thread), dtype)
-        added = np.broadcast_to(p.get(args[2], dtype), len(p.thread))
-        for thread, address in zip(p.thread if m is None else p.thread[m], addresses, strict=True):
-            found = load(p.memory, address[None], dtype.itemsize, None).view(dtype)
+        old = np.zeros(len(p.thread), dtype)
+        given = [np.broadcast_to(p.get(a, dtype), len(p.thread)) for a in operands]
+        threads = p.threads(m)
+        if releases:
+            p.fence(threads)
+        for thread, address in zip(threads.index, addresses(p, m), strict=True):
+            ((where, _, at),) = _by_space(space, address[None])
+            memory = p.memory if where == "global" else p.shared
+            found = load(memory, at, dtype.itemsize, None).view(dtype)
             old[thread] = found[0, 0]
-            store(p.memory, address[None], (found + added[thread]).astype(dtype).view(np.uint8), None)
-        p.put(args[0], old, m)
+            new = function(found[0, 0], *(x[thread] for x in given))
+            store(memory, at, np.array([[new]], dtype).view(np.uint8), None)
+            if where == "global":
+                p.release(threads._replace(index=np.array([thread])))
+        p.put(into, old, m)
 
     return run
 
 
-def _whole_warps(p: Program, m: np.ndarray | None, what: str) -> None:
-    if m is not None and len(np.unique(np.bincount(p.thread[m] // WARP, minlength=1))) > 2:
-        raise NotImplementedError(f"{what} by a part of a warp")
+def _lanes(p: Program, m: np.ndarray | None, named: str) -> np.ndarray:
+    """Who takes part in an exchange between lanes; they must be all those named who have not yet returned."""
+    here = np.ones(len(p.thread), bool) if m is None else m
+    members = np.broadcast_to(p.get(named, TYPES["u32"]), len(p.thread))
+    if m is None and (members == EVERYONE).all():
+        return here
+    bit = np.uint32(1) << (p.thread % WARP).astype(np.uint32)
+    for warp in np.unique(p.thread[here] // WARP):
+        mine = p.thread // WARP == warp
+        present, alive = (int(bit[mine & x].sum()) for x in (here, p.where >= 0))
+        for expected in np.unique(members[mine & here]):
+            if int(expected) & alive != present:
+                who = f"{present:#010x} of the lanes of warp {warp} exchange values"
+                raise RaceError(f"{who}, and name {int(expected):#010x} of which {alive:#010x} are running")
+    return here
 
 
 @operation("shfl")
 def _shuffle(name: str, parts: list[str], args: list[str]) -> Run:
-    if args[3] != "31" or "|" in args[0]:
-        raise NotImplementedError(f"{name} {args}")
+    into, _, valid = args[0].partition("|")
+    how, named = parts[1], args[4]
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        _whole_warps(p, m, name)
-        by = np.broadcast_to(p.get(args[2], TYPES["u32"]), len(p.thread)).astype(np.int64)
-        lane = p.thread % WARP
-        source = {"bfly": lane ^ by, "idx": by % WARP, "down": lane + by, "up": lane - by}[parts[1]]
-        source = np.where((source >= 0) & (source < WARP), source, lane)
-        values = np.broadcast_to(p.get(args[1], TYPES["b32"]), len(p.thread))
-        p.put(args[0], values[p.thread - lane + source], m)
+        here, T = _lanes(p, m, named), len(p.thread)
+        by, bounds = (np.broadcast_to(p.get(x, TYPES["u32"]), T).astype(np.int64) for x in args[2:4])
+        lane, by, clamp, segment = p.thread % WARP, by & 31, bounds & 31, bounds >> 8 & 31
+        lowest = lane & segment
+        highest = lowest | clamp & ~segment
+        source = {"bfly": lane ^ by, "idx": lowest | by & ~segment, "down": lane + by, "up": lane - by}[how]
+        inside = source >= highest if how == "up" else source <= highest
+        at = p.thread - lane + np.where(inside, source, lane)
+        values = np.broadcast_to(p.get(args[1], TYPES["b32"]), T)
+        there = here[np.minimum(at, T - 1)] & (at < T)
+        p.put(into, np.where(there, values[np.minimum(at, T - 1)], EVERYONE), m)
+        if valid:
+            p.put(valid, inside, m)
+
+    return run
+
+
+@operation("vote")
+def _vote(name: str, parts: list[str], args: list[str]) -> Run:
+    how = parts[1]
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        here, T = _lanes(p, m, args[2]), len(p.thread)
+        yes = np.broadcast_to(p.predicate(args[1]), T)
+        bit = np.uint32(1) << (p.thread % WARP).astype(np.uint32)
+        ballot = np.bincount(p.thread // WARP, np.where(here & yes, bit, 0)).astype(np.uint32)[p.thread // WARP]
+        asked = np.bincount(p.thread // WARP, np.where(here, bit, 0)).astype(np.uint32)[p.thread // WARP]
+        found = {"ballot": ballot, "any": ballot != 0, "all": ballot == asked, "uni": (ballot == asked) | (ballot == 0)}
+        p.put(args[0], found[how], m)
 
     return run
 
 
 @operation("redux")
 def _reduce(name: str, parts: list[str], args: list[str]) -> Run:
-    function, dtype = {"add": np.add, "min": np.minimum, "max": np.maximum}[parts[1]], TYPES[parts[-1]]
+    functions = {"add": np.add, "min": np.minimum, "max": np.maximum}
+    functions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+    function, dtype = functions[parts[1]], TYPES[parts[-1]]
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        _whole_warps(p, m, name)
-        values = np.broadcast_to(p.get(args[1], dtype), len(p.thread))
-        members = np.broadcast_to(p.get(args[2], TYPES["u32"]), len(p.thread))
-        taking_part = (members >> (p.thread % WARP).astype(np.uint32)) & 1 == 1
-        out = np.zeros(len(p.thread), dtype)
-        for warp in range(len(p.thread) // WARP):
-            mine = (p.thread // WARP == warp) & taking_part
-            if mine.any():
-                out[mine] = function.reduce(values[mine], dtype=dtype)
+        here = _lanes(p, m, args[2])
+        values, out = np.broadcast_to(p.get(args[1], dtype), len(p.thread)), np.zeros(len(p.thread), dtype)
+        for warp in np.unique(p.thread[here] // WARP):
+            mine = (p.thread // WARP == warp) & here
+            out[mine] = function.reduce(values[mine], dtype=dtype)
         p.put(args[0], out, m)
 
     return run
@@ -795,7 +1356,7 @@ def _matrix(name: str, parts: list[str], args: list[str]) -> Run:
     M, K = int(shape[1]), int(shape[2])
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        _whole_warps(p, m, name)
+        _lanes(p, m, "0xffffffff")
 
         def matrices(operand: str, order: Sequence[int], *sizes: int) -> np.ndarray:
             """Registers (warp, ..., row or column g, t), the dots in the order of the registers."""
@@ -815,8 +1376,11 @@ def _matrix(name: str, parts: list[str], args: list[str]) -> Run:
 @operation("cp")
 def _copy(name: str, parts: list[str], args: list[str]) -> Run:
     """cp.async, done at once."""
-    if "shared" not in parts:
+    if {"commit_group", "wait_group", "wait_all"} & set(parts):
         return lambda p, m: None
+    if "bulk" in parts or "shared" not in parts:
+        raise NotImplementedError(".".join([name, *parts]))
+    into, origin = _addressing(args[0]), _addressing(args[1])
 
     def run(p: Program, m: np.ndarray | None) -> None:
         size = int(args[2], 0)
@@ -830,8 +1394,8 @@ def _copy(name: str, parts: list[str], args: list[str]) -> Run:
         if (given[some] != size).any():
             raise NotImplementedError(f"cp.async of a part: {args}")
         reading = Threads(p.at, index[some], p.barriers, p.of_warp)
-        out[some] = load(p.memory, _addresses(p, args[1], m)[some], size, reading)
-        store(p.shared, _addresses(p, args[0], m), out, p.threads(m))
+        out[some] = load(p.memory, origin(p, m)[some], size, reading)
+        store(p.shared, into(p, m), out, p.threads(m))
 
     return run
 
@@ -841,11 +1405,11 @@ def _copy(name: str, parts: list[str], args: list[str]) -> Run:
 # ------------------------------------------------------------------------------------------------
 
 
-def live_memory(where: str) -> Memory:
-    """Whatever belongs to a tensor of this process."""
-    regions = {}
-    for x in gc.get_objects():
-        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout == torch.strided:
+def live_memory(where: str, more: Sequence[Region] = ()) -> Memory:
+    """Whatever belongs to a tensor of this process, and more."""
+    regions, kinds = {}, {torch.Tensor, torch.nn.Parameter}
+    for x in [x for x in gc.get_objects() if type(x) in kinds]:
+        if x.device.type == "cpu" and x.layout == torch.strided:
             try:
                 storage = x.untyped_storage()
                 start = storage.data_ptr() if storage.nbytes() else 0
@@ -853,7 +1417,9 @@ def live_memory(where: str) -> Memory:
                 continue
             if start:
                 regions[start] = storage
-    return Memory([Region(start, _bytes_of(storage)) for start, storage in regions.items()], f"{where}, global memory")
+    found = {start: Region(start, _bytes_of(storage)) for start, storage in regions.items()}
+    found |= {region.start: region for region in more}
+    return Memory(list(found.values()), f"{where}, global memory")
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
@@ -868,19 +1434,50 @@ def flattened(arguments: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
-def execute(ptx: str, shared: int, programs: int, arguments: Sequence[Any]) -> None:
-    """A launch. Arguments as they are passed: tensors and integers, tuples flattened, None left out."""
-    code = _codes.get(ptx) or _codes.setdefault(ptx, parse(ptx))
-    passed = [x.data_ptr() if isinstance(x, torch.Tensor) else x & (1 << 64) - 1 for x in flattened(arguments)]
-    passed += [0] * (len(code.parameters) - len(passed))  # Triton's own, for scratch memory
-    parameters = dict(zip(code.parameters, passed, strict=True))
-    memory = live_memory(code.name)
+def _passed(value: Any, size: int) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    if isinstance(value, float):
+        return np.array(value, f"float{8 * size}").tobytes()
+    return (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
+def execute(
+    ptx: str,
+    shared: int,
+    programs: int,
+    arguments: Sequence[Any],
+    name: str | None = None,
+    threads: int | None = None,
+    owned: Sequence[tuple[int, int]] = (),
+) -> None:
+    """A launch of a kernel, of the one named where a module has several.
+
+    Arguments as they are passed: tensors, integers, floats, and bytes for structs; tuples flattened, None left out.
+    Threads of a program are as many as the code says, or as given, where it has a maximum or says nothing. ``shared``
+    is bytes beyond those that the code declares; owned, (address, bytes), is memory that no tensor of Python's has."""
+    code = parse(ptx, name)
+    T, most = code.threads if threads is None else threads, code.threads
+    if T is None or (most is not None and (most != T if code.exactly else most < T)):
+        raise ValueError(f"threads: {code.name} has {'' if code.exactly else 'up to '}{most}, not {T}")
+    given, sizes = list(flattened(arguments)), list(code.parameters.values())
+    own = sizes[len(given) :]
+    if len(given) > len(sizes) or len(own) > 2 or set(own) - {8}:
+        raise ValueError(f"arguments: {code.name} has {len(sizes)}, not {len(given)}")
+    passed = [_passed(x, size) for x, size in zip(given, sizes, strict=False)]
+    passed += [bytes(8)] * len(own)  # Triton's own, for scratch memory
+    for (parameter, size), value in zip(code.parameters.items(), passed, strict=True):
+        if len(value) != size:
+            raise ValueError(f"{parameter}: {len(value)} bytes, not {size}")
+    parameters = np.frombuffer(b"".join(value + bytes(-len(value) % 16) for value in passed) + bytes(16), np.uint8)
+    more = [Region(data.ctypes.data, data) for data in code.variables]
+    more += [Region(at, np.frombuffer((ctypes.c_uint8 * n).from_address(at), np.uint8)) for at, n in owned if n]
+    memory = live_memory(code.name, more)
     with np.errstate(all="ignore"):
         for at in range(programs):
-            Program(code, parameters, memory, shared, at, programs).run()
-
-
-_codes: dict[str, Code] = {}
+            Program(code, parameters, memory, shared, T, at, programs).run()
 
 
 def install() -> None:
@@ -938,7 +1535,7 @@ def _through_the_launcher(folder: str) -> Callable[..., None]:
     def run(function: int, grid: Any, arguments: Any) -> None:
         (binary,) = (binary for binary in runtime._compiled.values() if binary.function == function)
         ptx, at = binary.asm["ptx"], grid.contents
-        code = _codes.get(ptx) or _codes.setdefault(ptx, parse(ptx))
+        code = parse(ptx)
         shape = (at.Y, at.Z, at.x, at.y, at.z, at.shared, at.stream)
         if shape != (1, 1, code.threads, 1, 1, binary.metadata.shared, _STREAM):
             raise ValueError(f"{code.name}: launched with {shape}")
