@@ -3,16 +3,23 @@
 // declared that both host and device compile.
 #pragma once
 
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+#define PMRL_DEVICE  // the function is being compiled for a device
+#endif
 #define PMRL_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define PMRL_UNROLL(n) PMRL_PRAGMA(unroll)
+#define PMRL_EVERY PMRL_PRAGMA(unroll)  // loops over modalities: registers have no addresses
 #define PMRL_INLINE static __host__ __device__ __forceinline__
 #define PMRL_FUNCTION static __host__ __device__ __forceinline__
+#define PMRL_MEMBER __host__ __device__ __forceinline__
 #else
 #define PMRL_UNROLL(n) PMRL_PRAGMA(GCC unroll n)
+#define PMRL_EVERY  // as the compiler likes it
 // Always inlined and of internal linkage: the CPU kernels are compiled once per instruction set, and the linker must
 // never take an AVX-512 copy of a function for the baseline one.
 #define PMRL_INLINE static inline __attribute__((always_inline))
+#define PMRL_MEMBER inline __attribute__((always_inline))
 #define PMRL_FUNCTION static __attribute__((noinline))  // large and called from several places: one copy per k
 #endif
 

@@ -18,6 +18,7 @@ constexpr int kSize = K ? K : kMaxModalities;
 template <int K, class Real>
 struct Matrix {
   Real at[kSize<K>][kSize<K>];
+  PMRL_MEMBER Real& entry(int i, int j) { return at[i][j]; }
 };
 
 template <int K, class Real>
@@ -30,6 +31,8 @@ template <int K, class Real>
 struct Eigenpairs {
   Vector<K, Real> values;
   Matrix<K, Real> V;
+  PMRL_MEMBER Real value(int j) const { return values.at[j]; }
+  PMRL_MEMBER Real entry(int m, int j) const { return V.at[m][j]; }
 };
 
 template <int K, class Real>
@@ -42,12 +45,13 @@ PMRL_INLINE const Real& upper(const Matrix<K, Real>& A, int i, int j) {
   return i < j ? A.at[i][j] : A.at[j][i];
 }
 
-// 0 if all entries are finite, NaN if one is not.
+// 0 if all entries are finite, NaN if one is not. (x - x would not do: of an x that is a product compilers make one fused
+// multiply-add of it, which is the rounding error of x.)
 template <int K, class Real>
 PMRL_INLINE Real zero_or_nan(const Matrix<K, Real>& A, int k) {
   Real sum(0.0);
-  for (int i = 0; i < k; ++i)
-    for (int j = i; j < k; ++j) sum = sum + (A.at[i][j] - A.at[i][j]);
+  PMRL_EVERY for (int i = 0; i < k; ++i)
+    PMRL_EVERY for (int j = i; j < k; ++j) sum = sum + A.at[i][j] * Real(0.0);
   return sum;
 }
 
@@ -138,22 +142,27 @@ PMRL_INLINE void find_angles(const Matrix<K, Real>& A, Real least, Turns<K, Real
 }
 
 template <int K, int Round, int Index, class Real>
-PMRL_INLINE void turn(Matrix<K, Real>& A, const Turns<K, Real>& t) {
+PMRL_INLINE void turn(Matrix<K, Real>& A, Matrix<K, Real>& V, const Turns<K, Real>& t) {
   constexpr int games = (K + 1) / 2;
   if constexpr (Index < games) {
     constexpr Game game = game_of(2 * games, Round, Index);
     constexpr int at = Round * games + Index;
-    if constexpr (game.q < K) rotate<K>(A, t.c[at], t.s[at], game.p, game.q, K);
-    turn<K, Round, Index + 1>(A, t);
+    if constexpr (game.q < K) {
+      rotate<K>(A, t.c[at], t.s[at], game.p, game.q, K);
+#ifdef PMRL_DEVICE
+      PMRL_EVERY for (int r = 0; r < K; ++r) rotate_row(V.at[r], t.c[at], t.s[at], game.p, game.q);
+#endif
+    }
+    turn<K, Round, Index + 1>(A, V, t);
   }
 }
 
 template <int K, int Round, class Real>
-PMRL_INLINE void play(Matrix<K, Real>& A, Real least, Turns<K, Real>& t) {
+PMRL_INLINE void play(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, Turns<K, Real>& t) {
   if constexpr (Round < K + K % 2 - 1) {
     find_angles<K, Round, 0>(A, least, t);
-    turn<K, Round, 0>(A, t);
-    play<K, Round + 1>(A, least, t);
+    turn<K, Round, 0>(A, V, t);
+    play<K, Round + 1>(A, V, least, t);
   }
 }
 
@@ -167,13 +176,15 @@ PMRL_INLINE void turn_row(Real* row, const Turns<K, Real>& t) {
   }
 }
 
-// One sweep: a rotation for every pair, applied to A and to V. V takes all rotations of the sweep row by row, so that
-// the row stays in registers.
+// One sweep: a rotation for every pair, applied to A and to V. On a CPU V takes all rotations of the sweep row by row, so
+// that the row stays in registers. On a device all of V is there, and each rotation is applied at once, since keeping
+// those of a sweep would take more registers than V does. The same operations either way.
 template <int K, class Real>
 PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k) {
   Turns<K, Real> t;
   if constexpr (K > 0) {
-    play<K, 0>(A, least, t);
+    play<K, 0>(A, V, least, t);
+#ifndef PMRL_DEVICE
     for (int r = 0; r < K; ++r) {
       Real row[K];
       PMRL_UNROLL(8)
@@ -182,6 +193,7 @@ PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k
       PMRL_UNROLL(8)
       for (int j = 0; j < K; ++j) V.at[r][j] = row[j];
     }
+#endif
   } else {
     const int games = (k + 1) / 2, count = (2 * games - 1) * games;
     for (int at = 0; at < count; ++at) {
@@ -190,7 +202,7 @@ PMRL_INLINE void sweep(Matrix<K, Real>& A, Matrix<K, Real>& V, Real least, int k
       rotation(A.at[game.p][game.p], A.at[game.p][game.q], A.at[game.q][game.q], least, t.c[at], t.s[at]);
       rotate<K>(A, t.c[at], t.s[at], game.p, game.q, k);
     }
-    for (int r = 0; r < k; ++r)
+    PMRL_EVERY for (int r = 0; r < k; ++r)
       for (int at = 0; at < count; ++at) {
         const Game game = game_of(2 * games, at / games, at % games);
         if (game.q < k) rotate_row(V.at[r], t.c[at], t.s[at], game.p, game.q);
@@ -219,19 +231,19 @@ template <int K, class Real>
 PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k) {
   const Real broken = zero_or_nan(A, k);
   Real trace(0.0);
-  for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
+  PMRL_EVERY for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
   const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
   const Real scale = select(fine, binade(trace), Real(1.0)), inverse_scale = Real(1.0) / scale;
-  for (int i = 0; i < k; ++i)
-    for (int j = 0; j < k; ++j) {
+  PMRL_EVERY for (int i = 0; i < k; ++i)
+    PMRL_EVERY for (int j = 0; j < k; ++j) {
       E.V.at[i][j] = Real(i == j ? 1.0 : 0.0);
       if (i <= j) A.at[i][j] = select(fine, A.at[i][j] * inverse_scale, Real(0.0));
     }
   for (int sweeps = 0; sweeps < kMaxSweeps; ++sweeps) {
     Real off(0.0), diagonal(0.0);
-    for (int i = 0; i < k; ++i) {
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
       diagonal = diagonal + A.at[i][i] * A.at[i][i];
-      for (int j = i + 1; j < k; ++j) off = off + A.at[i][j] * A.at[i][j];
+      PMRL_EVERY for (int j = i + 1; j < k; ++j) off = off + A.at[i][j] * A.at[i][j];
     }
     const Real tolerance = Real(kJacobiTolerance) * diagonal;
     const auto active = off + off > tolerance;
@@ -239,12 +251,12 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k)
     // Entries below this are left alone: all of them together do not exceed the tolerance.
     sweep<K>(A, E.V, select(active, tolerance * Real(1.0 / (k * k)), Real(HUGE_VAL)), k);
   }
-  for (int i = 0; i < k; ++i) E.values.at[i] = A.at[i][i];
-  for (int i = 0; i < k; ++i)  // an insertion sort that makes the same comparisons whatever a lane holds
-    for (int j = i; j > 0; --j) order(E, j - 1, j, k);
-  for (int i = 0; i < k; ++i) {
+  PMRL_EVERY for (int i = 0; i < k; ++i) E.values.at[i] = A.at[i][i];
+  PMRL_EVERY for (int i = 0; i < k; ++i)  // an insertion sort that makes the same comparisons whatever a lane holds
+    PMRL_EVERY for (int j = i; j > 0; --j) order(E, j - 1, j, k);
+  PMRL_EVERY for (int i = 0; i < k; ++i) {
     E.values.at[i] = max(E.values.at[i], Real(0.0)) * scale + broken;
-    for (int j = 0; j < k; ++j) E.V.at[i][j] = E.V.at[i][j] + broken;
+    PMRL_EVERY for (int j = 0; j < k; ++j) E.V.at[i][j] = E.V.at[i][j] + broken;
   }
 }
 
@@ -259,12 +271,12 @@ PMRL_INLINE auto is_tied(Real top, Real value, double gap) {
 template <int K, class Real>
 PMRL_FUNCTION void peak_row(const Matrix<K, Real>& P, Real tie, Vector<K, Real>& row, int k) {
   Real largest(0.0);
-  for (int m = 0; m < k; ++m) largest = max(largest, P.at[m][m]);
+  PMRL_EVERY for (int m = 0; m < k; ++m) largest = max(largest, P.at[m][m]);
   largest = largest * (Real(1.0) - tie);
-  for (int i = 0; i < k; ++i) row.at[i] = Real(0.0);
-  for (int m = k - 1; m >= 0; --m) {
+  PMRL_EVERY for (int i = 0; i < k; ++i) row.at[i] = Real(0.0);
+  PMRL_EVERY for (int m = k - 1; m >= 0; --m) {
     const auto here = P.at[m][m] >= largest;
-    for (int i = 0; i < k; ++i) row.at[i] = select(here, upper(P, m, i), row.at[i]);
+    PMRL_EVERY for (int i = 0; i < k; ++i) row.at[i] = select(here, upper(P, m, i), row.at[i]);
   }
 }
 
@@ -277,9 +289,9 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
   const Real top = E.values.at[0];
   Vector<K, Real> along;  // coefficients of the projection
   Real length(0.0), next(0.0);
-  for (int j = 0; j < k; ++j) {
+  PMRL_EVERY for (int j = 0; j < k; ++j) {
     Real sum(0.0);
-    for (int m = 0; m < k; ++m) sum = sum + E.V.at[m][j];
+    PMRL_EVERY for (int m = 0; m < k; ++m) sum = sum + E.V.at[m][j];
     const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input));
     along.at[j] = select(tied, sum, Real(0.0));
     length = length + along.at[j] * along.at[j];
@@ -287,17 +299,17 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
   }
   const Real gap = top - next, noise = Real(zero_sum(k)) * top;
   const auto nowhere = sqrt(length) * gap <= noise;
-  for (int m = 0; m < k; ++m) {
+  PMRL_EVERY for (int m = 0; m < k; ++m) {
     Real sum(0.0);
-    for (int j = 0; j < k; ++j) sum = sum + E.V.at[m][j] * along.at[j];
+    PMRL_EVERY for (int j = 0; j < k; ++j) sum = sum + E.V.at[m][j] * along.at[j];
     v.at[m] = sum;
   }
   if (any(nowhere)) {
     Matrix<K, Real> P;
-    for (int i = 0; i < k; ++i)
-      for (int m = i; m < k; ++m) {
+    PMRL_EVERY for (int i = 0; i < k; ++i)
+      PMRL_EVERY for (int m = i; m < k; ++m) {
         Real sum(0.0);
-        for (int j = 0; j < k; ++j)
+        PMRL_EVERY for (int j = 0; j < k; ++j)
           sum = sum + select(is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input)),
                              E.V.at[i][j] * E.V.at[m][j], Real(0.0));
         P.at[i][m] = sum;
@@ -305,20 +317,20 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
     const Real share = noise / gap;
     Vector<K, Real> row;
     peak_row(P, max(Real(kPeakTie), select(share < Real(0.5), share, Real(0.5))), row, k);
-    for (int m = 0; m < k; ++m) v.at[m] = select(nowhere, row.at[m], v.at[m]);
+    PMRL_EVERY for (int m = 0; m < k; ++m) v.at[m] = select(nowhere, row.at[m], v.at[m]);
   }
   Real squares(0.0);
-  for (int m = 0; m < k; ++m) squares = squares + v.at[m] * v.at[m];
+  PMRL_EVERY for (int m = 0; m < k; ++m) squares = squares + v.at[m] * v.at[m];
   const Real inverse = Real(1.0) / sqrt(squares);
-  for (int m = 0; m < k; ++m) v.at[m] = select(top == Real(0.0), Real(0.0), v.at[m] * inverse);
+  PMRL_EVERY for (int m = 0; m < k; ++m) v.at[m] = select(top == Real(0.0), Real(0.0), v.at[m] * inverse);
 }
 
 // y = A x for a symmetric A.
 template <int K, class Real>
 PMRL_INLINE void multiply(const Matrix<K, Real>& A, const Vector<K, Real>& x, Vector<K, Real>& y, int k) {
-  for (int i = 0; i < k; ++i) {
+  PMRL_EVERY for (int i = 0; i < k; ++i) {
     Real sum(0.0);
-    for (int j = 0; j < k; ++j) sum = sum + upper(A, i, j) * x.at[j];
+    PMRL_EVERY for (int j = 0; j < k; ++j) sum = sum + upper(A, i, j) * x.at[j];
     y.at[i] = sum;
   }
 }
@@ -326,9 +338,9 @@ PMRL_INLINE void multiply(const Matrix<K, Real>& A, const Vector<K, Real>& x, Ve
 template <int K, class Real>
 PMRL_INLINE void normalise(Vector<K, Real>& x, int k) {
   Real squares(0.0);
-  for (int i = 0; i < k; ++i) squares = squares + x.at[i] * x.at[i];
+  PMRL_EVERY for (int i = 0; i < k; ++i) squares = squares + x.at[i] * x.at[i];
   const Real inverse = Real(1.0) / sqrt(squares);
-  for (int i = 0; i < k; ++i) x.at[i] = x.at[i] * inverse;
+  PMRL_EVERY for (int i = 0; i < k; ++i) x.at[i] = x.at[i] * inverse;
 }
 
 // The leading eigenvalue and its oriented eigenvector (see `oriented`), by repeated squaring: for any gap that is no
@@ -337,21 +349,21 @@ PMRL_INLINE void normalise(Vector<K, Real>& x, int k) {
 // entries is not zero, the first rule decides about the sign. One multiplication by A itself and a Rayleigh quotient
 // follow.
 //
-// Two kinds of lanes take the answer of `eigenpairs` and `oriented` instead. One where P is not of rank 1 in the end:
-// the top is tied, or so nearly that squaring would amplify the rounding error. The other where the sum of v1's entries
-// is close to what counts as zero. That depends on the gap, of which squaring gives an estimate: if n squarings are
-// needed for rank 1, the relative gap is between 28 and 64 times 2^-n.
+// Returns which lanes have no answer. There are two kinds. One where P is not of rank 1 in the end: the top is tied, or
+// so nearly that squaring would amplify the rounding error. The other where the sum of v1's entries is close to what
+// counts as zero. That depends on the gap, of which squaring gives an estimate: if n squarings are needed for rank 1,
+// the relative gap is between 28 and 64 times 2^-n.
 template <int K, class Real>
-PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k,
-                                bool float64_input) {
+PMRL_INLINE auto by_squaring(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k, bool float64_input) {
   const Real broken = zero_or_nan(A, k);
   Real trace(0.0);
-  for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
+  PMRL_EVERY for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
   const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
   Matrix<K, Real> P;
   const Real inverse_trace = Real(1.0) / trace;
-  for (int i = 0; i < k; ++i)  // lanes without an answer hold e_1 e_1^T, which is of rank 1, and need no squaring
-    for (int j = i; j < k; ++j)
+  // Lanes without an answer hold e_1 e_1^T, which is of rank 1, and need no squaring.
+  PMRL_EVERY for (int i = 0; i < k; ++i)
+    PMRL_EVERY for (int j = i; j < k; ++j)
       P.at[i][j] = select(fine, A.at[i][j] * inverse_trace, Real(i + j == 0 ? 1.0 : 0.0));
 
   auto moving = fine;
@@ -359,17 +371,17 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
   for (int step = 0; step < squarings(k, float64_input) && any(moving); ++step) {
     Matrix<K, Real> Q;
     Real sum(0.0), change(0.0);
-    for (int i = 0; i < k; ++i)
-      for (int j = i; j < k; ++j) {
+    PMRL_EVERY for (int i = 0; i < k; ++i)
+      PMRL_EVERY for (int j = i; j < k; ++j) {
         Real dot(0.0);
-        for (int m = 0; m < k; ++m) dot = dot + upper(P, i, m) * upper(P, m, j);
+        PMRL_EVERY for (int m = 0; m < k; ++m) dot = dot + upper(P, i, m) * upper(P, m, j);
         Q.at[i][j] = dot;
         if (i == j) sum = sum + dot;
       }
     const Real inverse = Real(1.0) / sum;
     reach = select(moving & (sum < Real(1 - kRankOne)), reach + reach, reach);  // sum is the square of P's norm
-    for (int i = 0; i < k; ++i)
-      for (int j = i; j < k; ++j) {
+    PMRL_EVERY for (int i = 0; i < k; ++i)
+      PMRL_EVERY for (int j = i; j < k; ++j) {
         const Real next = Q.at[i][j] * inverse;
         change = max(change, abs(next - P.at[i][j]));
         P.at[i][j] = select(moving, next, P.at[i][j]);
@@ -379,38 +391,44 @@ PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K,
 
   Vector<K, Real> x;
   Real frobenius(0.0), sum(0.0), squares(0.0);
-  for (int i = 0; i < k; ++i)
-    for (int j = 0; j < k; ++j) frobenius = frobenius + upper(P, i, j) * upper(P, i, j);
+  PMRL_EVERY for (int i = 0; i < k; ++i)
+    PMRL_EVERY for (int j = 0; j < k; ++j) frobenius = frobenius + upper(P, i, j) * upper(P, i, j);
   peak_row(P, Real(kPeakTie), x, k);
   multiply(P, x, v, k);  // squares the share of other eigenvectors once more
-  for (int i = 0; i < k; ++i) {
+  PMRL_EVERY for (int i = 0; i < k; ++i) {
     sum = sum + v.at[i];
     squares = squares + v.at[i] * v.at[i];
   }
   reach = max(reach, Real(zero_sum(k)));
   const Real length = sqrt(squares), size = abs(sum);
   const auto against = sum < -(reach * length);
-  for (int i = 0; i < k; ++i) v.at[i] = select(against, -v.at[i], v.at[i]);
+  PMRL_EVERY for (int i = 0; i < k; ++i) v.at[i] = select(against, -v.at[i], v.at[i]);
   multiply(A, v, x, k);
   normalise(x, k);
   multiply(A, x, v, k);
   value = Real(0.0);
-  for (int i = 0; i < k; ++i) value = value + x.at[i] * v.at[i];
+  PMRL_EVERY for (int i = 0; i < k; ++i) value = value + x.at[i] * v.at[i];
 
   const auto unclear = (size < Real(8.0) * (reach * length)) &
                        ((size > Real(0.5) * (reach * length)) | (reach > Real(kPeakTie / 2)));
-  const auto undecided = fine & ((Real(1.0) - frobenius > Real(kRankOne)) | unclear);
-  if (any(undecided)) {
-    Matrix<K, Real> copy = A;
-    Eigenpairs<K, Real> E;
-    Vector<K, Real> w;
-    eigenpairs(copy, E, k);
-    oriented(E, w, k, float64_input);
-    value = select(undecided, E.values.at[0], value);
-    for (int i = 0; i < k; ++i) x.at[i] = select(undecided, w.at[i], x.at[i]);
-  }
   value = select(fine, value, Real(0.0)) + broken;
-  for (int i = 0; i < k; ++i) v.at[i] = select(fine, x.at[i], Real(0.0)) + broken;
+  PMRL_EVERY for (int i = 0; i < k; ++i) v.at[i] = select(fine, x.at[i], Real(0.0)) + broken;
+  return fine & ((Real(1.0) - frobenius > Real(kRankOne)) | unclear);
+}
+
+// The leading eigenvalue and v1: by squaring, and where that has no answer by all eigenpairs.
+template <int K, class Real>
+PMRL_FUNCTION void leading_pair(const Matrix<K, Real>& A, Real& value, Vector<K, Real>& v, int k,
+                                bool float64_input) {
+  const auto undecided = by_squaring(A, value, v, k, float64_input);
+  if (!any(undecided)) return;
+  Matrix<K, Real> copy = A;
+  Eigenpairs<K, Real> E;
+  Vector<K, Real> w;
+  eigenpairs(copy, E, k);
+  oriented(E, w, k, float64_input);
+  value = select(undecided, E.values.at[0], value);
+  PMRL_EVERY for (int i = 0; i < k; ++i) v.at[i] = select(undecided, w.at[i] + Real(0.0), v.at[i]);  // 0 for a -0
 }
 
 }  // namespace pmrl

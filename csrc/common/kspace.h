@@ -39,20 +39,20 @@ struct Columns {
 template <int K, class Real>
 PMRL_INLINE Real number_present(const Columns<K, Real>& c, int k) {
   Real sum(0.0);
-  for (int m = 0; m < k; ++m) sum = sum + c.present.at[m];
+  PMRL_EVERY for (int m = 0; m < k; ++m) sum = sum + c.present.at[m];
   return sum;
 }
 
 // G_ij <- G_ij / (n_i n_j), dividing by one norm after the other, as the product of two may underflow.
 template <int K, class Real>
 PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) {
-  for (int m = 0; m < k; ++m) {
+  PMRL_EVERY for (int m = 0; m < k; ++m) {
     const Real norm = sqrt(G.at[m][m]);
     c.inverse_norms.at[m] = reciprocal(norm);
     G.at[m][m] = select(norm == Real(0.0), Real(0.0), norm / norm);
   }
-  for (int i = 0; i < k; ++i)
-    for (int j = i + 1; j < k; ++j) G.at[i][j] = G.at[i][j] * c.inverse_norms.at[i] * c.inverse_norms.at[j];
+  PMRL_EVERY for (int i = 0; i < k; ++i)
+    PMRL_EVERY for (int j = i + 1; j < k; ++j) G.at[i][j] = G.at[i][j] * c.inverse_norms.at[i] * c.inverse_norms.at[j];
 }
 
 // The Gram matrix has k eigenvalues, an instance of k' present modalities min(d, k') singular values. The other
@@ -60,7 +60,7 @@ PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) 
 template <int K, class Real>
 PMRL_INLINE void drop_surplus(Vector<K, Real>& values, const Columns<K, Real>& c, const Settings& s, Real broken) {
   const Real present = number_present(c, s.k);
-  for (int j = 0; j < s.k; ++j) {
+  PMRL_EVERY for (int j = 0; j < s.k; ++j) {
     const auto is_value = (Real(j) < present) & (Real(j) < Real(s.count));
     values.at[j] = select(is_value, values.at[j], Real(0.0)) + broken;
   }
@@ -75,7 +75,7 @@ PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, 
   const bool rescale = s.float64_input && !s.normalize;
   Real sum(0.0);
   gaps.at[0] = weights.at[0] = Real(0.0);
-  for (int j = 1; j < s.k; ++j) {
+  PMRL_EVERY for (int j = 1; j < s.k; ++j) {
     Real gap = sigma.at[0] - sigma.at[j];
     if (rescale) gap = scaled(gap, c.exponents.at[0]);
     gap = gap / Real(s.tau);
@@ -94,9 +94,9 @@ PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Colu
   Real result;
   if (s.spectrum) {
     Vector<K, Real> sigma, gaps, weights;
-    for (int j = 0; j < s.k; ++j) sigma.at[j] = sqrt(values.at[j]);
+    PMRL_EVERY for (int j = 0; j < s.k; ++j) sigma.at[j] = sqrt(values.at[j]);
     result = log1p_nonnegative(softmax_weights(sigma, c, s, gaps, weights));
-    result = result + Real(s.tau - s.tau);  // a bad temperature shows even where there is no logit
+    result = result + Real(s.tau * 0.0);  // a bad temperature shows even where there is no logit
   } else {
     const Real rest = max(trace - values.at[0], Real(0.0));
     result = rest * reciprocal(sqrt(trace) + sqrt(values.at[0]));
@@ -104,7 +104,7 @@ PMRL_INLINE Real alignment(const Vector<K, Real>& values, Real trace, const Colu
   }
   const auto alignable = number_present(c, s.k) >= Real(2.0);
   result = select(alignable | (result != result), result, Real(0.0));
-  return result + (values.at[0] - values.at[0]);  // NaN where an eigenvalue is
+  return result + values.at[0] * Real(0.0);  // NaN where an eigenvalue is
 }
 
 // 1/||y_m||, y_m = sum_{j != m} a_j z_j with a = |v|, from b = G a and the diagonal of G:
@@ -115,14 +115,14 @@ PMRL_FUNCTION void inverse_norms_of_others(const Matrix<K, Real>& G, const Vecto
                                          Vector<K, Real>& out) {
   Vector<K, Real> a, b;
   Real square(0.0), size(0.0);
-  for (int m = 0; m < k; ++m) a.at[m] = abs(v.at[m]);
+  PMRL_EVERY for (int m = 0; m < k; ++m) a.at[m] = abs(v.at[m]);
   multiply(G, a, b, k);
-  for (int m = 0; m < k; ++m) {
+  PMRL_EVERY for (int m = 0; m < k; ++m) {
     square = square + a.at[m] * b.at[m];
     size = size + a.at[m] * sqrt(G.at[m][m]);
   }
   const Real zero = Real(kCancelled * kCancelled) * size * size;
-  for (int m = 0; m < k; ++m) {
+  PMRL_EVERY for (int m = 0; m < k; ++m) {
     const Real y = square - Real(2.0) * a.at[m] * b.at[m] + a.at[m] * a.at[m] * G.at[m][m];
     out.at[m] = select(y <= zero, Real(0.0), reciprocal(sqrt(y)));
   }
@@ -140,9 +140,9 @@ struct Incoming {
   Vector<K, Real> along;   // w_m . g_m
 };
 
-template <int K, class Real>
+template <int K, class Real, class Entries = Matrix<K, Real>>
 struct Coefficients {
-  Matrix<K, Real> C;         // symmetric, upper triangle
+  Entries C;                 // symmetric, upper triangle; Entries may keep them elsewhere
   Vector<K, Real> c;         // of dL/du_1
   Vector<K, Real> shared;    // of R
   Vector<K, Real> own;       // of g_m
@@ -154,14 +154,14 @@ struct Coefficients {
 // diagonal of G M into `radial`. Below the floor, where sigma_j is rounding error, the weight is 0 (the minimum-norm
 // subgradient). In a tied top eigenspace the orientation rule determines v1, and all other vectors there get the mean
 // of their weights, so that M does not depend on the basis that the solver found.
-template <int K, class Real>
-PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
-                                  const Settings& s, Matrix<K, Real>& M, Vector<K, Real>& radial) {
-  const Real top = E.values.at[0];
+template <int K, class Real, class Pairs, class Entries>
+PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Pairs& E, const Vector<K, Real>& v,
+                                  const Settings& s, Entries& M, Vector<K, Real>& radial) {
+  const Real top = E.value(0);
   Vector<K, Real> weight;
   Real shared(0.0), others(0.0);
-  for (int j = 0; j < s.k; ++j) {
-    const Real value = E.values.at[j];
+  PMRL_EVERY for (int j = 0; j < s.k; ++j) {
+    const Real value = E.value(j);
     const auto resolved = value > Real(eigenvalue_floor(s.k, s.float64_input)) * top;
     weight.at[j] = select(resolved | (value != value), g.at[j] / sqrt(value), Real(0.0));
     if (j > 0) {
@@ -172,93 +172,91 @@ PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Eigenpairs<K
   }
   shared = shared / max(others, Real(1.0));
   const Real first = weight.at[0] - shared;
-  for (int j = 0; j < s.k; ++j)
-    weight.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.float64_input)), shared, weight.at[j]);
-  for (int i = 0; i < s.k; ++i) {
+  PMRL_EVERY for (int j = 0; j < s.k; ++j)
+    weight.at[j] = select(is_tied(top, E.value(j), eigenvalue_gap(s.k, s.float64_input)), shared, weight.at[j]);
+  PMRL_EVERY for (int i = 0; i < s.k; ++i) {
     Vector<K, Real> row;
     Real along(0.0);
-    for (int j = 0; j < s.k; ++j) {
-      row.at[j] = E.V.at[i][j] * weight.at[j];
-      along = along + row.at[j] * E.V.at[i][j] * E.values.at[j];
+    PMRL_EVERY for (int j = 0; j < s.k; ++j) {
+      row.at[j] = E.entry(i, j) * weight.at[j];
+      along = along + row.at[j] * E.entry(i, j) * E.value(j);
     }
     radial.at[i] = along + first * top * v.at[i] * v.at[i];
-    for (int m = i; m < s.k; ++m) {
+    PMRL_EVERY for (int m = i; m < s.k; ++m) {
       Real sum = first * v.at[i] * v.at[m];
-      for (int j = 0; j < s.k; ++j) sum = sum + row.at[j] * E.V.at[m][j];
-      M.at[i][m] = sum;
+      PMRL_EVERY for (int j = 0; j < s.k; ++j) sum = sum + row.at[j] * E.entry(m, j);
+      M.entry(i, m) = sum;
     }
   }
 }
 
 // Gradient through u_1 and v_1, from w = Z^T dL/du_1 and q = dL/dv_1:
 //   N = y v^T + v y^T - (v.w) / sigma_1^3 v v^T,  y = sum_j v_j v_j^T (w / sigma_1 + q) / (lambda_1 - lambda_j)
-// over the eigenvectors that are not tied with the first. Adds diag(G N) to `radial`.
-template <int K, class Real>
-PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
-                                 Real inverse_sigma, const Settings& s, Matrix<K, Real>& N, Vector<K, Real>& radial) {
-  const Real top = E.values.at[0];
-  Vector<K, Real> y, Gy;
-  Real along(0.0);
-  for (int m = 0; m < s.k; ++m) {
+// over the eigenvectors that are not tied with the first. Finds y and (v.w) / sigma_1^3, and adds diag(G N) to `radial`.
+template <int K, class Real, class Pairs>
+PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Pairs& E, const Vector<K, Real>& v,
+                                 Real inverse_sigma, const Settings& s, Vector<K, Real>& y, Real& along,
+                                 Vector<K, Real>& radial) {
+  const Real top = E.value(0);
+  Vector<K, Real> Gy;
+  along = Real(0.0);
+  PMRL_EVERY for (int m = 0; m < s.k; ++m) {
     y.at[m] = Gy.at[m] = Real(0.0);
     along = along + v.at[m] * in.w.at[m];
   }
   along = along * inverse_sigma * inverse_sigma * inverse_sigma;
-  for (int j = 0; j < s.k; ++j) {
+  PMRL_EVERY for (int j = 0; j < s.k; ++j) {
     Real dot(0.0);
-    for (int m = 0; m < s.k; ++m) dot = dot + E.V.at[m][j] * (in.w.at[m] * inverse_sigma + in.q.at[m]);
-    const Real gap = top - E.values.at[j];
-    const auto tied = is_tied(top, E.values.at[j], eigenvalue_gap(s.k, s.float64_input));
+    PMRL_EVERY for (int m = 0; m < s.k; ++m) dot = dot + E.entry(m, j) * (in.w.at[m] * inverse_sigma + in.q.at[m]);
+    const Real gap = top - E.value(j);
+    const auto tied = is_tied(top, E.value(j), eigenvalue_gap(s.k, s.float64_input));
     const Real share = select(tied, dot * Real(0.0), dot / gap);
-    for (int m = 0; m < s.k; ++m) {
-      y.at[m] = y.at[m] + share * E.V.at[m][j];
-      Gy.at[m] = Gy.at[m] + share * E.values.at[j] * E.V.at[m][j];
+    PMRL_EVERY for (int m = 0; m < s.k; ++m) {
+      y.at[m] = y.at[m] + share * E.entry(m, j);
+      Gy.at[m] = Gy.at[m] + share * E.value(j) * E.entry(m, j);
     }
   }
-  for (int i = 0; i < s.k; ++i) {
+  PMRL_EVERY for (int i = 0; i < s.k; ++i)
     radial.at[i] = radial.at[i] + v.at[i] * (Gy.at[i] + top * (y.at[i] - along * v.at[i]));
-    for (int m = i; m < s.k; ++m)
-      N.at[i][m] = y.at[i] * v.at[m] + v.at[i] * y.at[m] - along * v.at[i] * v.at[m];
-  }
 }
 
 // Gradient through the w, from what the gradients g_m of these are along the z and the w. With r_m = 1/||y_m||,
 // t_m = (w_m . g_m) r_m^2, T their sum, and h_m = r_m (g_m - w_m w_m . g_m),
 //   dL/da_j = z_j . sum_{m != j} h_m = others_j - b_j (T - t_j) + (G (t a))_j - G_jj t_j a_j,  b = G a
 //   dL/dz_j = a_j sum_{m != j} h_m = a_j (R - r_j g_j) + [Z A]_j,  A_jl = -a_j a_l (T - t_j - t_l), A_jj = -a_j^2 (T - t_j)
-// Adds sign(v) dL/da to q, A to N, z_j . dL/dz_j to `radial`. At v_j = 0, as far as that can be told, |v_j| has slope 0.
-template <int K, class Real>
-PMRL_FUNCTION void through_others(Incoming<K, Real>& in, const Eigenpairs<K, Real>& E, const Vector<K, Real>& v,
+// Finds t and T, adds sign(v) dL/da to q and z_j . dL/dz_j to `radial`. At v_j = 0, as far as that can be told, |v_j| has slope 0.
+template <int K, class Real, class Pairs>
+PMRL_FUNCTION void through_others(Incoming<K, Real>& in, const Pairs& E, const Vector<K, Real>& v,
                                 const Columns<K, Real>& c, const Settings& s, Vector<K, Real>& t, Real& T,
                                 Vector<K, Real>& radial) {
-  const Real top = E.values.at[0];
+  const Real top = E.value(0);
   Vector<K, Real> b, p, diagonal;
   T = Real(0.0);
-  for (int m = 0; m < s.k; ++m) {
+  PMRL_EVERY for (int m = 0; m < s.k; ++m) {
     t.at[m] = in.along.at[m] * c.others.at[m] * c.others.at[m];
     T = T + t.at[m];
     b.at[m] = p.at[m] = diagonal.at[m] = Real(0.0);
   }
   Real next(0.0);  // the largest eigenvalue that is not tied
-  for (int n = 0; n < s.k; ++n) {
+  PMRL_EVERY for (int n = 0; n < s.k; ++n) {
     Real of_a(0.0), of_ta(0.0);
-    for (int m = 0; m < s.k; ++m) {
-      const Real share = E.V.at[m][n] * abs(v.at[m]);
+    PMRL_EVERY for (int m = 0; m < s.k; ++m) {
+      const Real share = E.entry(m, n) * abs(v.at[m]);
       of_a = of_a + share;
       of_ta = of_ta + share * t.at[m];
     }
-    const Real value = E.values.at[n];
-    for (int m = 0; m < s.k; ++m) {
-      const Real scaled_entry = E.V.at[m][n] * value;
+    const Real value = E.value(n);
+    PMRL_EVERY for (int m = 0; m < s.k; ++m) {
+      const Real scaled_entry = E.entry(m, n) * value;
       b.at[m] = b.at[m] + scaled_entry * of_a;
       p.at[m] = p.at[m] + scaled_entry * of_ta;
-      diagonal.at[m] = diagonal.at[m] + scaled_entry * E.V.at[m][n];
+      diagonal.at[m] = diagonal.at[m] + scaled_entry * E.entry(m, n);
     }
     const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.float64_input));
     next = max(next, select(tied, Real(0.0), value));
   }
   const Real zero = Real(zero_sum(s.k)) * top, gap = top - next;
-  for (int j = 0; j < s.k; ++j) {
+  PMRL_EVERY for (int j = 0; j < s.k; ++j) {
     const Real a = abs(v.at[j]);
     const Real slope = in.others.at[j] - b.at[j] * (T - t.at[j]) + p.at[j] - diagonal.at[j] * t.at[j] * a;
     radial.at[j] = radial.at[j] + a * slope;
@@ -274,38 +272,44 @@ struct Through {
   bool others;   // the w
 };
 
-// From all incoming gradients to the coefficients. With `spectrum`, E holds all eigenpairs and G nothing. Without, E
-// holds lambda_1 alone and G the Gram matrix, from which E is completed here if a gradient comes through u_1 or v_1.
-template <int K, class Real>
-PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Eigenpairs<K, Real>& E, Matrix<K, Real>& G,
-                              const Vector<K, Real>& v, const Columns<K, Real>& c, const Settings& s,
-                              Coefficients<K, Real>& out) {
+// Whether gradients take more than the forward pass has decomposed: all eigenpairs, of which without `spectrum` the
+// leading one alone is known.
+PMRL_INLINE bool takes_eigenpairs(Through through, const Settings& s) {
+  return !s.spectrum && (through.leading || through.others);
+}
+
+// From all incoming gradients to the coefficients. `top` is lambda_1. E, Eigenpairs or what reads them from elsewhere,
+// holds all eigenpairs with `spectrum` and where takes_eigenpairs says so, else nothing. `diagonal` is that of the Gram
+// matrix; not read with `spectrum`.
+template <int K, class Real, class Pairs, class Entries>
+PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Real top, const Pairs& E,
+                              const Vector<K, Real>& diagonal, const Vector<K, Real>& v, const Columns<K, Real>& c,
+                              const Settings& s, Coefficients<K, Real, Entries>& out) {
   const int k = s.k;
   const bool rescale = s.float64_input && !s.normalize, vectors = through.leading || through.others;
-  const Real top = E.values.at[0], sigma_1 = sqrt(top), inverse_sigma = reciprocal(sigma_1);
+  const Real inverse_sigma = reciprocal(sqrt(top));
   // The alignment term of an instance with fewer than two modalities is a constant.
   const auto alignable = number_present(c, k) >= Real(2.0);
   in.alignment = select(alignable, in.alignment, Real(0.0));
-  Matrix<K, Real>& A = out.C;
+  Entries& A = out.C;
   Vector<K, Real> radial;
   out.slope = Real(0.0);
 
   if (!s.spectrum) {
     Real trace(0.0);
-    for (int m = 0; m < k; ++m) trace = trace + G.at[m][m];
+    PMRL_EVERY for (int m = 0; m < k; ++m) trace = trace + diagonal.at[m];
     const Real even = in.alignment * reciprocal(sqrt(trace));
     const Real along = (in.sigma.at[0] - in.alignment) * inverse_sigma;
-    for (int i = 0; i < k; ++i) {
-      radial.at[i] = even * G.at[i][i] + along * top * v.at[i] * v.at[i];
-      for (int m = i; m < k; ++m) A.at[i][m] = along * v.at[i] * v.at[m] + (i == m ? even : Real(0.0));
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
+      radial.at[i] = even * diagonal.at[i] + along * top * v.at[i] * v.at[i];
+      PMRL_EVERY for (int m = i; m < k; ++m) A.entry(i, m) = along * v.at[i] * v.at[m] + (i == m ? even : Real(0.0));
     }
-    if (vectors) eigenpairs(G, E, k);
   } else if (through.values) {
     Vector<K, Real> sigma, gaps, p, g;
-    for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.values.at[j]);
+    PMRL_EVERY for (int j = 0; j < k; ++j) sigma.at[j] = sqrt(E.value(j));
     const Real total = Real(1.0) + softmax_weights(sigma, c, s, gaps, p);
-    g.at[0] = in.sigma.at[0] + Real(s.tau - s.tau);  // as in `alignment`
-    for (int j = 1; j < k; ++j) {
+    g.at[0] = in.sigma.at[0] + Real(s.tau * 0.0);  // as in `alignment`
+    PMRL_EVERY for (int j = 1; j < k; ++j) {
       p.at[j] = p.at[j] / total;
       const Real pull = in.alignment * p.at[j] / Real(s.tau);
       g.at[j] = in.sigma.at[j] + pull;
@@ -315,16 +319,16 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Eigenpairs
     }
     // Divided once, at the end: 1 / tau may be infinite where all gaps are 0. NaN wherever the alignment term is, also
     // in an instance without a logit.
-    out.slope = in.alignment * out.slope / Real(s.tau) + (top - top);
+    out.slope = in.alignment * out.slope / Real(s.tau) + top * Real(0.0);
     through_spectrum(g, E, v, s, A, radial);
   } else {
-    for (int i = 0; i < k; ++i) {
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
       radial.at[i] = Real(0.0);
-      for (int m = i; m < k; ++m) A.at[i][m] = Real(0.0);
+      PMRL_EVERY for (int m = i; m < k; ++m) A.entry(i, m) = Real(0.0);
     }
   }
 
-  for (int m = 0; m < k; ++m) {
+  PMRL_EVERY for (int m = 0; m < k; ++m) {
     if (s.normalize) {
       in.w.at[m] = in.w.at[m] * c.inverse_norms.at[m];
       in.direct.at[m] = in.direct.at[m] * c.inverse_norms.at[m];
@@ -338,53 +342,55 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Eigenpairs
     if (s.float64_input) out.exponent.at[m] = s.normalize ? -c.exponents.at[m] : Real(0.0);
   }
   if (vectors) {
-    Matrix<K, Real> N;
-    Vector<K, Real> t;
-    Real T(0.0);
+    Vector<K, Real> t, y;
+    Real T(0.0), along, up(0.0), down(0.0);
     if (through.others) through_others(in, E, v, c, s, t, T, radial);
-    through_vectors(in, E, v, inverse_sigma, s, N, radial);
-    for (int i = 0; i < k && through.others; ++i)
-      for (int m = i; m < k; ++m)
-        N.at[i][m] =
-            N.at[i][m] - out.shared.at[i] * out.shared.at[m] * (i == m ? T - t.at[i] : T - t.at[i] - t.at[m]);
+    through_vectors(in, E, v, inverse_sigma, s, y, along, radial);
     if (rescale) {
       // As computed, N and c lack a factor 2^-e, and M (in A) does not. For e > 0 they are multiplied by it here. For
       // e < 0 that could overflow, so M is multiplied by 2^e, and the whole gradient by 2^-e at the end.
-      const Real e = c.exponents.at[0], up = max(e, Real(0.0)), down = e - up;
-      for (int i = 0; i < k; ++i) {
+      const Real e = c.exponents.at[0];
+      up = max(e, Real(0.0));
+      down = e - up;
+      PMRL_EVERY for (int i = 0; i < k; ++i) {
         out.exponent.at[i] = -down;
         out.c.at[i] = scaled(out.c.at[i], -up);
         if (through.others) {
           out.shared.at[i] = scaled(out.shared.at[i], -up);
           out.own.at[i] = scaled(out.own.at[i], -up);
         }
-        for (int m = i; m < k; ++m) {
-          A.at[i][m] = scaled(A.at[i][m], down);
-          N.at[i][m] = scaled(N.at[i][m], -up);
-        }
       }
     }
-    for (int i = 0; i < k; ++i)
-      for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] + N.at[i][m];
+    PMRL_EVERY for (int i = 0; i < k; ++i)
+      PMRL_EVERY for (int m = i; m < k; ++m) {
+        Real N = y.at[i] * v.at[m] + v.at[i] * y.at[m] - along * v.at[i] * v.at[m];
+        if (through.others)
+          N = N - abs(v.at[i]) * abs(v.at[m]) * (i == m ? T - t.at[i] : T - t.at[i] - t.at[m]);
+        if (rescale) {
+          A.entry(i, m) = scaled(A.entry(i, m), down);
+          N = scaled(N, -up);
+        }
+        A.entry(i, m) = A.entry(i, m) + N;
+      }
   }
 
   if (s.normalize) {  // dx_m = (dz_m - (z_m . dz_m) z_m) / n_m
-    for (int i = 0; i < k; ++i) {
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
       if (through.leading) radial.at[i] = radial.at[i] + out.c.at[i] * in.w.at[i];
-      A.at[i][i] = A.at[i][i] - (radial.at[i] + in.direct.at[i]);
+      A.entry(i, i) = A.entry(i, i) - (radial.at[i] + in.direct.at[i]);
     }
-    for (int i = 0; i < k; ++i) {
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
       out.c.at[i] = out.c.at[i] * c.inverse_norms.at[i];
       if (through.others) {
         out.shared.at[i] = out.shared.at[i] * c.inverse_norms.at[i];
         out.own.at[i] = out.own.at[i] * c.inverse_norms.at[i];
       }
-      for (int m = i; m < k; ++m) A.at[i][m] = A.at[i][m] * c.inverse_norms.at[i] * c.inverse_norms.at[m];
+      PMRL_EVERY for (int m = i; m < k; ++m) A.entry(i, m) = A.entry(i, m) * c.inverse_norms.at[i] * c.inverse_norms.at[m];
     }
   }
-  for (int i = 0; i < k; ++i)  // absent modalities contribute nothing, and nobody contributes to them
-    for (int m = i; m < k; ++m)
-      A.at[i][m] = select(c.present.at[i] * c.present.at[m] > Real(0.0), A.at[i][m], Real(0.0));
+  PMRL_EVERY for (int i = 0; i < k; ++i)  // absent modalities contribute nothing, and nobody contributes to them
+    PMRL_EVERY for (int m = i; m < k; ++m)
+      A.entry(i, m) = select(c.present.at[i] * c.present.at[m] > Real(0.0), A.entry(i, m), Real(0.0));
 }
 
 }  // namespace pmrl

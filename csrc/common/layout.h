@@ -28,4 +28,17 @@ PMRL_INLINE constexpr int triangle_any(int i, int j) { return i < j ? triangle(i
 // How many entries the triangle of a k x k matrix has.
 PMRL_INLINE constexpr int triangle_size(int k) { return k * (k + 1) / 2; }
 
+// (B, d) with any row stride; the last dimension is contiguous.
+struct Rows {
+  char* data;
+  int64_t stride;  // in bytes
+  Dtype dtype;     // never kMixed
+};
+
+// 0-d, (B,) or (B, n) of float32, or of float64 with `float64_input`, with any strides (in elements).
+struct Values {
+  const void* data;  // null: none
+  int64_t stride0, stride1;
+};
+
 }  // namespace pmrl

@@ -10,26 +10,11 @@
 #include "../common/kspace.h"
 #include "../common/layout.h"
 
-#define PMRL_MEMBER inline __attribute__((always_inline))
-
 namespace pmrl {
 
 constexpr int kMostLanes = 16;  // of any instruction set
 
 // ---- spectral -----------------------------------------------------------------------------------
-
-// (B, d) with any row stride; the last dimension is contiguous.
-struct Rows {
-  char* data;
-  int64_t stride;  // in bytes
-  Dtype dtype;     // never kMixed
-};
-
-// 0-d, (B,) or (B, n) of float32, or of float64 with `float64_input`, with any strides (in elements).
-struct Values {
-  const void* data;  // null: none
-  int64_t stride0, stride1;
-};
 
 struct Batch {
   int64_t B, d;

@@ -385,8 +385,12 @@ PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block
     }
   }
   in.alignment = Pack::load(block.alignment);
+  const Pack top = E.values.at[0];
+  Vector<K, Pack> diagonal;
+  for (int m = 0; m < k && !s.spectrum; ++m) diagonal.at[m] = G.at[m][m];
+  if (takes_eigenpairs(through, s)) eigenpairs(G, E, k);
   Coefficients<K, Pack> out;
-  coefficients(in, through, E, G, v, columns, s, out);
+  coefficients(in, through, top, E, diagonal, v, columns, s, out);
   for (int m = 0; m < k; ++m) {
     for (int i = 0; i <= m; ++i) out.C.at[i][m].store(block.gram[triangle(i, m)]);
     out.c.at[m].store(block.w[m]);

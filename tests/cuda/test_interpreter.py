@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +42,6 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         out, err = one.communicate(timeout=600)
         assert (one.returncode, out, err) == (0, "", "")
     return {name: path.read_text() for name, path in paths.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """A launch looks for tensors among all objects; those that were there before are put aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(params=ARCHITECTURES)

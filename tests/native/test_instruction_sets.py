@@ -1,11 +1,10 @@
-"""Every instruction set that this processor has, and those that it has not; device code, compiled and no more."""
+"""Every instruction set that this processor has, and those that it has not."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from pmrl_kernels import dominant_sv_loss
 from pmrl_kernels.ops import native
-from tests import ROOT, TOOLS
+from tests import ROOT
 from tests.tools.native import COMPILED, DTYPES, OTHERS, RUNS_HERE, run
 
 
@@ -97,15 +96,3 @@ def test_an_instruction_set_that_cannot_run(isa):
 def test_an_empty_variable_asks_for_nothing():
     done = run("-c", "from pmrl_kernels.ops import native; print(native.build_info['isa'])", isa="")
     assert done.stdout.split() == [RUNS_HERE[0]]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_headers_compile_as_device_code(architecture, tmp_path):
-    """csrc/common is for GPUs too: solvers and algebra inside a kernel, with nothing on stderr."""
-    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-c", "-I", str(ROOT / "csrc")]
-    command += [str(TOOLS / "device_code.cu"), "-o", str(tmp_path / "device_code.o")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""

@@ -1,0 +1,729 @@
+// The spectral operators on a device: X (d, k) of each instance, Z its columns over their norms (or X itself). For one
+// k = K and one dtype T of the embeddings each:
+//
+//   forward_K_T    reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
+//                    G = X^T X, `lanes` lanes an instance; then decompositions and C, an instance in each lane
+//   vectors_K_T    reads X, mask, the state; writes u_1 = Z v_1 / sigma_1, z_m, w_m = y_m/||y_m||
+//   backward_K_T   reads X, mask, C of the state, the alignment term's incoming gradient; writes dX = X C, and dL/d tau
+//                  of each instance
+// and where other gradients come in,
+//   decompose_K    reads the state's Gram matrices; writes all eigenpairs, if the state has none
+//   dots_K_T       reads X, mask, the state, h = dL/du_1, dL/dz_m, g_m = dL/dw_m; writes their inner products (Places)
+//   coefficients_K reads these, the state and all other incoming gradients; writes coefficients in their places, and
+//                  dL/d tau of each instance
+//   apply_K_T      reads X, mask, coefficients, h, dL/dz_m, g_m; writes dX = h c^T + R shared^T + g diag(own) + X C + ...
+// and
+//   total, slope   add up, in a fixed order
+//
+// The algebra is common/kspace.h, for one number a lane. Sums run in float64.
+#include "streams.cuh"
+
+namespace pmrl {
+namespace cuda {
+namespace {
+
+// Elements of a row that a lane takes at once: 16 bytes, or 8 where k rows of them would take more registers than there
+// are.
+template <int K, class T>
+constexpr int kPack = sizeof(T) == 1 ? 1 : (sizeof(T) == 2 && K > 5 ? 8 : 16) / static_cast<int>(sizeof(T));
+
+// The same where a row of incoming gradients comes with each row.
+template <int K, class T>
+constexpr int kSmallPack = sizeof(T) == 1 ? 1 : (K > 4 || sizeof(T) == 2 ? 8 : 16) / static_cast<int>(sizeof(T));
+
+PMRL_ON_DEVICE double temperature(const Batch& b) {
+  if (!b.temperature) return b.settings.tau;
+  const double tau = number(b.temperature, 0, b.temperature_is_float64);
+  return tau > 0.0 && tau < HUGE_VAL ? tau : tau * HUGE_VAL * 0.0;
+}
+
+// With what the compiler is to know: k, and that there are no float64 rows unless `Float64` says that there may be.
+template <int K, bool Float64>
+PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
+  Settings s = b.settings;
+  s.k = K;
+  s.float64_input = Float64 && s.float64_input;
+  return s;
+}
+template <int K, class T>
+PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
+  return settings_of<K, Instance<K, T>::kScales>(b);
+}
+
+// The first instance of this thread's warp.
+PMRL_ON_DEVICE int64_t first_of_warp(const Batch& b) {
+  return (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * b.instances;
+}
+
+// The instance of this lane where a warp reads as many at once as it has lanes for.
+PMRL_ON_DEVICE int64_t instance_of(const Lane& lane) {
+  return (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * lane.at_once + lane.mine;
+}
+
+// Numbers of a warp's instances in shared memory, one more apart than there are, so that lanes of different instances
+// and of different numbers use different banks.
+constexpr int kApart = kMostInstances + 1;
+
+// What a lane keeps there while it decomposes: the Gram matrix, in the end that of Z; 1/norms; and eigenvectors, where k
+// is so large that registers do not hold them beside all else.
+template <int K>
+struct Kept {
+  static constexpr bool kVectors = K > 5;
+  static constexpr int G = 0, inverse_norms = triangle_size(K), V = inverse_norms + K, size = V + (kVectors ? K * K : 0);
+};
+
+// Compilers do not carry what was read before this in registers to what is read after it.
+PMRL_ON_DEVICE void forget() { asm volatile("" ::: "memory"); }
+
+// ---- forward ------------------------------------------------------------------------------------
+
+template <int K, class T, int N>
+PMRL_ON_DEVICE void add_products(const Instance<K, T>& rows, int c, double (&sum)[triangle_size(K)]) {
+  double x[K][N];
+  PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+  PMRL_EVERY for (int e = 0; e < N; ++e)
+    PMRL_EVERY for (int j = 0; j < K; ++j)
+      PMRL_EVERY for (int i = 0; i <= j; ++i) sum[triangle(i, j)] = fma(x[i][e], x[j][e], sum[triangle(i, j)]);
+}
+
+template <int K, class T>
+PMRL_ON_DEVICE void gram(const Instance<K, T>& rows, int part, bool exists, double (&sum)[triangle_size(K)]) {
+  PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = 0.0;
+  if (exists)
+    along_rows<T, kPack<K, T>>(rows.b, part, [&](int c, auto n) {
+      add_products<K, T, decltype(n)::value>(rows, c, sum);
+    });
+  add_up(sum, rows.b.lanes);
+}
+
+// Whether the squares of an instance's norms leave the range in which solvers may square them once more. Normalised, all
+// have to be in range; not normalised, one, as long as no other is too large.
+template <int K>
+PMRL_ON_DEVICE bool out_of_range(const double (&sum)[triangle_size(K)], const bool (&here)[K], bool normalize) {
+  bool all = true, one = false, small = true;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    const double square = sum[triangle(m, m)];
+    const bool fine = square > kLeastSquare && square < kLargestSquare;
+    all = all && (fine || !here[m]);
+    one = one || (fine && here[m]);
+    small = small && (square < kLargestSquare || !here[m]);
+  }
+  return normalize ? !all : !(one && small);
+}
+
+// e with 2^-e x of order 1 for the largest entry x of each row, or of all rows if they are not normalised. A row that is
+// not finite gives NaN at any scale.
+template <int K, class T>
+PMRL_ON_DEVICE void find_exponents(const Instance<K, T>& rows, int part, bool exists, double (&exponent)[K]) {
+  double shared = 0.0;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    double peak = 0.0;
+    bool finite = true;
+    if (exists && rows.here[m]) {
+#pragma unroll 1
+      for (int c = part; c < rows.b.d; c += rows.b.lanes) {
+        const double x = ::fabs(element<T>(rows.b.x[m], rows.row[m], c));
+        finite = finite && x * 0.0 == 0.0;
+        peak = x > peak ? x : peak;
+      }
+    }
+#pragma unroll 1
+    for (int by = rows.b.lanes / 2; by; by /= 2) {
+      const double other = __shfl_xor_sync(~0u, peak, by);
+      peak = other > peak ? other : peak;
+      finite = (__shfl_xor_sync(~0u, static_cast<int>(finite), by) != 0) && finite;
+    }
+    int e = 0;
+    if (finite && peak > 0.0) ::frexp(peak, &e);
+    exponent[m] = e;
+    if (finite && peak > shared) shared = peak;
+  }
+  if (rows.b.settings.normalize) return;
+  int e = 0;
+  if (shared > 0.0) ::frexp(shared, &e);
+  PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = e;
+}
+
+// Gram matrices of the warp's instances into shared memory, and exponents into the state.
+template <int K, class T>
+PMRL_ON_DEVICE void read_grams(const Batch& b, double (*to)[kApart]) {
+  const Lane lane = lane_of(b.lanes);
+  const int64_t first = first_of_warp(b);
+#pragma unroll 1
+  for (int r = lane.mine; r - lane.mine < b.instances; r += lane.at_once) {
+    const bool exists = first + r < b.B && r < b.instances;
+    Instance<K, T> rows(b, exists ? first + r : 0);
+    double sum[triangle_size(K)];
+    gram(rows, lane.part, exists, sum);
+    if constexpr (Instance<K, T>::kScales) {
+      double exponent[K];
+      PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = 0.0;
+      if (b.settings.float64_input) {
+        const bool out = exists && out_of_range<K>(sum, rows.here, b.settings.normalize);
+        if (__any_sync(~0u, out)) {
+          double found[K];
+          find_exponents(rows, lane.part, exists, found);
+          PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = out ? found[m] : 0.0;
+          rows.scale(exponent, 1);
+          gram(rows, lane.part, exists, sum);
+        }
+        if (exists && lane.part == 0) {
+          PMRL_EVERY for (int m = 0; m < K; ++m) b.state[(b.at.exponents + m) * b.B + first + r] = exponent[m];
+        }
+      }
+    }
+    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t)
+      if (lane.part == (t & (b.lanes - 1)) && r < b.instances) to[t][r] = sum[t];
+  }
+}
+
+template <int K>
+PMRL_ON_DEVICE void read_columns(const Batch& b, const Settings& s, int64_t i, bool vectors,
+                                 Columns<K, double>& columns) {
+  const auto get = [&](int at, int m) { return b.state[(at + m) * b.B + i]; };
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    columns.present.at[m] = is_present(b.mask, i * K + m) ? 1.0 : 0.0;
+    if (s.float64_input) columns.exponents.at[m] = get(b.at.exponents, m);
+    if (vectors && s.normalize) columns.inverse_norms.at[m] = get(b.at.inverse_norms, m);
+    if (vectors && s.others) columns.others.at[m] = get(b.at.others, m);
+  }
+}
+
+// Eigenpairs whose vectors are in shared memory.
+template <int K>
+struct Parked {
+  const Vector<K, double>& values;
+  const double* vectors;
+  __device__ __forceinline__ double value(int j) const { return values.at[j]; }
+  __device__ __forceinline__ double entry(int m, int j) const { return vectors[(m * K + j) * kApart]; }
+};
+
+// From the Gram matrix of instance i to its outputs and its state. Returns its part of the sums.
+template <int K, bool Float64>
+PMRL_ON_DEVICE Sums solve(const Forward& f, int64_t i, double (*at)[kApart], int r) {
+  using At = Kept<K>;
+  const Batch& b = f.batch;
+  Settings s = settings_of<K, Float64>(b);
+  s.tau = temperature(b);
+  const auto keep = [&](int row, int m, double x) { b.state[(row + m) * b.B + i] = x; };
+  Columns<K, double> columns;
+  Eigenpairs<K, double> E;
+  Vector<K, double> v;
+  read_columns<K>(b, s, i, false, columns);
+  Sums found{0.0, 0.0, number_present(columns, K) >= 2.0 ? 1.0 : 0.0};
+  {
+    Matrix<K, double> G;
+    PMRL_EVERY for (int j = 0; j < K; ++j)
+      PMRL_EVERY for (int m = 0; m <= j; ++m) G.at[m][j] = at[At::G + triangle(m, j)][r];
+    if (s.normalize) {
+      normalise_gram(G, columns, K);
+      PMRL_EVERY for (int j = 0; j < K; ++j) {
+        at[At::inverse_norms + j][r] = columns.inverse_norms.at[j];
+        if (b.at.inverse_norms >= 0) keep(b.at.inverse_norms, j, columns.inverse_norms.at[j]);
+        PMRL_EVERY for (int m = 0; m <= j; ++m) at[At::G + triangle(m, j)][r] = G.at[m][j];
+      }
+    }
+    if (!s.decompose) return found;
+    if (b.at.matrix >= 0 && !s.spectrum) {
+      PMRL_EVERY for (int j = 0; j < K; ++j)
+        PMRL_EVERY for (int m = 0; m <= j; ++m) keep(b.at.matrix, triangle(m, j), G.at[m][j]);
+    }
+    const double broken = zero_or_nan(G, K);
+    if (s.spectrum || by_squaring(G, E.values.at[0], v, K, s.float64_input)) {
+      eigenpairs(G, E, K);
+      forget();
+      read_columns<K>(b, s, i, false, columns);
+      if (s.spectrum) drop_surplus(E.values, columns, s, broken);
+      oriented(E, v, K, s.float64_input);
+    }
+  }
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    PMRL_EVERY for (int j = 0; j < K; ++j) {
+      if (At::kVectors) at[At::V + m * K + j][r] = E.V.at[m][j];
+      if (b.at.matrix >= 0 && s.spectrum) keep(b.at.matrix, m * K + j, E.V.at[m][j]);
+    }
+    if (b.at.v >= 0) {
+      keep(b.at.v, m, v.at[m]);
+      if (m == 0 || s.spectrum) keep(b.at.values, m, E.values.at[m]);
+    }
+    if (f.v) put_number(f.v, i * K + m, v.at[m], s.float64_input);
+    if (f.sigma && m < f.values) {
+      double sigma = sqrt(E.values.at[m]);
+      if (s.float64_input && !s.normalize) sigma = scaled(sigma, columns.exponents.at[0]);
+      put_number(f.sigma, i * f.values + m, sigma, s.float64_input);
+    }
+  }
+  if (s.others) {
+    Matrix<K, double> G;
+    PMRL_EVERY for (int j = 0; j < K; ++j)
+      PMRL_EVERY for (int m = 0; m <= j; ++m) G.at[m][j] = at[At::G + triangle(m, j)][r];
+    inverse_norms_of_others(G, v, K, columns.others);
+    PMRL_EVERY for (int m = 0; m < K; ++m) keep(b.at.others, m, columns.others.at[m]);
+  }
+  if (b.at.C < 0) return found;
+
+  forget();
+  read_columns<K>(b, s, i, false, columns);
+  Vector<K, double> diagonal;
+  double trace = 0.0;
+  Incoming<K, double> in;
+  Coefficients<K, double> out;
+  in.alignment = 1.0;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    columns.inverse_norms.at[m] = s.normalize ? at[At::inverse_norms + m][r] : 1.0;
+    diagonal.at[m] = at[At::G + triangle(m, m)][r];
+    trace = trace + diagonal.at[m];
+    in.sigma.at[m] = in.w.at[m] = in.q.at[m] = in.direct.at[m] = in.others.at[m] = in.along.at[m] = 0.0;
+  }
+  found.alignment = alignment(E.values, trace, columns, s);
+  if (f.alignment) put_number(f.alignment, i, found.alignment, s.float64_input);
+  const double top = E.values.at[0];
+  if constexpr (At::kVectors)
+    coefficients(in, Through{true, false, false}, top, Parked<K>{E.values, &at[At::V][r]}, diagonal, v, columns, s, out);
+  else
+    coefficients(in, Through{true, false, false}, top, E, diagonal, v, columns, s, out);
+  found.slope = out.slope;
+  keep(b.at.slope, 0, out.slope);
+  PMRL_EVERY for (int j = 0; j < K; ++j)
+    PMRL_EVERY for (int m = 0; m <= j; ++m) keep(b.at.C, triangle(m, j), out.C.at[m][j]);
+  return found;
+}
+
+PMRL_ON_DEVICE void add(Sums& to, const Sums& x) {
+  to.alignment += x.alignment;
+  to.slope += x.slope;
+  to.number += x.number;
+}
+
+PMRL_ON_DEVICE Sums from_lane(const Sums& x, int by) {
+  return {__shfl_xor_sync(~0u, x.alignment, by), __shfl_xor_sync(~0u, x.slope, by),
+          __shfl_xor_sync(~0u, x.number, by)};
+}
+
+// The sum over all threads of a block, for its first one.
+template <int Warps>
+PMRL_ON_DEVICE Sums sum_of_block(Sums x, Sums* shared) {
+#pragma unroll 1
+  for (int by = kWarp / 2; by; by /= 2) add(x, from_lane(x, by));
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  Sums total{0.0, 0.0, 0.0};
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int w = 0; w < Warps; ++w) add(total, shared[w]);
+  }
+  return total;
+}
+
+// At least one instance counts, so that a mean over none is 0. A bad temperature shows even then.
+PMRL_ON_DEVICE void finish(const Forward& f, Sums total) {
+  total.number = total.number > 1.0 ? total.number : 1.0;
+  const double start = f.batch.settings.spectrum ? temperature(f.batch) * 0.0 : 0.0;
+  put_number(f.total, 0, start + (f.mean ? total.alignment / total.number : total.alignment),
+             f.batch.settings.float64_input);
+  *f.sums = total;
+}
+
+template <int K, class T>
+PMRL_ON_DEVICE void forward(const Forward& f) {
+  const Batch& b = f.batch;
+  __shared__ double kept[kWarps][Kept<K>::size][kApart];
+  __shared__ Sums sums[kWarps];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  read_grams<K, T>(b, kept[warp]);
+  __syncwarp();
+  Sums found{0.0, 0.0, 0.0};
+  const int64_t i = first_of_warp(b) + lane;
+  if (lane < b.instances && i < b.B) found = solve<K, Instance<K, T>::kScales>(f, i, kept[warp], lane);
+  if (!f.total) return;
+  found = sum_of_block<kWarps>(found, sums);
+  if (threadIdx.x) return;
+  if (f.parts)
+    f.parts[blockIdx.x] = found;
+  else
+    finish(f, found);
+}
+
+template <int K, class T>
+PMRL_ON_DEVICE void vectors(const Vectors& f) {
+  constexpr int N = kPack<K, T>;
+  const Batch& b = f.batch;
+  const Settings s = settings_of<K, T>(b);
+  const Lane lane = lane_of(b.lanes);
+  const int64_t i = instance_of(lane);
+  if (i >= b.B) return;
+  const auto kept = [&](int at, int m) { return b.state[(at + m) * b.B + i]; };
+  Instance<K, T> rows(b, i);
+  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
+  double of_u[K], of_z[K], of_w[K], r[K];
+  const double inverse_sigma = s.decompose ? reciprocal(sqrt(kept(b.at.values, 0))) : 0.0;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    const double v = s.decompose ? kept(b.at.v, m) : 0.0, one = s.normalize ? kept(b.at.inverse_norms, m) : 1.0;
+    of_u[m] = v * inverse_sigma * one;
+    of_z[m] = one;
+    of_w[m] = s.others ? ::fabs(v) * one : 0.0;
+    r[m] = s.others ? kept(b.at.others, m) : 0.0;
+  }
+  const int64_t bytes = static_cast<int64_t>(b.d) * (s.float64_input ? 8 : 4);
+  along_rows<T, N>(b, lane.part, [&](int c, auto n) {
+    constexpr int M = decltype(n)::value;
+    double x[K][M], y[M] = {}, sum[M];
+    const auto put = [&](void* out) {
+      char* row = static_cast<char*>(out) + i * bytes;
+      if constexpr (M > 1)
+        store_wide<T>(row, c, y);
+      else
+        put_number(row, c, y[0], s.float64_input);
+    };
+    PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+    if (f.u) {
+      PMRL_EVERY for (int e = 0; e < M; ++e) {
+        y[e] = 0.0;
+        PMRL_EVERY for (int m = 0; m < K; ++m) y[e] = fma(of_u[m], x[m][e], y[e]);
+      }
+      put(f.u);
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      if (!f.z[m]) continue;
+      PMRL_EVERY for (int e = 0; e < M; ++e) {
+        y[e] = of_z[m] * x[m][e];
+        if constexpr (Instance<K, T>::kScales) {
+          if (s.float64_input && !s.normalize) y[e] = scaled(y[e], kept(b.at.exponents, m));
+        }
+      }
+      put(f.z[m]);
+    }
+    if (!f.w[0]) return;
+    PMRL_EVERY for (int e = 0; e < M; ++e) {
+      sum[e] = 0.0;
+      PMRL_EVERY for (int m = 0; m < K; ++m) sum[e] = fma(of_w[m], x[m][e], sum[e]);
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = (sum[e] - of_w[m] * x[m][e]) * r[m];
+      put(f.w[m]);
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// The incoming gradient of an instance's alignment term.
+PMRL_ON_DEVICE double incoming_alignment(const Backward& g, int64_t i) {
+  if (!g.alignment.data) return 0.0;
+  const double x = value_of(g.alignment, i, 0, g.batch.settings.float64_input);
+  return g.sums ? x / g.sums->number : x;
+}
+
+PMRL_ON_DEVICE Through through_of(const Backward& g, int k) {
+  bool others = false;
+  for (int m = 0; m < k; ++m) others = others || g.w[m].data;
+  return {g.alignment.data || g.sigma.data, g.u.data || g.v.data, others};
+}
+
+// N numbers of an incoming gradient's row from c on.
+template <class T, int N>
+PMRL_ON_DEVICE void load_incoming(const Rows& from, int64_t i, int c, bool is_float64, double (&x)[N]) {
+  const char* row = from.data + i * from.stride;
+  if constexpr (N > 1)
+    load_wide<T>(row, c, x);
+  else
+    x[0] = number(row, c, is_float64);
+}
+
+template <int K, class T>
+PMRL_ON_DEVICE void dots(const Backward& g) {
+  using At = Places<K>;
+  constexpr int N = kSmallPack<K, T>;
+  const Batch& b = g.batch;
+  const Settings s = settings_of<K, T>(b);
+  const bool others = through_of(g, K).others;
+  const Lane lane = lane_of(b.lanes);
+  const int64_t at = instance_of(lane);
+  const bool exists = at < b.B;  // all lanes stay for the sums
+  const int64_t i = exists ? at : 0;
+  const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
+  Instance<K, T> rows(b, i);
+  if (s.float64_input && exists) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
+  double w[K], direct[K], with_shared[K], with_own[K], with_sum[K], r[K], weight[K];
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    w[m] = direct[m] = with_shared[m] = with_own[m] = with_sum[m] = 0.0;
+    r[m] = others && exists ? kept(b.at.others, m) : 0.0;
+    weight[m] = others && exists ? ::fabs(kept(b.at.v, m)) * (s.normalize ? kept(b.at.inverse_norms, m) : 1.0) : 0.0;
+  }
+  if (exists)
+    along_rows<T, N>(b, lane.part, [&](int c, auto n) {
+      constexpr int M = decltype(n)::value;
+      double x[K][M], y[M];
+      PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+      if (g.u.data) {
+        load_incoming<T>(g.u, i, c, s.float64_input, y);
+        PMRL_EVERY for (int m = 0; m < K; ++m)
+          PMRL_EVERY for (int e = 0; e < M; ++e) w[m] = fma(x[m][e], y[e], w[m]);
+      }
+      PMRL_EVERY for (int m = 0; m < K; ++m) {
+        if (!g.z[m].data || !rows.here[m]) continue;
+        load_incoming<T>(g.z[m], i, c, s.float64_input, y);
+        PMRL_EVERY for (int e = 0; e < M; ++e) direct[m] = fma(x[m][e], y[e], direct[m]);
+      }
+      if (!others) return;
+      double R[M], Y[M];
+      PMRL_EVERY for (int e = 0; e < M; ++e) R[e] = Y[e] = 0.0;
+      PMRL_EVERY for (int m = 0; m < K; ++m)
+        PMRL_EVERY for (int e = 0; e < M; ++e) Y[e] = fma(weight[m], x[m][e], Y[e]);
+      PMRL_EVERY for (int m = 0; m < K; ++m) {
+        if (!g.w[m].data) continue;
+        load_incoming<T>(g.w[m], i, c, s.float64_input, y);
+        PMRL_EVERY for (int e = 0; e < M; ++e) {
+          R[e] = fma(r[m], y[e], R[e]);
+          with_own[m] = fma(x[m][e], y[e], with_own[m]);
+          with_sum[m] = fma(y[e], Y[e], with_sum[m]);
+        }
+      }
+      PMRL_EVERY for (int m = 0; m < K; ++m)
+        PMRL_EVERY for (int e = 0; e < M; ++e) with_shared[m] = fma(x[m][e], R[e], with_shared[m]);
+    });
+  add_up(w, b.lanes);
+  add_up(direct, b.lanes);
+  if (others) {
+    add_up(with_shared, b.lanes);
+    add_up(with_own, b.lanes);
+    add_up(with_sum, b.lanes);
+  }
+  if (!exists || lane.part != 0) return;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    const auto put = [&](int row, double x) { g.scratch[(row + m) * b.B + i] = x; };
+    put(At::w, rows.here[m] ? w[m] : 0.0);
+    put(At::direct, direct[m]);
+    put(At::others, rows.here[m] ? with_shared[m] - r[m] * with_own[m] : 0.0);
+    put(At::along, r[m] * (with_sum[m] - weight[m] * with_own[m]));
+  }
+}
+
+// Eigenpairs in memory, those of one instance. Read anew for each use: registers do not hold them beside all else.
+struct Saved {
+  const volatile double *values, *vectors;
+  int64_t B;
+  int k;
+  __device__ __forceinline__ double value(int j) const { return values[j * B]; }
+  __device__ __forceinline__ double entry(int m, int j) const { return vectors[(m * k + j) * B]; }
+};
+
+// C in memory, that of one instance.
+template <int K>
+struct InMemory {
+  double* C;
+  int64_t B;
+  __device__ __forceinline__ double& entry(int i, int j) { return C[triangle(i, j) * B]; }
+};
+
+template <int K, bool Float64>
+PMRL_ON_DEVICE void coefficients(const Backward& g) {
+  using At = Places<K>;
+  const Batch& b = g.batch;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + threadIdx.x;
+  if (i >= b.B) return;
+  const Through through = through_of(g, K);
+  Settings s = settings_of<K, Float64>(b);
+  s.tau = temperature(b);
+  const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
+  const auto got = [&](int row, int m) { return g.scratch[(row + m) * b.B + i]; };
+  const auto put = [&](int row, int m, double x) { g.scratch[(row + m) * b.B + i] = x; };
+  Columns<K, double> columns;
+  Incoming<K, double> in;
+  Coefficients<K, double, typename std::conditional<(K > 5), InMemory<K>, Matrix<K, double>>::type> out;
+  if constexpr (K > 5) out.C = {g.scratch + At::C * b.B + i, b.B};
+  Vector<K, double> v, diagonal;
+  read_columns<K>(b, s, i, true, columns);
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    v.at[m] = s.decompose ? kept(b.at.v, m) : 0.0;
+    diagonal.at[m] = s.decompose && !s.spectrum ? kept(b.at.matrix, triangle(m, m)) : 0.0;
+    in.sigma.at[m] = g.sigma.data && m < g.values ? value_of(g.sigma, i, m, s.float64_input) : 0.0;
+    in.q.at[m] = g.v.data && columns.present.at[m] != 0.0 ? value_of(g.v, i, m, s.float64_input) : 0.0;
+    in.w.at[m] = g.dotted ? got(At::w, m) : 0.0;
+    in.direct.at[m] = g.dotted ? got(At::direct, m) : 0.0;
+    in.others.at[m] = through.others ? got(At::others, m) : 0.0;
+    in.along.at[m] = through.others ? got(At::along, m) : 0.0;
+  }
+  in.alignment = incoming_alignment(g, i);
+  const double* pairs = g.pairs ? g.pairs : b.state + b.at.values * b.B;
+  const Saved E{pairs + i, pairs + K * b.B + i, b.B, K};
+  pmrl::coefficients(in, through, s.decompose ? kept(b.at.values, 0) : 0.0, E, diagonal, v, columns, s, out);
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    if constexpr (K <= 5) {
+      PMRL_EVERY for (int j = 0; j <= m; ++j) put(At::C, triangle(j, m), out.C.at[j][m]);
+    }
+    put(At::w, m, out.c.at[m]);
+    if (through.others) {
+      put(At::others, m, out.shared.at[m]);
+      put(At::along, m, out.own.at[m]);
+    }
+    if (s.float64_input) put(At::exponent, m, out.exponent.at[m]);
+  }
+  if (g.slopes) g.slopes[i] = out.slope;
+}
+
+// dX. Where `All` is false, all that comes in is for the alignment term, whose coefficients are the state's.
+template <int K, class T, bool All>
+PMRL_ON_DEVICE void apply(const Backward& g) {
+  using At = Places<K>;
+  constexpr int N = All ? kSmallPack<K, T> : kPack<K, T>;
+  const Batch& b = g.batch;
+  const Settings s = settings_of<K, T>(b);
+  const Lane lane = lane_of(b.lanes);
+  const int64_t i = instance_of(lane);
+  if (i >= b.B) return;
+  const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
+  const auto got = [&](int row, int m) { return g.scratch[(row + m) * b.B + i]; };
+  const bool others = All && through_of(g, K).others;
+  Instance<K, T> rows(b, i);
+  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
+  double C[triangle_size(K)];
+  if constexpr (All) {
+    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = got(At::C, t);
+  } else {
+    const double come = incoming_alignment(g, i);
+    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = come * kept(b.at.C, t);
+    if (g.slopes && lane.part == 0) g.slopes[i] = come * kept(b.at.slope, 0);
+  }
+  along_rows<T, N>(b, lane.part, [&](int c, auto n) {
+    constexpr int M = decltype(n)::value;
+    double x[K][M];
+    [[maybe_unused]] double h[M], R[M], own[M];
+    PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+    if constexpr (All) {
+      PMRL_EVERY for (int e = 0; e < M; ++e) h[e] = R[e] = 0.0;
+      if (g.u.data) load_incoming<T>(g.u, i, c, s.float64_input, h);
+      if (others) {
+        PMRL_EVERY for (int m = 0; m < K; ++m) {
+          if (!g.w[m].data) continue;
+          load_incoming<T>(g.w[m], i, c, s.float64_input, own);
+          const double r = kept(b.at.others, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) R[e] = fma(r, own[e], R[e]);
+        }
+      }
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      if (!g.out[m].data) continue;
+      double y[M];
+      PMRL_EVERY for (int e = 0; e < M; ++e) {
+        y[e] = 0.0;
+        PMRL_EVERY for (int j = 0; j < K; ++j) y[e] = fma(C[triangle_any(j, m)], x[j][e], y[e]);
+      }
+      if constexpr (All) {
+        if (g.u.data) {
+          const double of_h = got(At::w, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_h, h[e], y[e]);
+        }
+        if (others) {
+          const double of_R = got(At::others, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_R, R[e], y[e]);
+          if (g.w[m].data) {
+            load_incoming<T>(g.w[m], i, c, s.float64_input, own);
+            const double of_own = got(At::along, m);
+            PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_own, own[e], y[e]);
+          }
+        }
+        if (g.z[m].data) {
+          load_incoming<T>(g.z[m], i, c, s.float64_input, own);
+          const double of_z = s.normalize ? kept(b.at.inverse_norms, m) : 0.0;
+          if (s.normalize) {
+            PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_z, own[e], y[e]);
+          }
+        }
+      }
+      if constexpr (Instance<K, T>::kScales) {
+        if (s.float64_input && (All || s.normalize)) {
+          const double exponent = All ? got(At::exponent, m) : -kept(b.at.exponents, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = scaled(y[e], exponent);
+        }
+      }
+      if constexpr (All) {
+        if (g.z[m].data && !s.normalize) {
+          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] += own[e];
+        }
+      }
+      if (!rows.here[m]) {
+        PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = 0.0;
+      }
+      char* row = g.out[m].data + i * g.out[m].stride;
+      if constexpr (M > 1) {
+        Pack<T, M> pack;
+        pack.set(y);
+        pack.store(row + static_cast<int64_t>(c) * static_cast<int>(sizeof(T)));
+      } else {
+        put_element<T>(g.out[m], row, c, y[0]);
+      }
+    }
+  });
+}
+
+// All eigenpairs (k + k^2, B) of the state's Gram matrices.
+template <int K>
+PMRL_ON_DEVICE void decompose(const Batch& b, double* pairs) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + threadIdx.x;
+  if (i >= b.B) return;
+  Matrix<K, double> G;
+  Eigenpairs<K, double> E;
+  PMRL_EVERY for (int j = 0; j < K; ++j)
+    PMRL_EVERY for (int m = 0; m <= j; ++m) G.at[m][j] = b.state[(b.at.matrix + triangle(m, j)) * b.B + i];
+  eigenpairs(G, E, K);
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    pairs[m * b.B + i] = E.values.at[m];
+    PMRL_EVERY for (int j = 0; j < K; ++j) pairs[(K + m * K + j) * b.B + i] = E.V.at[m][j];
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace pmrl
+
+// ---- entries ------------------------------------------------------------------------------------
+
+using namespace pmrl::cuda;
+
+#define PMRL_KERNEL extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
+
+// What several blocks have found, added up.
+extern "C" __global__ void __launch_bounds__(kReducers) total(const __grid_constant__ Forward f, int blocks) {
+  __shared__ Sums sums[kReducers / kWarp];
+  Sums found{0.0, 0.0, 0.0};
+#pragma unroll 1
+  for (int at = threadIdx.x; at < blocks; at += kReducers) add(found, f.parts[at]);
+  found = sum_of_block<kReducers / kWarp>(found, sums);
+  if (threadIdx.x == 0) finish(f, found);
+}
+
+extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_constant__ Slope g) {
+  __shared__ Sums sums[kReducers / kWarp];
+  Sums found{0.0, 0.0, 0.0};
+  if (g.slopes) {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < g.B; i += kReducers) found.slope += g.slopes[i];
+  }
+  found = sum_of_block<kReducers / kWarp>(found, sums);
+  if (threadIdx.x) return;
+  double x = found.slope;
+  if (!g.slopes && g.alignment.data) {
+    x = g.sums->slope * value_of(g.alignment, 0, 0, g.is_float64);
+    if (g.mean) x /= g.sums->number;
+  }
+  *g.out = x;
+}
+
+#define PMRL_KERNELS(K, T, name)                                                                  \
+  PMRL_KERNEL forward_##K##_##name(const __grid_constant__ Forward f) { forward<K, T>(f); }       \
+  PMRL_KERNEL vectors_##K##_##name(const __grid_constant__ Vectors f) { vectors<K, T>(f); }       \
+  PMRL_KERNEL backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
+  PMRL_KERNEL dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \
+  PMRL_KERNEL apply_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, true>(g); }
+#define PMRL_KERNELS_OF(K)                                                                                     \
+  PMRL_KERNELS(K, float, float32)                                                                              \
+  PMRL_KERNELS(K, double, float64)                                                                             \
+  PMRL_KERNELS(K, BFloat16, bfloat16)                                                                          \
+  PMRL_KERNELS(K, Float16, float16)                                                                            \
+  PMRL_KERNELS(K, Mixed, mixed)                                                                                \
+  PMRL_KERNEL decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
+  PMRL_KERNEL coefficients_##K(const __grid_constant__ Backward g) { coefficients<K, false>(g); }              \
+  PMRL_KERNEL coefficients_##K##_float64(const __grid_constant__ Backward g) { coefficients<K, true>(g); }
+#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K)
+PMRL_EXPANDED(PMRL_K)

@@ -1,0 +1,261 @@
+// Rows of embeddings and gradients as float64, on a device: packs of up to 16 bytes, one for each lane, and single
+// elements for rows that are not made of whole packs. And sums over the lanes of an instance.
+#pragma once
+
+#include <type_traits>
+
+#include "arguments.h"
+
+namespace pmrl {
+namespace cuda {
+
+#define PMRL_ON_DEVICE static __device__ __forceinline__
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+struct Mixed {};  // each embedding has its own dtype
+
+// ---- single elements ----------------------------------------------------------------------------
+
+PMRL_ON_DEVICE double widen(float x) { return x; }
+PMRL_ON_DEVICE double widen(double x) { return x; }
+PMRL_ON_DEVICE double widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+PMRL_ON_DEVICE double widen(Float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+template <class T>
+PMRL_ON_DEVICE T narrowed(double x);
+template <>
+__device__ __forceinline__ float narrowed<float>(double x) {
+  return static_cast<float>(x);
+}
+template <>
+__device__ __forceinline__ double narrowed<double>(double x) {
+  return x;
+}
+// By way of float32, as hardware does it. The second rounding of a number half way between two matters once in 65536.
+template <>
+__device__ __forceinline__ Float16 narrowed<Float16>(double x) {
+  Float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+  return y;
+}
+template <>
+__device__ __forceinline__ BFloat16 narrowed<BFloat16>(double x) {
+  BFloat16 y;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+#else
+  const unsigned bits = __float_as_uint(static_cast<float>(x));
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  y.bits = static_cast<uint16_t>(is_nan ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
+  return y;
+}
+
+template <class T>
+PMRL_ON_DEVICE double element(const Rows&, const char* row, int c) {
+  return widen(reinterpret_cast<const T*>(row)[c]);
+}
+template <>
+__device__ __forceinline__ double element<Mixed>(const Rows& x, const char* row, int c) {
+  switch (x.dtype) {
+    case Dtype::kFloat64: return reinterpret_cast<const double*>(row)[c];
+    case Dtype::kBFloat16: return widen(reinterpret_cast<const BFloat16*>(row)[c]);
+    case Dtype::kFloat16: return widen(reinterpret_cast<const Float16*>(row)[c]);
+    default: return reinterpret_cast<const float*>(row)[c];
+  }
+}
+
+template <class T>
+PMRL_ON_DEVICE void put_element(const Rows&, char* row, int c, double y) {
+  reinterpret_cast<T*>(row)[c] = narrowed<T>(y);
+}
+template <>
+__device__ __forceinline__ void put_element<Mixed>(const Rows& x, char* row, int c, double y) {
+  switch (x.dtype) {
+    case Dtype::kFloat64: reinterpret_cast<double*>(row)[c] = y; break;
+    case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(row)[c] = narrowed<BFloat16>(y); break;
+    case Dtype::kFloat16: reinterpret_cast<Float16*>(row)[c] = narrowed<Float16>(y); break;
+    default: reinterpret_cast<float*>(row)[c] = narrowed<float>(y);
+  }
+}
+
+// A number of a tensor that is float64 or else float32.
+PMRL_ON_DEVICE double number(const void* data, int64_t at, bool is_float64) {
+  return is_float64 ? static_cast<const double*>(data)[at] : static_cast<const float*>(data)[at];
+}
+PMRL_ON_DEVICE void put_number(void* data, int64_t at, double x, bool is_float64) {
+  if (is_float64)
+    static_cast<double*>(data)[at] = x;
+  else
+    static_cast<float*>(data)[at] = static_cast<float>(x);
+}
+PMRL_ON_DEVICE double value_of(const Values& x, int64_t i, int64_t j, bool is_float64) {
+  return number(x.data, i * x.stride0 + j * x.stride1, is_float64);
+}
+
+// ---- packs --------------------------------------------------------------------------------------
+
+// N elements, N sizeof(T) = 4, 8 or 16 bytes.
+template <class T, int N>
+struct Pack {
+  static constexpr int kWords = N * static_cast<int>(sizeof(T)) / 4;
+  static constexpr int kOfWord = 4 / static_cast<int>(sizeof(T));
+  unsigned words[kWords];
+
+  __device__ __forceinline__ void load(const char* at) {
+    if constexpr (kWords == 4) {
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(at));
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (kWords == 2) {
+      const uint2 v = __ldg(reinterpret_cast<const uint2*>(at));
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      words[0] = __ldg(reinterpret_cast<const unsigned*>(at));
+    }
+  }
+  // Nobody reads gradients again soon: they need not stay in cache.
+  __device__ __forceinline__ void store(char* at) const {
+    if constexpr (kWords == 4)
+      __stcs(reinterpret_cast<uint4*>(at), make_uint4(words[0], words[1], words[2], words[3]));
+    else if constexpr (kWords == 2)
+      __stcs(reinterpret_cast<uint2*>(at), make_uint2(words[0], words[1]));
+    else
+      __stcs(reinterpret_cast<unsigned*>(at), words[0]);
+  }
+  __device__ __forceinline__ void clear() {
+    PMRL_EVERY for (int w = 0; w < kWords; ++w) words[w] = 0;
+  }
+  __device__ __forceinline__ double get(int e) const {
+    if constexpr (sizeof(T) == 8) {
+      return __hiloint2double(static_cast<int>(words[2 * e + 1]), static_cast<int>(words[2 * e]));
+    } else if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[e]);
+    } else {
+      return widen(T{static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2))});
+    }
+  }
+  __device__ __forceinline__ void set(const double* x) {
+    PMRL_EVERY for (int e = 0; e < N; ++e) {
+      if constexpr (sizeof(T) == 8) {
+        words[2 * e] = static_cast<unsigned>(__double2loint(x[e]));
+        words[2 * e + 1] = static_cast<unsigned>(__double2hiint(x[e]));
+      } else if constexpr (sizeof(T) == 4) {
+        words[e] = __float_as_uint(static_cast<float>(x[e]));
+      } else {
+        const unsigned bits = narrowed<T>(x[e]).bits;
+        words[e / 2] = e % 2 ? words[e / 2] | bits << 16 : bits;
+      }
+    }
+  }
+};
+template <>
+struct Pack<Mixed, 1> {};
+
+// N numbers of a row of float32, or of float64 if that is what T comes with.
+template <class T>
+using Wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
+
+template <class T, int N>
+PMRL_ON_DEVICE void load_wide(const char* row, int c, double (&x)[N]) {
+  constexpr int M = N < 16 / static_cast<int>(sizeof(Wide<T>)) ? N : 16 / static_cast<int>(sizeof(Wide<T>));
+  PMRL_EVERY for (int first = 0; first < N; first += M) {
+    Pack<Wide<T>, M> pack;
+    pack.load(row + static_cast<int64_t>(c + first) * static_cast<int>(sizeof(Wide<T>)));
+    PMRL_EVERY for (int e = 0; e < M; ++e) x[first + e] = pack.get(e);
+  }
+}
+template <class T, int N>
+PMRL_ON_DEVICE void store_wide(char* row, int c, const double (&x)[N]) {
+  constexpr int M = N < 16 / static_cast<int>(sizeof(Wide<T>)) ? N : 16 / static_cast<int>(sizeof(Wide<T>));
+  PMRL_EVERY for (int first = 0; first < N; first += M) {
+    Pack<Wide<T>, M> pack;
+    pack.set(x + first);
+    pack.store(row + static_cast<int64_t>(c + first) * static_cast<int>(sizeof(Wide<T>)));
+  }
+}
+
+// ---- the lanes of an instance -------------------------------------------------------------------
+
+// Which part of its instance a lane reads, and which of the warp's instances that is, of those read at once.
+struct Lane {
+  int part, mine, at_once;
+};
+
+PMRL_ON_DEVICE Lane lane_of(int lanes) {
+  const int lane = threadIdx.x % kWarp;
+  return {lane & (lanes - 1), lane / lanes, kWarp / lanes};
+}
+
+// Everybody's sum over the lanes of an instance, in the same order for each.
+template <int N>
+PMRL_ON_DEVICE void add_up(double (&sums)[N], int lanes) {
+#pragma unroll 1
+  for (int by = lanes / 2; by; by /= 2)
+    PMRL_EVERY for (int t = 0; t < N; ++t) sums[t] += __shfl_xor_sync(~0u, sums[t], by);
+}
+
+// The k rows of an instance. Absent ones are zeros whatever is in their place, which is not read. Times 2^-exponent
+// where there are float64 rows.
+template <int K, class T>
+struct Instance {
+  static constexpr bool kScales = std::is_same<T, double>::value || std::is_same<T, Mixed>::value;
+  const Batch& b;
+  const char* row[K];
+  bool here[K];
+  PowerOfTwo<double> factor[kScales ? K : 1];
+
+  __device__ __forceinline__ Instance(const Batch& b, int64_t i) : b(b) {
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      row[m] = b.x[m].data + i * b.x[m].stride;
+      here[m] = is_present(b.mask, i * K + m);
+      if constexpr (kScales) factor[m] = {1.0, 1.0};
+    }
+  }
+  __device__ __forceinline__ void scale(const double* exponents, int64_t stride) {
+    if constexpr (kScales) {
+      PMRL_EVERY for (int m = 0; m < K; ++m) factor[m] = power_of_two(-exponents[m * stride]);
+    }
+  }
+  __device__ __forceinline__ double scaled_by(int m, double x) const {
+    if constexpr (kScales) return x * factor[m].first * factor[m].second;
+    return x;
+  }
+  // N elements of row m from c on.
+  template <int N>
+  __device__ __forceinline__ void load(int m, int c, double (&x)[N]) const {
+    Pack<T, N> pack;
+    pack.clear();
+    if (here[m]) pack.load(row[m] + static_cast<int64_t>(c) * static_cast<int>(sizeof(T)));
+    PMRL_EVERY for (int e = 0; e < N; ++e) x[e] = scaled_by(m, pack.get(e));
+  }
+  __device__ __forceinline__ void load(int m, int c, double (&x)[1]) const {
+    x[0] = here[m] ? scaled_by(m, element<T>(b.x[m], row[m], c)) : 0.0;
+  }
+};
+
+// body(c, std::integral_constant<int, N>) for all places c of a row at which this lane takes N elements: whole packs, or
+// single elements.
+template <class T, int N, class Body>
+PMRL_ON_DEVICE void along_rows(const Batch& b, int part, Body body) {
+  if (!std::is_same<T, Mixed>::value && b.whole) {
+    if constexpr (!std::is_same<T, Mixed>::value) {
+#pragma unroll 1
+      for (int c = part * N; c < b.d; c += b.lanes * N) body(c, std::integral_constant<int, N>());
+    }
+  } else {
+#pragma unroll 1
+    for (int c = part; c < b.d; c += b.lanes) body(c, std::integral_constant<int, 1>());
+  }
+}
+
+}  // namespace cuda
+}  // namespace pmrl

@@ -1,0 +1,217 @@
+"""The kernels of csrc/cuda, compiled by nvcc and run in an interpreter of its PTX, against the reference."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmrl_kernels import ops
+from pmrl_kernels.ops.spectral import spec
+from tests.tools import cuda, ptx
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+
+EVERYTHING = spec.ALIGNMENT_MEAN | spec.SIGMA | spec.U | spec.V | spec.Z | spec.W
+# (B, d, dtypes, wanted, softmax, normalize, mask, learned temperature)
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (torch.float32,), (torch.float64,), (torch.bfloat16,), (torch.float16,)
+MIXED = (torch.float32, torch.bfloat16, torch.float16)
+CASES = {
+    "alignment": (37, 16, FLOAT32, spec.ALIGNMENT_MEAN, True, True, True, True),
+    "alignment, each": (9, 40, BFLOAT16, spec.ALIGNMENT, True, True, False, True),
+    "alignment, leading": (9, 16, FLOAT16, spec.ALIGNMENT_SUM, False, True, True, False),
+    "everything": (9, 16, FLOAT32, EVERYTHING, True, True, True, True),
+    "everything, leading": (9, 16, FLOAT32, EVERYTHING, False, True, True, True),
+    "everything, as it is": (9, 16, FLOAT32, EVERYTHING, True, False, False, False),
+    "everything, bfloat16": (9, 16, BFLOAT16, EVERYTHING, True, True, True, True),
+    "everything, float64": (9, 16, FLOAT64, EVERYTHING, True, True, True, True),
+    "everything, mixed": (9, 8, MIXED, EVERYTHING, True, True, True, False),
+    "everything, mixed with float64": (9, 8, (*MIXED, torch.float64), EVERYTHING, True, False, True, False),
+    "rows of no whole packs": (9, 7, FLOAT16, spec.ALIGNMENT | spec.U | spec.Z, False, False, True, False),
+    "units": (9, 8, FLOAT32, spec.Z, True, True, True, False),
+    "directions": (9, 9, BFLOAT16, spec.U | spec.W, True, True, True, False),
+    "nobody": (0, 8, FLOAT32, spec.ALIGNMENT_MEAN | spec.U, True, True, False, True),
+}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+LAYOUTS = {"throughput": (8, 4), "latency": (32, 1)}
+
+
+def batch(k: int, B: int, d: int, dtypes: Sequence[torch.dtype], scale: float = 1.0) -> list[Tensor]:
+    """Instances with ties, zeros, opposite and equal embeddings and a NaN among others."""
+    shared = torch.randn(B, d, dtype=torch.float64)
+    xs = [shared + torch.randn(B, d, dtype=torch.float64) for _ in range(k)]
+    if B > 6:
+        xs[1][0] = xs[0][0]
+        xs[0][1] = 0.0
+        xs[-1][2] = -xs[0][2]
+        for x in xs:
+            x[3] = xs[0][3]
+        xs[0][4, d // 2] = torch.nan
+    return [(x * scale).to(dtypes[m % len(dtypes)]) for m, x in enumerate(xs)]
+
+
+def assert_agrees(found: Sequence[Tensor], expected: Sequence[Tensor], exact: bool) -> None:
+    """Within what rounding float64 arithmetic once more does, and one unit of the dtype."""
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        limits = {
+            torch.float64: 1e-9 if exact else 1e-6,
+            torch.float32: 4e-7,
+            torch.bfloat16: 8e-3,
+            torch.float16: 1e-3,
+        }
+        size = y.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if y.numel() else 0.0
+        torch.testing.assert_close(x, y, rtol=limits[x.dtype], atol=1e-7 * size, equal_nan=True)
+
+
+def check(host: cuda.Host, k: int, name: str, scale: float = 1.0) -> None:
+    B, d, dtypes, wanted, spectrum, normalize, masked, learned = CASES[name]
+    xs = batch(k, B, d, dtypes, scale)
+    mask = torch.rand(B, k) > 0.3 if masked else None
+    if mask is not None:  # what is absent is not read
+        xs = [x.masked_fill(~mask[:, m, None], torch.inf) for m, x in enumerate(xs)]
+    call = (xs, mask, torch.tensor(0.3) if learned else None, 0.3, normalize, spectrum, wanted)
+    reference = ops.available["reference"].pairs["spectral"]
+    outputs, state = host.forward(*call)
+    expected, its_state = reference.forward(*call)
+    exact = torch.float64 not in dtypes or len(dtypes) == 1
+    assert_agrees(outputs, expected, exact)
+    grads = [torch.randn(x.shape, dtype=x.dtype) for x in expected]
+    needed = [m != 1 for m in range(k)]
+    for incoming in (grads, [*grads[:1], *(None for _ in grads[1:])], [None, *grads[1:]]):
+        if all(x is None for x in incoming):
+            continue
+        gradients = host.backward(*call, state, incoming, needed)
+        assert_agrees(gradients, reference.backward(*call, its_state, incoming, needed), exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_reference(name, layout):
+    check(cuda.Host(*LAYOUTS[layout]), 3, name)
+
+
+@pytest.mark.parametrize("scale", [1e180, 1e-180])
+@pytest.mark.parametrize("name", ["everything, float64", "everything, mixed with float64"])
+def test_float64_rows_whose_squares_leave_the_range(name, scale):
+    check(cuda.Host(), 3, name, scale)
+
+
+@pytest.fixture
+def taken(request: pytest.FixtureRequest) -> Callable[..., bool]:
+    """Whether a case is among the one in so many that ``--sample`` asks for; others with each ``--seed``."""
+    share, seed = (request.config.getoption(name) for name in ("--sample", "--seed"))
+    return lambda *case: zlib.crc32(f"{seed}{case}".encode()) % share == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [2, 4, 5, 6, 7, 8])
+def test_kernels_of_every_k(k, taken):
+    for architecture in ARCHITECTURES:
+        for layout in LAYOUTS.values():
+            for name in CASES:
+                if taken(k, architecture, layout, name):
+                    check(cuda.Host(*layout, architecture), k, name)
+
+
+@pytest.mark.parametrize("k", [3])
+def test_the_same_bits_whoever_is_beside(k):
+    """An instance alone, in a batch, by either layout's order of sums: lanes do not read one another's instances."""
+    xs = batch(k, 33, 24, FLOAT32)
+    for lanes, instances in ((8, 4), (8, 16), (32, 1)):
+        host = cuda.Host(lanes, instances)
+        options = None, None, 0.3, True, True, spec.ALIGNMENT | spec.SIGMA | spec.U
+        together, _ = host.forward(xs, *options)
+        for i in (0, 5, 32):
+            alone, _ = host.forward([x[i : i + 1] for x in xs], *options)
+            for x, y in zip(alone, together, strict=True):
+                assert torch.equal(x[0].nan_to_num(7.0), y[i].nan_to_num(7.0))
+
+
+def test_ptx_calls_nothing_and_keeps_nothing_in_local_memory():
+    code = cuda.compiled(3)
+    assert not re.search(r"\bcall\b|\.local\b", code)
+
+
+MISTAKES = {
+    "a barrier left out": ("  __syncwarp();\n  Sums found", "  Sums found", ptx.RaceError),
+    "the sum of a block before all are there": ("  __syncthreads();\n", "", ptx.RaceError),
+    "a bound left out": (
+        "  if (i >= b.B) return;\n  const auto kept = [&](int at",
+        "  const auto kept = [&](int at",
+        ptx.MemoryFaultError,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_raise(name, tmp_path, monkeypatch):
+    """What the agreement above is worth: with a barrier or a bound left out there is none."""
+    old, new, error = MISTAKES[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / "spectral.cu"
+    text = source.read_text()
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new))
+    monkeypatch.setattr(cuda, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(cuda, "compiled", cuda.compiled.__wrapped__)
+    with pytest.raises(error):
+        check(cuda.Host(), 3, "everything")
+
+
+KERNELS = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
+# Those whose registers hold everything up to k = 7.
+WITHOUT_SPILLS = ("forward", "vectors", "backward", "dots", "decompose")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 7, 8])
+def test_kernels_compile(k, tmp_path, taken):
+    """For every architecture, with nothing to be warned of; and which of them spill registers."""
+    for architecture in ARCHITECTURES:
+        if not taken(k, architecture):
+            continue
+        output = str(tmp_path / f"{architecture}.cubin")
+        command = cuda.command(k, architecture, "-cubin", "-Xptxas", "-v", "-o", output)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+        found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores", done.stderr, re.DOTALL)
+        assert {name.split("_")[0] for name, _ in found} == KERNELS
+        spilling = [name for name, spilled in found if int(spilled) > 16 and name.startswith(WITHOUT_SPILLS)]
+        assert k == 8 or not spilling, spilling
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_contract(sampled):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.tools.cuda",
+            "tests/contract",
+            "-k",
+            "cuda",
+            *sampled(24, "--every"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
