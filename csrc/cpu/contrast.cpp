@@ -284,6 +284,18 @@ struct Paired {
   }
 };
 
+// function(i) for i < count products: a thread each where they come out even, are worth waking one and have small tiles,
+// since then nobody waits for anybody; else one after the other, each by all threads.
+template <class Function>
+void over_products(int64_t count, int64_t n, int64_t columns, Function function) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool even = count >= threads && (count % threads == 0 || count >= 4 * threads);
+  const bool apart = threads > 1 && even && n * columns >= kLeastApart && n * columns <= kMostApart;
+  torch::stable::parallel_for(0, count, apart ? 1 : std::max<int64_t>(1, count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i);
+  });
+}
+
 template <class Element>
 std::tuple<Tensor, Tensor, Tensor> forward_of(Paired<Element> in) {
   const Tensor& like = in.vectors[0];
@@ -293,35 +305,33 @@ std::tuple<Tensor, Tensor, Tensor> forward_of(Paired<Element> in) {
   in.remember(memory);
   Tensor losses = zeros<double>(like, {in.directions(), in.count(), in.n});
   double* out = static_cast<double*>(losses.mutable_data_ptr());
-  Element* saved = memory + in.measured();
-  int64_t kept = in.kept();
-  double total = 0;
-  for (int64_t p = 0; p < in.count(); ++p)
-    for (int64_t product = 0; product < in.products(); ++product) {
-      const auto sides = in.sides(p, product == 1);
-      std::vector<double> of_rows, of_columns;
-      in.contrast(p, sides).forward(sides.a, sides.b, of_rows, of_columns, kept > 0 ? saved : nullptr, in.room());
-      if (kept-- > 0) saved += in.room();
-      const auto put = [&](int64_t direction, const Side<Element>& side, const std::vector<double>& found) {
-        for (int64_t i = 0; i < sides.paired; ++i) {
-          out[(direction * in.count() + p) * in.n + side.origin(i, in.start) - in.start] = found[i];
-          total += found[i];
-        }
-      };
-      put(product, sides.a, of_rows);
-      if (in.mode() == Mode::kBoth) put(1, sides.b, of_columns);
-    }
-  return {scalar<Element>(like, total / in.number() * (in.temperature / in.temperature)), losses, state};
+  const int64_t products = in.products() * in.count();
+  std::vector<double> totals(products, 0.0);
+  over_products(products, in.n, in.N, [&](int64_t at) {
+    const int64_t p = at / in.products(), product = at % in.products();
+    const auto sides = in.sides(p, product == 1);
+    std::vector<double> of_rows, of_columns;
+    Element* saved = at < in.kept() ? memory + in.measured() + at * in.room() : nullptr;
+    in.contrast(p, sides).forward(sides.a, sides.b, of_rows, of_columns, saved, in.room());
+    const auto put = [&](int64_t direction, const Side<Element>& side, const std::vector<double>& found) {
+      for (int64_t i = 0; i < sides.paired; ++i) {
+        out[(direction * in.count() + p) * in.n + side.origin(i, in.start) - in.start] = found[i];
+        totals[at] += found[i];
+      }
+    };
+    put(product, sides.a, of_rows);
+    if (in.mode() == Mode::kBoth) put(1, sides.b, of_columns);
+  });
+  return {scalar<Element>(like, total_of(totals) / in.number() * (in.temperature / in.temperature)), losses, state};
 }
 
-// The gradients of all vectors, to which one pair after the other adds.
+// The gradients of all vectors, to which pairs add: those without a vector in common at once, others one after the other.
 template <class Element>
 struct Gradients {
   const Paired<Element>& in;
   const Scale& scale;
   std::vector<Tensor> tensors;
-  std::vector<bool> written;
-  std::optional<Tensor> scratch[2];
+  std::vector<char> written;
 
   Gradients(const Paired<Element>& in, const Scale& scale) : in(in), scale(scale), written(in.vectors.size(), false) {
     for (const Tensor& x : in.vectors) tensors.push_back(make(x, {in.n, in.d}, scalar_type<Element>()));
@@ -331,17 +341,18 @@ struct Gradients {
   // Memory for what a pair has for a vector: its gradient itself, or where rows were copied, or are still to be
   // multiplied by the rest of the scale, something to be added to it.
   struct Place {
-    Element* data;
-    bool add;
+    Element* data = nullptr;
+    bool add = false;
+    std::optional<Tensor> scratch;
   };
-  Place begin(int64_t v, bool direct, int which) {
+  Place begin(int64_t v, bool direct) {
     if (direct) {
-      const Place place{of(v), written[v]};
+      const bool add = written[v];
       written[v] = true;
-      return place;
+      return {of(v), add, std::nullopt};
     }
-    if (!scratch[which]) scratch[which] = make(in.vectors[0], {in.n, in.d}, scalar_type<Element>());
-    return {static_cast<Element*>(scratch[which]->mutable_data_ptr()), false};
+    Tensor scratch = make(in.vectors[0], {in.n, in.d}, scalar_type<Element>());
+    return {static_cast<Element*>(scratch.mutable_data_ptr()), false, scratch};
   }
   void end(int64_t v, bool direct, const Place& place, const Side<Element>& side, int64_t first) {
     if (direct) return;
@@ -355,6 +366,24 @@ struct Gradients {
   }
 };
 
+// The pairs in rounds, in each of which no vector comes twice. In the order of their list, each is in the first round that
+// has room for it.
+std::vector<std::vector<int64_t>> rounds(const std::vector<Pair>& pairs, size_t vectors) {
+  std::vector<std::vector<int64_t>> found;
+  std::vector<std::vector<char>> taken;
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    size_t round = 0;
+    while (round < found.size() && (taken[round][pairs[p].a] || taken[round][pairs[p].b])) ++round;
+    if (round == found.size()) {
+      found.emplace_back();
+      taken.emplace_back(vectors, 0);
+    }
+    found[round].push_back(static_cast<int64_t>(p));
+    taken[round][pairs[p].a] = taken[round][pairs[p].b] = 1;
+  }
+  return found;
+}
+
 template <class Element>
 std::tuple<std::vector<Tensor>, Tensor> backward_of(Paired<Element> in, bool slope, const Tensor& losses,
                                                     const Tensor& state, const Tensor& grad) {
@@ -364,30 +393,33 @@ std::tuple<std::vector<Tensor>, Tensor> backward_of(Paired<Element> in, bool slo
   const double* values = static_cast<const double*>(contiguous.const_data_ptr());
   const Element* memory = static_cast<const Element*>(state.const_data_ptr());
   in.remember(memory);
-  const Element* saved = memory + in.measured();
-  int64_t kept = in.kept();
   const Scale scale(grad, in.number(), in.temperature);
   Gradients<Element> gradients(in, scale);
-  double total = 0;
-  for (int64_t p = 0; p < in.count(); ++p)
-    for (int64_t product = 0; product < in.products(); ++product) {
-      const Pair& pair = in.pairs[p];
-      const bool transposed = product == 1, direct = pair.of_a.all && scale.afterwards == 1.0;
-      const bool columns_too = in.mode() == Mode::kBoth;
-      const int64_t rows = transposed ? pair.b : pair.a, columns = transposed ? pair.a : pair.b;
-      auto sides = in.sides(p, transposed);
-      const int64_t other = in.symmetric ? 0 : 1 - product;
-      read_losses(sides.a, in.start, transposed ? pair.of_b : pair.of_a, values + (product * in.count() + p) * in.N);
-      read_losses(sides.b, 0, transposed ? pair.of_a : pair.of_b, values + (other * in.count() + p) * in.N);
-      const auto to_rows = gradients.begin(rows, direct, 0);
-      typename Gradients<Element>::Place to_columns{nullptr, false};
-      if (columns_too) to_columns = gradients.begin(columns, direct, 1);
-      total += in.contrast(p, sides).backward(sides.a, sides.b, scale.now, slope, kept > 0 ? saved : nullptr,
-                                              to_rows.data, to_rows.add, to_columns.data, to_columns.add);
-      if (kept-- > 0) saved += in.room();
-      gradients.end(rows, direct, to_rows, sides.a, in.start);
-      if (columns_too) gradients.end(columns, direct, to_columns, sides.b, 0);
-    }
+  std::vector<double> totals(in.products() * in.count(), 0.0);
+  const auto add = [&](int64_t p, int64_t product) {
+    const Pair& pair = in.pairs[p];
+    const bool transposed = product == 1, direct = pair.of_a.all && scale.afterwards == 1.0;
+    const bool columns_too = in.mode() == Mode::kBoth;
+    const int64_t rows = transposed ? pair.b : pair.a, columns = transposed ? pair.a : pair.b;
+    const int64_t at = p * in.products() + product;
+    auto sides = in.sides(p, transposed);
+    const int64_t other = in.symmetric ? 0 : 1 - product;
+    read_losses(sides.a, in.start, transposed ? pair.of_b : pair.of_a, values + (product * in.count() + p) * in.N);
+    read_losses(sides.b, 0, transposed ? pair.of_a : pair.of_b, values + (other * in.count() + p) * in.N);
+    const auto to_rows = gradients.begin(rows, direct);
+    typename Gradients<Element>::Place to_columns;
+    if (columns_too) to_columns = gradients.begin(columns, direct);
+    const Element* saved = at < in.kept() ? memory + in.measured() + at * in.room() : nullptr;
+    totals[at] = in.contrast(p, sides).backward(sides.a, sides.b, scale.now, slope, saved, to_rows.data, to_rows.add,
+                                                to_columns.data, to_columns.add);
+    gradients.end(rows, direct, to_rows, sides.a, in.start);
+    if (columns_too) gradients.end(columns, direct, to_columns, sides.b, 0);
+  };
+  for (const std::vector<int64_t>& round : rounds(in.pairs, in.vectors.size()))
+    over_products(static_cast<int64_t>(round.size()), in.n, in.N, [&](int64_t i) {
+      for (int64_t product = 0; product < in.products(); ++product) add(round[i], product);
+    });
+  const double total = total_of(totals);
   gradients.finish();
   return {gradients.tensors, scalar<double>(in.vectors[0], -total * scale.now * scale.afterwards)};
 }

@@ -41,6 +41,8 @@ namespace {
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kTallestTile = 512;
 constexpr int64_t kTileSize = int64_t(1) << 22;   // numbers in a tile at most, unless it has only 32 rows
+constexpr int64_t kLeastApart = int64_t(1) << 14;  // similarities of a product that a thread takes alone, at least
+constexpr int64_t kMostApart = int64_t(1) << 22;   // and at most
 constexpr int64_t kSavedSize = int64_t(1) << 23;  // similarities kept for the backward pass at most
 
 int64_t padded(int64_t n) { return (n + kTilePadding - 1) / kTilePadding * kTilePadding; }

@@ -35,6 +35,28 @@ def test_states_of_contrasts_are_as_large_as_their_fakes(rows):
         assert OPS.paired_forward(*arguments)[2].shape == native._forward_shapes(*arguments)[2].shape
 
 
+@pytest.mark.parametrize("contrast", ["modality", "leave_one_out", "pairs"])
+@pytest.mark.parametrize("k", [3, 4, 5])
+def test_threads_share_products(contrast, k):
+    """With several threads each takes products of its own where they come out even; absent rows are left out."""
+    xs = [x.detach() for x in modalities(k, 150, 9, torch.float32)]
+    mask = torch.ones(150, k, dtype=torch.bool)
+    mask[7, 0] = mask[9, 1] = False
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, m in itertools.product((1, 2, 3, 4), (None, mask)):
+            torch.set_num_threads(threads)
+            leaves = [x.clone().requires_grad_() for x in xs]
+            tau = torch.tensor(0.2, requires_grad=True)
+            for scale in (1.0, 1e20):
+                loss = pmrl_loss(leaves, mask=m, contrast=contrast, instance_temperature=tau, backend="native")
+                results.append([loss.detach(), *torch.autograd.grad(loss * scale, [*leaves, tau])])
+    finally:
+        torch.set_num_threads(before)
+    for i, found in enumerate(results):
+        torch.testing.assert_close(found, results[i % 4], rtol=2e-5, atol=1e-7 * results[i % 4][1].abs().max().item())
+
+
 @pytest.mark.parametrize("group", [False, True], ids=["one process", "of several"])
 def test_a_state_is_the_same_whatever_the_number_of_threads(group):
     """The backward pass may run with another one: tiles are taller the more threads there are."""
