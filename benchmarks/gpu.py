@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,14 @@ if __name__ == "__main__" and "--dry-run" in sys.argv:
 import torch
 from lib import accuracy, cases, figures, formulations, report, run
 from lib.cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
-from lib.measure import Clock, captured
+from lib.measure import Clock
+from lib.on_gpu import Row, Work, times
 from lib.report import number, table
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
 
-LONGEST = 4.0  # a call that is expected to take longer is not made
-FULL_SVD_BATCH = 256
 OURS = "triton"
 
 SHAPES = tuple((B, 512, 4) for B in (64, 256, 1024, 4096, 16384, 65536))
@@ -49,9 +48,6 @@ MORE_SHAPES = (
 )
 HALF_SHAPES = tuple((B, 512, 4) for B in (256, 4096, 65536))
 DRY_SHAPES = ((3, 20, 3),)
-
-Row = dict[str, Any]
-Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
 
 
 def _by_driver(driver: str | None, xs: Sequence[Tensor]) -> Tensor:
@@ -117,28 +113,6 @@ def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:
 # ------------------------------------------------------------------------------------------------
 
 
-def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
-    call = functools.partial(contender.step, xs)
-    call()
-    clock.wait()
-    gpu = clock.device == "cuda"
-    if gpu:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    once = clock.seconds(call, 1)
-    row: Row = {"peak_MiB": (torch.cuda.max_memory_allocated() - before) / 2**20} if gpu else {}
-    row["wall_us"] = 1e6 * clock.median(call, once)
-    if contender.waits:
-        row["no_graph"] = "torch.linalg makes the host wait"
-    elif gpu:
-        try:
-            row["device_us"] = 1e6 * clock.median(captured(call))
-        except RuntimeError as error:
-            clock.wait()
-            row["no_graph"] = str(error).strip().splitlines()[0][:120]
-    return row
-
-
 def work(candidates: Sequence[Contender], dry: bool) -> list[Work]:
     """In order of importance. In bfloat16 only what is ours, and the scales."""
     if dry:
@@ -150,32 +124,6 @@ def work(candidates: Sequence[Contender], dry: bool) -> list[Work]:
         (SHAPES, torch.float32, [c for c in candidates if c not in ours]),
         (MORE_SHAPES, torch.float32, candidates),
     ]
-
-
-def times(wanted: Sequence[Work], clock: Clock, deadline: float) -> Iterator[Row]:
-    """``deadline`` by time.monotonic()."""
-    pace: dict[str, float] = {}  # seconds for an element of the embeddings, at the contender's last shape
-    for shapes, dtype, candidates in wanted:
-        for B, d, k in shapes:
-            xs = embeddings(Case(B, d, k, clock.device), dtype=dtype)
-            for contender in candidates:
-                name = contender.name
-                row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": name}
-                large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
-                expected = pace.get(name, 0.0) * B * d * k
-                if large or (k > 8 and contender.rival == "compiled"):
-                    continue
-                if time.monotonic() > deadline:
-                    yield row | {"not_run": "no time was left"}
-                elif expected > LONGEST:
-                    yield row | {"not_run": f"expected to take {expected:.0f} s a call"}
-                else:
-                    try:
-                        row |= measured(contender, xs, clock)
-                        pace[name] = row["wall_us"] * 1e-6 / (B * d * k)
-                    except Exception as error:  # out of memory, a kernel that does not compile: the others go on
-                        row["not_run"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
-                    yield row
 
 
 def gate(candidates: Sequence[Contender], clock: Clock, dry: bool) -> tuple[list[Contender], list[str]]:

@@ -1,7 +1,7 @@
 """Everything to be known about the package on a GPU, by one command: tests, the benchmark, and on demand the rest.
 
     python benchmarks/gpu_check.py                            # at most eight minutes: facts gpu benchmark contract
-    python benchmarks/gpu_check.py --only tune counters host  # launch parameters, what the hardware counts, the host
+    python benchmarks/gpu_check.py --only contrasts tune counters host  # and launch parameters, the hardware's counters
     python benchmarks/gpu_check.py --only contract --one-in 1 --limit 590
     python benchmarks/gpu_check.py --only gpu memcheck racecheck initcheck synccheck --limit 590
     python benchmarks/gpu_check.py --only wheel --wheel dist/*.whl    # a wheel of another machine
@@ -67,6 +67,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
         "gpu": Step([*pytest, *parallel, "tests/triton/test_gpu.py"], 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
+        "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),
         "counters": Step(
             ["benchmarks/gpu.py", "--once", "65536", "512", "4"],

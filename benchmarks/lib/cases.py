@@ -49,13 +49,9 @@ LEADING = tuple(Case(1024, 512, k) for k in (4, 8, 16, 32))
 
 def embeddings(case: Case, cosine: float = COSINE, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """k random leaves (B, d) that share a part: the expected cosine of two modalities is ``cosine``."""
-    generator = torch.Generator().manual_seed(seed)
-    shared = torch.randn(case.B, case.d, generator=generator)
-    own = torch.randn(case.k, case.B, case.d, generator=generator)
-    return [
-        (cosine**0.5 * shared + (1 - cosine) ** 0.5 * x).to(case.device, dtype).contiguous().requires_grad_()
-        for x in own
-    ]
+    generator = torch.Generator(case.device).manual_seed(seed)  # drawn where they are: a GPU's take a CPU seconds
+    shared, *own = (torch.randn(case.B, case.d, generator=generator, device=case.device) for _ in range(case.k + 1))
+    return [(cosine**0.5 * shared + (1 - cosine) ** 0.5 * x).to(dtype).contiguous().requires_grad_() for x in own]
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from .formulations import alignment, coefficients, combine, products, spectrum
 
 def instance_contrast(x: Tensor, tau: float) -> Tensor:
     u = normalize(x, dim=1)
-    return cross_entropy(u @ u.T / tau, torch.arange(len(u)))
+    return cross_entropy(u @ u.T / tau, torch.arange(len(u), device=u.device))
 
 
 def all_pairs(embeddings: Sequence[Tensor], tau: float) -> Tensor:
     """InfoNCE over all pairs of modalities, both ways."""
-    zs, everyone = [normalize(x, dim=1) for x in embeddings], torch.arange(len(embeddings[0]))
+    zs = [normalize(x, dim=1) for x in embeddings]
+    everyone = torch.arange(len(zs[0]), device=zs[0].device)
     total = embeddings[0].new_zeros(())
     for m in range(len(zs)):
         for n in range(m):
@@ -46,7 +47,7 @@ def all_pairs(embeddings: Sequence[Tensor], tau: float) -> Tensor:
 
 
 def _objective(sigma: Tensor, u: Tensor, temperature: float, tau: float) -> Tensor:
-    return alignment(sigma, temperature) + cross_entropy(u @ u.T / tau, torch.arange(len(u)))
+    return alignment(sigma, temperature) + cross_entropy(u @ u.T / tau, torch.arange(len(u), device=u.device))
 
 
 def reduced_svd(embeddings: Sequence[Tensor], temperature: float, tau: float) -> Tensor:

@@ -134,7 +134,7 @@ PMRL_INLINE bool is_scaled(const Batch& b, const Block& block, int lane) {
 }
 
 // Zeros for what only a decomposition finds.
-PMRL_INLINE void leave_undecomposed(const Settings& s, const State& state) {
+PMRL_INLINE void leave_undecomposed(const State& state) {
   const int64_t numbers = state.inverse_norms - state.values;
   for (int64_t i = 0; i < numbers; ++i) state.values[i] = 0.0;
 }
@@ -167,7 +167,7 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
     normalise_gram(G, columns, k);
     for (int m = 0; m < k; ++m) columns.inverse_norms.at[m].store(state.inverse_norms + m * kLanes);
   }
-  if (!s.decompose) return leave_undecomposed(s, state);
+  if (!s.decompose) return leave_undecomposed(state);
   Pack trace(0.0);
   for (int m = 0; m < k; ++m) trace = trace + G.at[m][m];
   Matrix<K, Pack> kept;  // eigenpairs overwrites G

@@ -267,10 +267,14 @@ def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
     arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "400", "--limit", "900"]
     command = [sys.executable, str(FOLDER / "gpu_check.py"), *arguments, "--only"]
     done = subprocess.run(
-        [*command, "facts", "gpu", "benchmark", "tune", "host", "contract"], capture_output=True, text=True
+        [*command, "facts", "gpu", "benchmark", "contrasts", "tune", "host", "contract"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert {path.name for path in tmp_path.iterdir()} >= {"gpu-check.log", "gpu.json", "gpu.csv", "tune.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "gpu-check.log", "gpu.json", "gpu.csv", "gpu-contrast.json", "tune.json",
+    }  # fmt: skip
     tuned = json.loads((tmp_path / "tune.json").read_text())
     assert {row["kernel"] for row in tuned["kernels"]} >= {"gram_kernel", "solve_kernel", "forward_kernel"}
     unknown = subprocess.run([*command, "facts", "fact"], capture_output=True, text=True)

@@ -1,0 +1,177 @@
+"""The contrasts and the whole objective on a GPU, forward + backward: eager wall time, device time, peak memory.
+
+    python benchmarks/gpu_contrast.py              # B = 256 to 65536; --limit SECONDS ends it sooner
+    python benchmarks/gpu_contrast.py --dry-run    # toy sizes on the CPU, kernels interpreted: does the program run?
+
+Beside ours stand the same losses as they are written with ``F.cross_entropy``, eager and compiled, with matrix products
+in float32 and in TF32 ("high"), and the products alone that no formulation is spared: 2 B x B x d of an instance
+contrast, in float32, TF32 and float16. Wall and device time are those of gpu.py. Nothing is timed that does not agree
+with the reference in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+if __name__ == "__main__" and "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import torch
+from lib import objectives, report, run
+from lib.accuracy import doubled
+from lib.cases import Case, Contender, embeddings
+from lib.measure import Clock
+from lib.on_gpu import Row, Work, times
+from lib.report import number, table
+from torch import Tensor
+
+from pmrl_kernels import instance_contrastive_loss, pmrl_loss
+
+TAU, CONTRAST_TAU = 0.05, 0.1
+BACKEND = "triton"
+BATCHES = (256, 1024, 4096, 16384, 65536)
+DRY_BATCHES = (5,)
+D, K, DRY_D, DRY_K = 512, 4, 12, 3
+TOLERANCE = {"highest": 1e-5, "high": 5e-2}
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+def _instance(xs: Sequence[Tensor], backend: str = BACKEND) -> Tensor:
+    return instance_contrastive_loss(xs[0], CONTRAST_TAU, backend=backend)
+
+
+def _pmrl(xs: Sequence[Tensor], contrast: str, backend: str = BACKEND) -> Tensor:
+    return pmrl_loss(
+        xs, temperature=TAU, instance_temperature=CONTRAST_TAU, alignment_weight=float(contrast != "pairs"),
+        contrast=contrast, backend=backend,
+    )  # fmt: skip
+
+
+def _cross_entropy(xs: Sequence[Tensor]) -> Tensor:
+    return objectives.instance_contrast(xs[0], CONTRAST_TAU)
+
+
+@functools.cache
+def _compiled() -> Loss:
+    return torch.compile(lambda xs: objectives.instance_contrast(xs[0], CONTRAST_TAU), dynamic=False)
+
+
+def _all_pairs(xs: Sequence[Tensor]) -> Tensor:
+    return objectives.all_pairs(xs, CONTRAST_TAU)
+
+
+def _products(xs: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    with torch.no_grad():
+        x = xs[0].detach().to(dtype)
+        return [(x @ x.T) @ x]
+
+
+def _at(precision: str, contender: Contender) -> Contender:
+    """The same with ``torch.set_float32_matmul_precision``."""
+
+    def step(xs: Sequence[Tensor]) -> Sequence[Tensor]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            used = contender.step(xs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return used
+
+    return Contender(f"{contender.name}, {precision}", f"{contender.column} {precision}", contender.loss, step)
+
+
+def _of_one(name: str, loss: Loss) -> Contender:
+    """Of the first embedding alone, with its gradient."""
+    return Contender(name, name, loss, lambda xs: torch.autograd.grad(loss(xs), xs[:1]))
+
+
+def contenders(dry: bool) -> list[Contender]:
+    found = [
+        _of_one("instance", _instance),
+        *(Contender(f"pmrl, {c}", c, functools.partial(_pmrl, contrast=c)) for c in ("leading", "leave_one_out")),
+        *(Contender(f"pmrl, {c}", c, functools.partial(_pmrl, contrast=c)) for c in ("modality", "pairs")),
+        _of_one("F.cross_entropy", _cross_entropy),
+        _at("high", _of_one("F.cross_entropy", _cross_entropy)),
+        Contender("F.cross_entropy, all pairs", "all pairs", _all_pairs),
+        Contender("2 products, float32", "float32", work=functools.partial(_products, dtype=torch.float32)),
+        _at("high", Contender("2 products", "tf32", work=functools.partial(_products, dtype=torch.float32))),
+        Contender("2 products, float16", "float16", work=functools.partial(_products, dtype=torch.float16)),
+    ]
+    if not dry:
+        compiled = _of_one("F.cross_entropy, compiled", lambda xs: _compiled()(xs))
+        found += [compiled, _at("high", compiled)]
+    return found
+
+
+def gate(candidates: Sequence[Contender], device: str) -> None:
+    """Leaves the process where a loss is not that of float64."""
+    xs = embeddings(Case(*((7, 12, 3) if device == "cpu" else (300, 64, 4)), device))
+    doubles = doubled(xs)
+    exact: dict[str, Loss] = {
+        "instance": functools.partial(_instance, backend="reference"),
+        **{
+            f"pmrl, {c}": functools.partial(_pmrl, contrast=c, backend="reference")
+            for c in ("leading", "leave_one_out", "modality", "pairs")
+        },
+    }
+    exact["F.cross_entropy"], exact["F.cross_entropy, all pairs"] = exact["instance"], exact["pmrl, pairs"]
+    for one in candidates:
+        if one.loss is None:
+            continue
+        name = one.name.removesuffix(", high").removesuffix(", compiled")
+        grads, wanted = one.step(xs), torch.autograd.grad(exact[name](doubles), doubles, allow_unused=True)
+        for x, y in zip(grads, wanted, strict=False):
+            error = ((x.double() - y).abs().max() / y.abs().max()).item()
+            if not error <= TOLERANCE["high" if one.name.endswith("high") else "highest"]:
+                sys.exit(f"{one.name}: its gradient is {error:.1e} from the reference in float64. Nothing is timed.")
+
+
+def text(results: dict[str, Any]) -> str:
+    rows: list[Row] = results["time"]
+    lines = [report.facts(results["conditions"]), ""]
+    for kind, what in (("wall_us", "Wall"), ("device_us", "Device (graph replay)"), ("peak_MiB", "Peak memory")):
+        unit, scale = ("GiB", 1 / 1024) if kind == "peak_MiB" else ("ms", 1e-3)
+        batches = list(dict.fromkeys(row["B"] for row in rows))
+        cells = []
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            found = {row["B"]: row[kind] * scale for row in rows if row["contender"] == name and kind in row}
+            cells.append([name, *(number(found.get(B)) for B in batches)])
+        lines += [table([f"{what}, {unit}; B =", *map(str, batches)], cells), ""]
+    said = [f"not run at B = {row['B']}: {row['contender']}: {row['not_run']}" for row in rows if "not_run" in row]
+    said += [f"no graph at B = {row['B']}: {row['contender']}: {row['no_graph']}" for row in rows if "no_graph" in row]
+    return "\n".join([*lines, *said])
+
+
+def main() -> None:
+    parser = run.parser(
+        __doc__, dry_run="toy sizes on the CPU, kernels interpreted", output="folder for gpu-contrast.json"
+    )
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
+    options = parser.parse_args()
+    dry, deadline = options.dry_run, time.monotonic() + options.limit
+    clock = Clock("cpu" if dry else "cuda")
+    candidates = contenders(dry)
+    gate(candidates, clock.device)
+    d, k, batches = (DRY_D, DRY_K, DRY_BATCHES) if dry else (D, K, BATCHES)
+    wanted: list[Work] = [([(B, d, k)], torch.float32, candidates) for B in batches]
+    rows: list[Row] = []
+    results = {"conditions": run.on_a_gpu(clock.device), "time": rows}
+    folder = options.output or (None if dry else run.RESULTS)
+    with run.progress(len(candidates) * len(batches)) as bar:
+        for row in times(wanted, clock, deadline, order=2):
+            rows.append(row)
+            bar.update()
+            if folder:
+                run.write_json(results, folder / "gpu-contrast.json")
+    print(text(results))
+
+
+if __name__ == "__main__":
+    main()

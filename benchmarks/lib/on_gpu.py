@@ -1,0 +1,70 @@
+"""Contenders on a GPU, one after the other: eager wall time, device time, peak memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case, Contender, embeddings
+from .measure import Clock, captured
+
+LONGEST = 4.0  # a call that is expected to take longer is not made
+FULL_SVD_BATCH = 256
+
+Row = dict[str, Any]
+Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
+"""Shapes (B, d, k), and who is timed there."""
+
+
+def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
+    call = functools.partial(contender.step, xs)
+    call()
+    clock.wait()
+    gpu = clock.device == "cuda"
+    if gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    once = clock.seconds(call, 1)
+    row: Row = {"peak_MiB": (torch.cuda.max_memory_allocated() - before) / 2**20} if gpu else {}
+    row["wall_us"] = 1e6 * clock.median(call, once)
+    if contender.waits:
+        row["no_graph"] = "torch.linalg makes the host wait"
+    elif gpu:
+        try:
+            row["device_us"] = 1e6 * clock.median(captured(call))
+        except RuntimeError as error:
+            clock.wait()
+            row["no_graph"] = str(error).strip().splitlines()[0][:120]
+    return row
+
+
+def times(wanted: Sequence[Work], clock: Clock, deadline: float, order: int = 1) -> Iterator[Row]:
+    """``deadline`` by time.monotonic(); ``order``: of the time, in the number of elements."""
+    last: dict[str, tuple[float, int]] = {}  # seconds of a contender's last call, and of how many elements that was
+    for shapes, dtype, candidates in wanted:
+        for B, d, k in shapes:
+            xs = embeddings(Case(B, d, k, clock.device), dtype=dtype)
+            for contender in candidates:
+                name = contender.name
+                row: Row = {"B": B, "d": d, "k": k, "dtype": str(dtype).removeprefix("torch."), "contender": name}
+                large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
+                seconds, elements = last.get(name, (0.0, 1))
+                expected = seconds * max(1.0, (B * d * k / elements) ** order)
+                if large or (k > 8 and contender.rival == "compiled"):
+                    continue
+                if time.monotonic() > deadline:
+                    yield row | {"not_run": "no time was left"}
+                elif expected > LONGEST:
+                    yield row | {"not_run": f"expected to take {expected:.0f} s a call"}
+                else:
+                    try:
+                        row |= measured(contender, xs, clock)
+                        last[name] = row["wall_us"] * 1e-6, B * d * k
+                    except Exception as error:  # out of memory, a kernel that does not compile: the others go on
+                        row["not_run"] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+                    yield row
