@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from lib.report import number, table
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops
 
-OURS = "triton"
+OURS = ("cuda", "triton")
 
 SHAPES = tuple((B, 512, 4) for B in (64, 256, 1024, 4096, 16384, 65536))
 MORE_SHAPES = (
@@ -67,8 +67,8 @@ def _copy(xs: Sequence[Tensor]) -> Sequence[Tensor]:
         return [x.clone() for x in xs]
 
 
-def _triplet(xs: Sequence[Tensor]) -> Sequence[Tensor]:
-    sigma, u, _ = dominant_singular_triplet(*xs, backend=OURS)
+def _triplet(xs: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+    sigma, u, _ = dominant_singular_triplet(*xs, backend=backend)
     return torch.autograd.grad((sigma.sum(), u.sum()), xs)
 
 
@@ -80,17 +80,24 @@ def contenders(dry: bool) -> tuple[Contender, ...]:
     return (
         *(c for c in in_torch if not (dry and c.rival == "compiled")),
         cases.REFERENCE,
-        Contender(OURS, OURS, cases.ours(OURS), tolerance=1e-6),
-        Contender(f"{OURS}, leading", "leading", work=_leading),
-        Contender(f"{OURS}, triplet", "triplet", work=_triplet),
-        Contender(f"{OURS}, sums in pairs of float32", "pairs", work=_in_double_float),
+        *(one for name in OURS if name in ops.available for one in _ours(name)),
+        Contender("triton, sums in pairs of float32", "pairs", work=_in_double_float),
         Contender("F.mse_loss", "mse_loss", work=_squared_error),
         Contender("copy", "copy", work=_copy),
     )
 
 
+def _ours(name: str) -> list[Contender]:
+    most = 8 if name == "cuda" else None
+    return [
+        Contender(name, name, cases.ours(name), tolerance=1e-6, most=most),
+        Contender(f"{name}, leading", f"{name} leading", work=functools.partial(_leading, backend=name), most=most),
+        Contender(f"{name}, triplet", f"{name} triplet", work=functools.partial(_triplet, backend=name), most=most),
+    ]
+
+
 def _of_ours(contender: Contender) -> bool:
-    return OURS in contender.name
+    return contender.name.partition(",")[0] in OURS
 
 
 def _in_double_float(xs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -99,13 +106,13 @@ def _in_double_float(xs: Sequence[Tensor]) -> Sequence[Tensor]:
 
     sums, runtime.SUMS = runtime.SUMS, "float32"
     try:
-        return torch.autograd.grad(cases.ours(OURS)(xs), xs)
+        return torch.autograd.grad(cases.ours("triton")(xs), xs)
     finally:
         runtime.SUMS = sums
 
 
-def _leading(xs: Sequence[Tensor]) -> Sequence[Tensor]:
-    return torch.autograd.grad(dominant_sv_loss(xs, objective="leading", backend=OURS), xs)
+def _leading(xs: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+    return torch.autograd.grad(dominant_sv_loss(xs, objective="leading", backend=backend), xs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,11 +125,15 @@ def work(candidates: Sequence[Contender], dry: bool) -> list[Work]:
     if dry:
         return [(DRY_SHAPES, torch.float32, candidates)]
     ours = [c for c in candidates if _of_ours(c) or c.loss is None]
+    compiled = [c for c in candidates if c.rival == "compiled"]  # which takes minutes
+    rivals = [c for c in candidates if c not in (*ours, *compiled)]
     return [
         (SHAPES, torch.float32, ours),
         (HALF_SHAPES, torch.bfloat16, ours),
-        (SHAPES, torch.float32, [c for c in candidates if c not in ours]),
-        (MORE_SHAPES, torch.float32, candidates),
+        (SHAPES, torch.float32, rivals),
+        (MORE_SHAPES, torch.float32, ours),
+        (MORE_SHAPES, torch.float32, rivals),
+        *((shapes, torch.float32, compiled) for shapes in (SHAPES, MORE_SHAPES)),
     ]
 
 
@@ -150,6 +161,18 @@ def gate(candidates: Sequence[Contender], clock: Clock, dry: bool) -> tuple[list
     return kept, left_out
 
 
+def gated(wanted: Sequence[Work], clock: Clock, dry: bool, left_out: list[str]) -> Iterator[Work]:
+    """Each of them with those that agree, asked as late as can be: to compile a rival may take a minute. ``left_out``
+    says who does not."""
+    judged: dict[str, bool] = {}
+    for shapes, dtype, candidates in wanted:
+        kept, said = gate([c for c in candidates if c.name not in judged], clock, dry)
+        for one in candidates:
+            judged.setdefault(one.name, one in kept)
+        left_out += said
+        yield shapes, dtype, [c for c in candidates if judged[c.name]]
+
+
 def _prepare(name: str, B: int, d: int, k: int, dtype: torch.dtype, device: str) -> None:
     (contender,) = (c for c in contenders(device == "cpu") if c.name == name)
     contender.step(embeddings(Case(B, d, k, device), dtype=dtype))
@@ -159,13 +182,14 @@ def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     """Fills Triton's cache with our kernels for all shapes, on all cores: one would take minutes."""
     from pmrl_kernels.ops.spectral.triton import launch
 
-    small = DRY_SHAPES[0][0] if device == "cpu" else 16
-    jobs = {  # beyond 256 columns kernels are the same
-        (c.name, small if B <= launch.LATENCY_BATCH else launch.LATENCY_BATCH + 1, min(d, 256), k, dtype, device)
+    # One batch of each size; beyond 256 columns kernels are the same.
+    batches = (DRY_SHAPES[0][0] if device == "cpu" else 16, launch.LATENCY_BATCH + 1, launch.SPREAD_BATCH + 1)
+    jobs = {
+        (c.name, batches[launch.size_of(B)], min(d, 256), k, dtype, device)
         for shapes, dtype, candidates in wanted
         for B, d, k in shapes
         for c in candidates
-        if _of_ours(c)
+        if _of_ours(c) and c.name.startswith("triton")
     }
     slowest_first = sorted(jobs, key=lambda job: -job[3])
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -219,20 +243,21 @@ def marks(rows: Sequence[Row], bandwidth: float) -> list[str]:
             lines.append(f"{what}: {number(ratio)}, {bound}")
 
     lines: list[str] = []
-    for shape, dtype, most in NEAR_LEAST:
-        size = dict(zip(("B", "d", "k"), shape, strict=True)) | {"dtype": dtype}
-        found = of(shape, OURS, "device_us", dtype)
-        line(f"{shape}, {dtype}: device time over the least", found, least_us(size, bandwidth), most)
-    for shape, most in NEAR_MSE:
-        wall = of(shape, OURS, "wall_us")
-        line(f"{shape}: eager wall over F.mse_loss", wall, of(shape, "F.mse_loss", "wall_us"), most)
-    line(f"{REPLAY[0]}: device µs", of(REPLAY[0], OURS, "device_us"), 1.0, REPLAY[1])
-    shape, times_as_fast = OVER_FULL_SVD
-    full = of(shape, "full SVD", "wall_us")
-    line(f"{shape}: full SVD's wall over ours", full, of(shape, OURS, "wall_us"), times_as_fast, least=True)
-    memory = of(shape, "full SVD", "peak_MiB"), of(shape, OURS, "peak_MiB")
-    if None not in memory:
-        lines.append(f"{shape}: peak memory {number(memory[1])} MiB, full SVD {number(memory[0])} MiB")
+    for ours in OURS:
+        for shape, dtype, most in NEAR_LEAST:
+            size = dict(zip(("B", "d", "k"), shape, strict=True)) | {"dtype": dtype}
+            found = of(shape, ours, "device_us", dtype)
+            line(f"{ours}, {shape}, {dtype}: device time over the least", found, least_us(size, bandwidth), most)
+        for shape, most in NEAR_MSE:
+            wall = of(shape, ours, "wall_us")
+            line(f"{ours}, {shape}: eager wall over F.mse_loss", wall, of(shape, "F.mse_loss", "wall_us"), most)
+        line(f"{ours}, {REPLAY[0]}: device µs", of(REPLAY[0], ours, "device_us"), 1.0, REPLAY[1])
+        shape, times_as_fast = OVER_FULL_SVD
+        full = of(shape, "full SVD", "wall_us")
+        line(f"{ours}, {shape}: full SVD's wall over it", full, of(shape, ours, "wall_us"), times_as_fast, least=True)
+        memory = of(shape, "full SVD", "peak_MiB"), of(shape, ours, "peak_MiB")
+        if None not in memory:
+            lines.append(f"{ours}, {shape}: peak memory {number(memory[1])} MiB, full SVD {number(memory[0])} MiB")
     return lines
 
 
@@ -262,14 +287,14 @@ def text(results: dict[str, Any]) -> str:
             "",
         ]
     losing = [
-        f"{row['B']}, {row['d']}, {row['k']}: {row['contender']} {number(row['wall_us'])} µs"
+        f"{ours['contender']} at {row['B']}, {row['d']}, {row['k']}: {row['contender']} {number(row['wall_us'])} µs"
         for row in rows
         for ours in rows
-        if ours["contender"] == OURS
+        if ours["contender"] in OURS
         and all(ours[key] == row[key] for key in ("B", "d", "k", "dtype"))
         and row.get("wall_us", float("inf")) < ours.get("wall_us", float("inf"))
         and row["contender"] not in ("F.mse_loss", "copy")
-        and OURS not in row["contender"]
+        and row["contender"].partition(",")[0] not in OURS
     ]
     lines += [*marks(rows, bandwidth), ""]
     lines += [f"not timed: {said}" for said in results["left_out"]]
@@ -298,17 +323,16 @@ def main() -> None:
     clock = Clock("cpu" if dry else "cuda")
     candidates: Sequence[Contender] = contenders(dry)
     if options.once:
-        contender = next(c for c in candidates if c.name == OURS)
-        for _ in range(2):
-            contender.step(embeddings(Case(*options.once, clock.device)))
+        for contender in (c for c in candidates if c.name in OURS):
+            for _ in range(2):
+                contender.step(embeddings(Case(*options.once, clock.device)))
         return clock.wait()
-    compile_ahead(work(candidates, dry), clock.device)
-    candidates, left_out = gate(candidates, clock, dry)
-    wanted, rows = work(candidates, dry), []
-    results = {"conditions": run.on_a_gpu(clock.device), "left_out": left_out, "time": rows}
+    wanted, rows, left_out = work(candidates, dry), [], []
+    compile_ahead(wanted, clock.device)
+    results: dict[str, Any] = {"conditions": run.on_a_gpu(clock.device), "left_out": left_out, "time": rows}
     folder = options.output or (None if dry else run.RESULTS)
     with run.progress(sum(len(shapes) * len(some) for shapes, _, some in wanted)) as bar:
-        for row in times(wanted, clock, deadline):
+        for row in times(gated(wanted, clock, dry, left_out), clock, deadline):
             rows.append(row)
             bar.set_description(f"{row['B']}, {row['d']}, {row['k']}: {row['contender']}")
             bar.update()

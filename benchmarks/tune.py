@@ -73,59 +73,68 @@ def product(**values: Sequence[int]) -> list[Changes]:
     return [dict(zip(values, one, strict=True)) for one in itertools.product(*values.values())]
 
 
-def passes(shape: Shape) -> list[Changes]:
+def passes(shape: Shape, kernel: str) -> list[Changes]:
     """One or two 16-byte loads of each embedding a lane and step."""
     vector = 16 // DTYPES[shape.dtype].itemsize
-    settings = product(
-        pass_rows=(1, 2, 4, 8, 16, 32), pass_warps=(1, 2, 4, 8), pass_block=[n * vector for n in (4, 8, 16, 32, 64)]
-    )
-    lanes = [(s, s["pass_rows"] * s["pass_block"] / (32 * s["pass_warps"] * vector)) for s in settings]
-    return [s for s, each in lanes if each in (1, 2) and s["pass_block"] <= shape.d]
+    names = [f"{kernel}_{what}" for what in ("rows", "warps", "block")]
+    found = []
+    for rows, warps, lanes in itertools.product((1, 2, 4, 8), (1, 2, 4), (8, 16, 32, 64)):
+        if rows * lanes in (32 * warps, 64 * warps) and lanes * vector <= shape.d:
+            found.append(dict(zip(names, (rows, warps, lanes * vector), strict=True)))
+    return found
 
 
 def solves(shape: Shape) -> list[Changes]:
-    lanes = product(lanes=(True,), solve_instances=(32,), solve_part=(4, 8, 16, 32), solve_warps=(1,))
-    more = product(lanes=(True,), solve_instances=(64,), solve_part=(8,), solve_warps=(2,))
-    tiles = product(lanes=(False,), solve_instances=(4, 8), solve_part=(1, 2, 4), solve_warps=(1,))
-    if shape.k > 6:  # an instance in a lane takes more registers than there are, and half a minute to compile
+    tiles = product(lanes=(False,), solve_instances=(4, 8, 16), solve_part=(4,), solve_registers=(0,))
+    if shape.k > 4:  # an instance in a lane takes more registers than there are, and half a minute to compile
         return tiles
-    return [*lanes, *more, *tiles]
+    return [*product(lanes=(True,), solve_instances=(32,), solve_part=(4, 8, 16), solve_registers=(0, 128)), *tiles]
 
 
 def latencies(shape: Shape) -> list[Changes]:
     vector = 16 // DTYPES[shape.dtype].itemsize
     if shape.k > 8:
-        return product(latency_warps=(2, 4, 8), latency_block=(16, 32, 64))
-    blocks = [n * vector for n in (16, 32, 64, 128)]
+        return product(latency_warps=(1, 2, 4), latency_block=(32,))
     return [
-        *product(latency_rows=(1,), latency_warps=(1, 2, 4), latency_block=blocks),
-        *product(latency_rows=(2,), latency_warps=(1, 2), latency_block=blocks[:2]),
+        *product(latency_rows=(1,), latency_warps=(1, 2), latency_block=(32 * vector, 64 * vector)),
+        *product(latency_rows=(2,), latency_warps=(1,), latency_block=(16 * vector, 32 * vector)),
     ]
+
+
+def alls(shape: Shape) -> list[Changes]:
+    return product(all_warps=(1, 2, 4), all_block=(32,))
 
 
 THROUGHPUT = (
     *(Shape(65536, 512, k) for k in (3, 4, 6, 8)),
-    *(Shape(65536, 512, 4, "bf16"), Shape(65536, 128, 4), Shape(16384, 1024, 4), Shape(4096, 512, 4)),
+    *(Shape(65536, 512, 4, "bf16"), Shape(65536, 512, 8, "bf16"), Shape(65536, 512, 4, "fp64")),
+    *(Shape(65536, 128, 4), Shape(16384, 1024, 4), Shape(4096, 512, 4), Shape(4096, 512, 8)),
 )
 LATENCY = (
     *(Shape(B, 512, 4) for B in (64, 256, 1024)),
     *(Shape(256, 512, k) for k in (3, 8, 16, 32)),
     *(Shape(256, 1024, 4), Shape(256, 512, 4, "bf16")),
 )
+WIDE = tuple(Shape(256, 512, k) for k in (16, 32))
 FAMILIES = {
-    "passes": Family(("gram_kernel", "backward_kernel"), THROUGHPUT, passes),
+    "grams": Family(("gram_kernel",), THROUGHPUT, functools.partial(passes, kernel="gram")),
+    "backwards": Family(("backward_kernel",), THROUGHPUT, functools.partial(passes, kernel="backward")),
     "solves": Family(("solve_kernel",), THROUGHPUT, solves),
     "latencies": Family(("forward_kernel",), LATENCY, latencies),
+    "alls": Family(("backward_kernel",), WIDE, alls),
 }
 LAYOUTS = tuple(Shape(B, 512, k) for k in (3, 4, 6, 8) for B in (64, 256, 512, 1024, 2048, 4096, 8192, 16384))
 
 DRY = {
-    "passes": FAMILIES["passes"]._replace(
-        shapes=(Shape(9, 32, 3),), settings=lambda _: product(pass_rows=(4, 8), pass_warps=(1,), pass_block=(16,))
+    "grams": FAMILIES["grams"]._replace(
+        shapes=(Shape(9, 32, 3),), settings=lambda _: product(gram_rows=(4, 8), gram_warps=(1,), gram_block=(16,))
+    ),
+    "backwards": FAMILIES["backwards"]._replace(
+        shapes=(Shape(9, 32, 3),), settings=lambda _: product(backward_rows=(4,), backward_warps=(1,))
     ),
     "solves": FAMILIES["solves"]._replace(
         shapes=(Shape(9, 32, 3),),
-        settings=lambda _: [{"lanes": False, "solve_instances": 4, "solve_part": 2, "solve_warps": 1}],
+        settings=lambda _: [{"lanes": False, "solve_instances": 4, "solve_part": 2}],
     ),
     "latencies": FAMILIES["latencies"]._replace(
         shapes=(Shape(3, 32, 3),), settings=lambda _: product(latency_rows=(1,), latency_warps=(2,))

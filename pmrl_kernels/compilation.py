@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,13 @@ from torch.utils import _pytree as pytree
 
 from . import inputs
 
-_BATCHES = (2, 1032)
-"""One for each way that kernels are launched (``LATENCY_BATCH`` of the Triton backend lies between)."""
+_BATCHES = (2, 1032, 8200)
+"""One for each way that kernels are launched (the Triton backend's LATENCY_BATCH and SPREAD_BATCH lie between)."""
+
+
+def _batches(leaves: Sequence[Tensor]) -> Sequence[int]:
+    """The last takes a CPU seconds, where it makes no difference."""
+    return _BATCHES if any(x.device.type != "cpu" for x in leaves) else _BATCHES[:2]
 
 
 def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
@@ -20,10 +25,10 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
 
     GPU kernels are compiled when a call first needs them, which takes seconds (docs/layering.md has a table). This
     gets it over with where waiting does no harm: before a timed step, or before all processes of a job reach their
-    first collective. It calls ``function`` on random embeddings of a small and a large batch, and differentiates
-    what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so another process takes less time.
-    Where nothing has to be compiled, as on a CPU, it does no more than those calls. Gradients are enabled for them,
-    within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
+    first collective. It calls ``function`` on random embeddings, of a few instances, a thousand and on a GPU eight
+    thousand, and differentiates what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so
+    another process takes less time. Where nothing has to be compiled, as on a CPU, it does no more than those calls.
+    Gradients are enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
 
     Kernels depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
     multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.
@@ -53,7 +58,7 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
     all_of_them = not any(x.requires_grad for x in leaves)
     # What is made in inference mode cannot be differentiated, not even with gradients enabled.
     with torch.inference_mode(False), torch.enable_grad():
-        for batch in _BATCHES:
+        for batch in _batches(leaves):
             copies = []
             for x in leaves:
                 generator = torch.Generator(x.device).manual_seed(0)

@@ -16,10 +16,10 @@ collect_ignore = ["tools"]  # programs and helpers, some of which need what is n
 
 losses._warned_of_floor = True  # small batches are below it; its own test asks for it
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-LAUNCHES = {  # the largest batch of the latency layout, and how dot products are summed
-    "triton-latency": (1 << 30, "float64"),
-    "triton-throughput": (0, "float64"),
-    "triton-double-float": (4, "float32"),
+LAUNCHES = {  # the largest batch of the latency layout, that of a spread solve, and how dot products are summed
+    "triton-latency": (1 << 30, 1 << 30, "float64"),
+    "triton-throughput": (0, 0, "float64"),
+    "triton-double-float": (4, 1 << 30, "float32"),
 }
 
 
@@ -117,7 +117,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         from pmrl_kernels.ops.spectral.triton import launch
         from pmrl_kernels.ops.triton import runtime
 
-        largest, sums = LAUNCHES[request.param]
+        largest, spread, sums = LAUNCHES[request.param]
         monkeypatch.setattr(launch, "LATENCY_BATCH", largest)
+        monkeypatch.setattr(launch, "SPREAD_BATCH", spread)
         monkeypatch.setattr(runtime, "SUMS", sums)
     return request.param.partition("-")[0]

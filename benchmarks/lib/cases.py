@@ -75,6 +75,8 @@ class Contender:
     """Whether it asks torch.linalg for eigenvalues or singular values, on whose outcome the host of a GPU waits."""
     largest: int | None = None
     """The most elements of a (B, d, d) factor it is asked for."""
+    most: int | None = None
+    """The most modalities it takes."""
 
     def step(self, xs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Forward + backward: the gradients of all embeddings."""

@@ -182,7 +182,7 @@ def draw_gpu(results: Mapping[str, Any], path: Path) -> Path:
         for name in dict.fromkeys(row["contender"] for row in rows):
             points = [(row["B"], row[kind]) for row in rows if row["contender"] == name and kind in row]
             if points:
-                style = {"linewidth": 3} if name == "triton" else {"linewidth": 1, "alpha": 0.8}
+                style = {"linewidth": 3} if name in ("cuda", "triton") else {"linewidth": 1, "alpha": 0.8}
                 ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         ax.set(
             xscale="log", yscale="log", xlabel="batch size B", ylabel="µs", title=f"{title}, d = 512, k = 4, float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
     return row
 
 
-def times(wanted: Sequence[Work], clock: Clock, deadline: float, order: int = 1) -> Iterator[Row]:
+def times(wanted: Iterable[Work], clock: Clock, deadline: float, order: int = 1) -> Iterator[Row]:
     """``deadline`` by time.monotonic(); ``order``: of the time, in the number of elements."""
     last: dict[str, tuple[float, int]] = {}  # seconds of a contender's last call, and of how many elements that was
     for shapes, dtype, candidates in wanted:
@@ -55,7 +55,8 @@ def times(wanted: Sequence[Work], clock: Clock, deadline: float, order: int = 1)
                 large = contender.largest is not None and (B > FULL_SVD_BATCH or B * d * d > contender.largest)
                 seconds, elements = last.get(name, (0.0, 1))
                 expected = seconds * max(1.0, (B * d * k / elements) ** order)
-                if large or (k > 8 and contender.rival == "compiled"):
+                many = k > (contender.most or k)
+                if large or many or (k > 8 and contender.rival == "compiled"):
                     continue
                 if time.monotonic() > deadline:
                     yield row | {"not_run": "no time was left"}

@@ -202,12 +202,12 @@ def test_what_is_aimed_at_on_a_gpu(benchmark_modules):
     ]
     rows = [{"B": B, "d": 512, "k": 4, "dtype": dtype, "contender": name} | r for B, dtype, name, r in measured]
     assert gpu.marks(rows, gpu.bandwidth_of_copy(rows)) == [
-        "(65536, 512, 4), float32: device time over the least: 1.20, wanted <= 1.3: met",
-        "(65536, 512, 4), bfloat16: device time over the least: 1.60, wanted <= 1.45: MISSED",
-        "(256, 512, 4): eager wall over F.mse_loss: 2.86, wanted <= 3: met",
-        "(256, 512, 4): device µs: 19.0, wanted <= 20: met",
-        "(256, 512, 4): full SVD's wall over ours: 500, wanted >= 1000: MISSED",
-        "(256, 512, 4): peak memory 2.00 MiB, full SVD 300 MiB",
+        "triton, (65536, 512, 4), float32: device time over the least: 1.20, wanted <= 1.3: met",
+        "triton, (65536, 512, 4), bfloat16: device time over the least: 1.60, wanted <= 1.45: MISSED",
+        "triton, (256, 512, 4): eager wall over F.mse_loss: 2.86, wanted <= 3: met",
+        "triton, (256, 512, 4): device µs: 19.0, wanted <= 20: met",
+        "triton, (256, 512, 4): full SVD's wall over it: 500, wanted >= 1000: MISSED",
+        "triton, (256, 512, 4): peak memory 2.00 MiB, full SVD 300 MiB",
     ]
     assert gpu.marks(rows[:1], 1.0) == []
 

@@ -43,6 +43,8 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
 """KiB."""
+LIMITED_STACK = 160
+"""Bytes that a kernel may spill whose registers are limited, so that more of its programs run at a time."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # What is asked for: the whole spectrum or the leading pair, and the outputs.
@@ -91,14 +93,14 @@ CASES = [
 
 
 def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
-    """The launches of a forward and a backward pass, in both layouts, and with sums as the target has them."""
+    """The launches of a forward and a backward pass, of a batch of each size, and with sums as the target has them."""
     spectrum, wanted = CALLS[case.call]
     recorded: list[runtime.Launch] = []
     make, runtime.run = runtime.run, recorded.append
     slow = runtime.slow_float64(TARGETS[case.target])
     sums, runtime.SUMS = runtime.SUMS, "float32" if slow else "float64"
     try:
-        for B in (8, launch.LATENCY_BATCH + 8):
+        for B in (8, launch.LATENCY_BATCH + 8, launch.SPREAD_BATCH + 8):
             xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
             mask = torch.ones(B, case.k, dtype=torch.bool) if case.masked else None
             options = (mask, None, 0.05, True, spectrum, wanted)
@@ -122,6 +124,8 @@ class Row(NamedTuple):
     stack: int
     shared: int
     seconds: float
+    limited: bool = False
+    """Whether the plan gives it fewer registers than there are."""
 
     def __str__(self) -> str:
         case = self.case
@@ -151,7 +155,8 @@ def compile_case(case: Case) -> list[Row]:
             text = usage(binary.asm["cubin"])
             names = (r"REG:(\d+)", r"STACK:(\d+)")
         registers, stack = (int(re.search(name, text)[1]) for name in names)
-        rows.append(Row(case, one.kernel.fn.__name__, one.warps, registers, stack, binary.metadata.shared, seconds))
+        used = registers, stack, binary.metadata.shared
+        rows.append(Row(case, one.kernel.fn.__name__, one.warps, *used, seconds, one.registers > 0))
     return rows
 
 
@@ -165,7 +170,7 @@ def usage(cubin: bytes) -> str:
 def faults(row: Row) -> list[str]:
     """What no kernel may do: spill for k <= 8, or ask for more shared memory than there is."""
     found = []
-    if row.stack and row.case.k <= 8:
+    if row.stack > (LIMITED_STACK if row.limited else 0) and row.case.k <= 8:
         found.append(f"spills: {row}")
     if row.shared > SHARED_LIMIT[row.case.target] << 10:
         found.append(f"too much shared memory: {row}")

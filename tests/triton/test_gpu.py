@@ -37,7 +37,7 @@ if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.devic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOY = DEVICE == "cpu"
-BOTH = (3, 10) if TOY else (64, 4096)  # a batch for each layout
+BOTH = (3, 10) if TOY else (64, 9000)  # a batch for each layout
 needs_a_gpu = pytest.mark.skipif(TOY, reason="streams, capture, synchronisation and memory are a GPU's")
 
 
@@ -66,6 +66,7 @@ each_layout = pytest.mark.parametrize("B", BOTH)
 def both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     if TOY:
         monkeypatch.setattr(launch, "LATENCY_BATCH", 4)
+        monkeypatch.setattr(launch, "SPREAD_BATCH", 8)
         monkeypatch.setattr(launch, "BATCH", 4)
         monkeypatch.setattr(launch, "SHARE", 8)  # so that k > 8 takes several programs
 
@@ -141,8 +142,9 @@ def test_layouts_and_sums_agree(function, monkeypatch):
     results = []
     for sums in ("float64", "float32"):
         monkeypatch.setattr(runtime, "SUMS", sums)
-        for limit in (0, 1 << 30):
-            monkeypatch.setattr(launch, "LATENCY_BATCH", limit)
+        for small, medium in ((0, 0), (0, 1 << 30), (1 << 30, 1 << 30)):
+            monkeypatch.setattr(launch, "LATENCY_BATCH", small)
+            monkeypatch.setattr(launch, "SPREAD_BATCH", medium)
             results.append(step(function, modalities(9 if TOY else 777)))
     for result in results[1:]:
         for one, other in zip(results[0], result, strict=True):

@@ -85,7 +85,7 @@ class Compiled:
 
     def check(self, *values: Any, stream: int) -> None:
         self.launches += 1
-        kinds, parameters, multiples, _ = self.compilation
+        kinds, parameters, multiples, *_ = self.compilation
         assert values[len(kinds) :] == parameters
         for name, value, kind, multiple in zip(self.kernel.arg_names, values, kinds, multiples, strict=False):
             self.check_one(name, value, kind, multiple)
@@ -128,7 +128,7 @@ def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, mo
         (1, 16, 64, 100, 128, 256, 512, 1024),
         (2, 4, 12),
         (torch.float32, torch.bfloat16, torch.float64),
-        (8, launch.LATENCY_BATCH + 8),
+        (8, launch.LATENCY_BATCH + 8, launch.SPREAD_BATCH + 8),
         (False, True),
         (False, True),
         (False, True),
@@ -142,7 +142,7 @@ def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, mo
         grads = [None, *outputs[1:]] if name == "everything" and masked else outputs
         launch.backward(xs, *options, state, grads, [True] * (k - 1) + [not masked])
     made = [(one.kernel, one.compilation) for one in compiled_kernels.values()]
-    sources = {(runtime._source(kernel, compilation).hash(), compilation.warps) for kernel, compilation in made}
+    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers) for kernel, one in made}
     assert len(sources) == len(compiled_kernels) >= 300, "two keys for one source compile it twice"
     assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
 
@@ -165,10 +165,10 @@ def test_cards_with_slow_float64_sum_in_double_float(monkeypatch):
     """By the card, unless PMRL_KERNELS_SUMS says otherwise; embeddings in float64 and k > 8 never do."""
     slow = {name for name, target in resources.TARGETS.items() if runtime.slow_float64(target)}
     assert slow == {"sm_75", "sm_120", "gfx1100"}
-    assert launch.plan(8, 64, True, 4, True).double_float
-    assert not launch.plan(8, 64, True, 4, False).double_float
-    assert not launch.plan(8, 64, True, 8, True).double_float
-    assert not launch.plan(9, 64, True, 4, True).double_float
+    assert launch.plan(8, 64, launch.SMALL, 4, True).double_float
+    assert not launch.plan(8, 64, launch.SMALL, 4, False).double_float
+    assert not launch.plan(8, 64, launch.SMALL, 8, True).double_float
+    assert not launch.plan(9, 64, launch.SMALL, 4, True).double_float
     assert runtime.double_float(0, "float32")
     assert not runtime.double_float(0, "float64")
     with pytest.raises(ValueError, match="PMRL_KERNELS_SUMS: got 'bf16'"):
@@ -184,7 +184,7 @@ def test_cards_with_slow_float64_sum_in_double_float(monkeypatch):
 def test_warm_up_compiles_all_that_is_needed_later():
     code = """
 import json, torch
-from pmrl_kernels import dominant_singular_triplet, pmrl_loss, warm_up
+from pmrl_kernels import compilation, dominant_singular_triplet, pmrl_loss, warm_up
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import runtime
 
@@ -197,6 +197,7 @@ def calls(B):
     pmrl_loss(dict(zip("abc", xs)), mask={name: mask[:, 0] for name in "abc"}).backward()
     dominant_singular_triplet(xs[0].detach(), *xs[1:]).sigma.sum().backward()
 
+compilation._batches = lambda leaves: compilation._BATCHES  # as on a GPU
 xs = [torch.randn(5, 32) for _ in range(3)]
 mask = torch.ones(5, dtype=torch.bool)
 warm_up(pmrl_loss, dict(zip("abc", xs)), mask=dict.fromkeys("abc", mask))
@@ -204,7 +205,7 @@ xs[1].requires_grad_(), xs[2].requires_grad_()
 warm_up(lambda *xs: dominant_singular_triplet(*xs).sigma, *xs)
 assert all(x.grad is None for x in xs)
 before = set(seen)
-for B in (1, 3, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 3000):
+for B in (1, 3, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 3000, launch.SPREAD_BATCH + 1):
     calls(B)
 print(len(before), len(seen))
 """
@@ -215,9 +216,9 @@ print(len(before), len(seen))
 
 
 def test_warm_up_takes_a_batch_of_each_kind():
-    small, large = compilation._BATCHES
-    assert small <= min(launch.LATENCY_BATCH, launch.SHARE)
-    assert large > max(launch.LATENCY_BATCH, launch.SHARE)
+    assert [launch.size_of(B) for B in compilation._BATCHES] == [launch.SMALL, launch.MEDIUM, launch.LARGE]
+    small, medium, _ = compilation._BATCHES
+    assert small <= launch.SHARE < medium
 
 
 def test_shapes_without_running(launched):

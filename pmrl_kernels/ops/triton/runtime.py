@@ -70,6 +70,7 @@ class Compilation(NamedTuple):
     parameters: tuple[Any, ...]  # known when a kernel is compiled
     multiples: tuple[int, ...]  # of the arguments, see ``Launch``
     warps: int
+    registers: int  # of a thread at most; 0 for as many as there are
 
 
 class Launch(NamedTuple):
@@ -83,9 +84,11 @@ class Launch(NamedTuple):
     multiples: tuple[int, ...]
     """For each argument, what all integers in it are multiples of; where that is not 1, addresses are multiples of 16
     bytes."""
+    registers: int = 0
+    """Of a thread at most, so that more programs fit a multiprocessor; 0 for as many as there are."""
 
     def compilation(self) -> Compilation:
-        return Compilation(_kinds(self.arguments), self.parameters, self.multiples, self.warps)
+        return Compilation(_kinds(self.arguments), self.parameters, self.multiples, self.warps, self.registers)
 
 
 def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,7 +157,7 @@ def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any
     """The compiled kernel; needs no GPU. Multiplications and additions are fused, whatever Triton's default is."""
     options = {"num_warps": compilation.warps, "enable_fp_fusion": True}
     if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
-        options["maxnreg"] = min(255, 65536 // (32 * compilation.warps))
+        options["maxnreg"] = compilation.registers or min(255, 65536 // (32 * compilation.warps))
     return triton.compile(_source(kernel, compilation), target=target, options=options)
 
 
@@ -167,7 +170,7 @@ _compiled: dict[tuple[Any, int, Compilation], Any] = {}
 
 
 def run(launch: Launch) -> None:
-    kernel, programs, _, arguments, parameters, _ = launch
+    kernel, programs, _, arguments, parameters, *_ = launch
     if INTERPRETED:
         kernel[(programs,)](*arguments, *parameters)
         return

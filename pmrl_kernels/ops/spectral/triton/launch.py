@@ -41,55 +41,93 @@ class Plan(NamedTuple):
     """Launch parameters. See ``plan``."""
 
     latency: bool  # forward_kernel; else gram, solve and vectors one after the other
+    latency_rows: int  # instances of a program of forward_kernel
+    latency_block: int  # columns it takes at a time
+    latency_warps: int
+    gram_rows: int  # the same of gram_kernel
+    gram_block: int
+    gram_warps: int
     lanes: bool  # the solve takes an instance per lane; else K lanes for each
     solve_instances: int  # of a program of solve_kernel
     solve_part: int  # of these, how many go through the k-space algebra at a time
-    solve_warps: int
-    pass_rows: int  # instances of a program of the other kernels
-    pass_warps: int
-    pass_block: int  # columns taken at a time by these
-    latency_rows: int  # instances of a program of forward_kernel, and of the backward pass of u₁ and z
-    latency_block: int  # columns taken at a time by these
-    others_block: int  # and by the backward pass of the w, whose gradients are as many rows again
-    others_pass_block: int  # and by vectors_kernel where it writes the w: it holds all rows at once
-    latency_warps: int
+    solve_registers: int  # at most, of a thread; 0 for as many as there are
+    vectors_rows: int  # the same of vectors_kernel
+    vectors_block: int
+    vectors_others_block: int  # where it writes the w: it holds all rows at once
+    vectors_warps: int
+    backward_rows: int  # of backward_kernel, for gradients of the alignment term alone
+    backward_block: int
+    backward_warps: int
+    all_rows: int  # and for those of all outputs
+    all_block: int
+    all_others_block: int  # where gradients of the w come in, which are as many rows again
+    all_warps: int
     vector: int  # elements in 16 bytes
     double_float: bool  # sums in pairs of float32
 
 
 LATENCY_BATCH = 1024
-"""Up to this B one program per instance has the lower latency; beyond, the solve is better spread over lanes."""
+"""Up to this B one program for one or two instances has the lower latency; beyond, the solve is better by itself."""
+
+SPREAD_BATCH = 8192
+"""Up to this B, K lanes for each instance solve sooner than one: there are not enough instances to fill the lanes."""
 
 BATCH = 256  # numbers that the last step of a sum over the batch takes at a time
 SHARE = 1024  # instances whose terms one program of reduce_kernel adds up, a multiple of BATCH
 
 
+SMALL, MEDIUM, LARGE = range(3)
+
+
+def size_of(B: int) -> int:
+    """What launch parameters depend on of a batch's size."""
+    return SMALL if B <= LATENCY_BATCH else MEDIUM if B <= SPREAD_BATCH else LARGE
+
+
 @functools.cache
-def plan(k: int, d: int, small: bool, itemsize: int, slow_float64: bool) -> Plan:
-    """The static table of launch parameters, by what a batch is."""
+def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool) -> Plan:
+    """The static table of launch parameters, by what a batch is. Measured on an H200, see docs/gpu-notes.md."""
     K = next_power_of_two(k)
     double_float = slow_float64 and itemsize <= 4 and K < 16
     # A product in double_float is ten instructions, and what Triton takes to compile grows with their number.
     vector = 1 if double_float else 16 // itemsize
     whole = next_power_of_two(d)
-    lanes = k <= 6
     together = runtime.INTERPRETED and K < 16 and not double_float  # costs the interpreter no more than one
-    pass_block = 32 if double_float else max(min(8 * vector, whole), vector)
-    latency_block = 32 if K >= 16 or double_float else max(min(32 * vector, whole), vector)
+
+    def block(lanes: int, loads: int = 1) -> int:
+        """Columns for so many lanes of a row, so many loads of 16 bytes each: no more than there are."""
+        return 32 if double_float else max(min(lanes * loads * vector, whole), vector)
+
+    def rows_of(block: int) -> int:
+        """As many as give each lane of a warp a load, if that is more than one."""
+        return 1 if double_float else 16 if together else max(1, 32 * vector // block)
+
+    gram_block, backward_block = block(16 if k <= 6 else 32), block(32, loads=1 if itemsize == 2 else 2)
+    lanes = k <= 4 and not (K == 4 and size < LARGE)
+    latency_block = 32 if K >= 16 or double_float else block(32)
     return Plan(
-        latency=small or K >= 16,
-        lanes=lanes,
-        solve_instances=32 if lanes else 4,
-        solve_part={2: 32, 4: 8, 8: 2}.get(K, 1),
-        solve_warps=1,
-        pass_rows=1 if double_float else 16,
-        pass_warps=1 if double_float else 4,
-        pass_block=pass_block,
-        latency_rows=4 if together else 1,
+        latency=size == SMALL or K >= 16,
+        latency_rows=4 if together else 2 if K <= 4 and not double_float else 1,
         latency_block=latency_block,
-        others_block=latency_block if K >= 16 else min(latency_block, 2048 // (K * max(itemsize, 4))),
-        others_pass_block=min(pass_block, 256 // K),
-        latency_warps=4 if K >= 16 else 1,
+        latency_warps=2 if K >= 16 else 1,
+        gram_rows=rows_of(gram_block),
+        gram_block=gram_block,
+        gram_warps=1,
+        lanes=lanes,
+        solve_instances=32 if lanes else 8 if size == LARGE else 4,
+        solve_part=4 if not lanes else {2: 32, 4: 8}[K],
+        solve_registers=128 if lanes and K == 4 else 0,  # 16 warps a multiprocessor: 65536 at a time on an H200
+        vectors_rows=1 if double_float else 16,
+        vectors_block=block(8),
+        vectors_others_block=min(block(8), 256 // K),
+        vectors_warps=1 if double_float else 4,
+        backward_rows=rows_of(backward_block),
+        backward_block=backward_block,
+        backward_warps=1,
+        all_rows=4 if together else 1,
+        all_block=latency_block,
+        all_others_block=latency_block if K >= 16 else min(latency_block, 2048 // (K * max(itemsize, 4))),
+        all_warps=4 if K >= 16 else 1,
         vector=vector,
         double_float=double_float,
     )
@@ -122,7 +160,7 @@ def _call(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted:
     first = xs[0]
     shape, dtype = first.shape, first.dtype
     B, d, k = shape[0], shape[-1], shape[1] if len(shape) == 3 else len(xs)
-    p = plan(k, d, B <= LATENCY_BATCH, first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
+    p = plan(k, d, size_of(B), first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
     asked = wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0
     return xs, B, k, d, p, mode(k, spectrum, normalize, *asked, dtype == torch.float64, p.double_float)
 
@@ -217,18 +255,18 @@ def forward(
             runtime.run(Launch(kernels.reduce_kernel, programs, 4, (mask, state, sums, B), parameters, (1, 1, 1, 1)))
         return outputs, [state]
 
-    R, block, warps = p.pass_rows, p.pass_block, p.pass_warps
-    programs, at_once = -(-B // R), _vector(p, multiple, R * block, warps)
-    found = (x, mask, state, sums.counter, B, d), (MODE, Step(R, block, at_once)), (multiple, 1, 1, 1, 1, multiple)
-    runtime.run(Launch(kernels.gram_kernel, programs, warps, *found))
+    R, block, warps = p.gram_rows, p.gram_block, p.gram_warps
+    step = Step(R, block, _vector(p, multiple, R * block, warps))
+    found = (x, mask, state, sums.counter, B, d), (MODE, step), (multiple, 1, 1, 1, 1, multiple)
+    runtime.run(Launch(kernels.gram_kernel, -(-B // R), warps, *found))
     solve = Solve(p.solve_instances, p.solve_part, p.lanes)
     solved = (mask, tau, state, sums, small, B, d), (MODE, solve, vectors, mean, BATCH), (1,) * 7
-    runtime.run(Launch(kernels.solve_kernel, -(-B // solve.instances), p.solve_warps, *solved))
+    runtime.run(Launch(kernels.solve_kernel, -(-B // solve.instances), 1, *solved, registers=p.solve_registers))
     if u is not None or z is not None or w is not None:
-        block = block if w is None else p.others_pass_block
+        R, block, warps = p.vectors_rows, p.vectors_block if w is None else p.vectors_others_block, p.vectors_warps
         aligned = (multiple, 1, 1, u_multiple, z_multiple, w_multiple, 1, multiple)
         written = (x, mask, state, u, z, w, B, d), (MODE, Step(R, block, 1)), aligned
-        runtime.run(Launch(kernels.vectors_kernel, programs, warps, *written))
+        runtime.run(Launch(kernels.vectors_kernel, -(-B // R), warps, *written))
     return outputs, [state]
 
 
@@ -351,10 +389,10 @@ def _launch_backward(
     small = Gradients(alignment, values(grad_sigma), values(grad_v))
 
     simple = grad_sigma is None and grad_v is None and u is None and z is None and w is None
-    R, block, warps = p.latency_rows, p.latency_block if w is None else p.others_block, p.latency_warps
+    R, block, warps = p.all_rows, p.all_block if w is None else p.all_others_block, p.all_warps
     resident = not simple and d <= block and MODE.K < 16
     if simple and MODE.K < 16:
-        R, block, warps = p.pass_rows, p.pass_block, p.pass_warps
+        R, block, warps = p.backward_rows, p.backward_block, p.backward_warps
     coefficients = None
     if not simple or p.double_float:
         coefficients = state.new_empty(B * MODE.coefficients.size)
