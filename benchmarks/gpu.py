@@ -185,7 +185,7 @@ def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     # One batch of each size; beyond 256 columns kernels are the same.
     batches = (DRY_SHAPES[0][0] if device == "cpu" else 16, launch.LATENCY_BATCH + 1, launch.SPREAD_BATCH + 1)
     jobs = {
-        (c.name, batches[launch.size_of(B)], min(d, 256), k, dtype, device)
+        (c.name, batches[launch.size_of(B, k)], min(d, 256), k, dtype, device)
         for shapes, dtype, candidates in wanted
         for B, d, k in shapes
         for c in candidates

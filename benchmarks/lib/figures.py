@@ -179,17 +179,18 @@ def draw_gpu(results: Mapping[str, Any], path: Path) -> Path:
     for ax, kind, title in zip(
         axes, ("wall_us", "device_us"), ("Eager wall time", "Device time, graph replay"), strict=True
     ):
-        for name in dict.fromkeys(row["contender"] for row in rows):
+        for at, name in enumerate(dict.fromkeys(row["contender"] for row in rows)):
             points = [(row["B"], row[kind]) for row in rows if row["contender"] == name and kind in row]
             if points:
-                style = {"linewidth": 3} if name in ("cuda", "triton") else {"linewidth": 1, "alpha": 0.8}
-                ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+                style = {"lw": 3, "zorder": 3} if name in ("cuda", "triton") else {"lw": 1}
+                style |= {"ls": ("-", "--", ":")[at % 3], "marker": "osv^"[at % 4], "color": plt.get_cmap("tab20")(at)}
+                ax.plot(*zip(*points, strict=True), ms=4, label=name, **style)
         ax.set(
             xscale="log", yscale="log", xlabel="batch size B", ylabel="µs", title=f"{title}, d = 512, k = 4, float32"
         )
         ax.grid(alpha=0.3)
-    if rows:
-        axes[0].legend(fontsize=8)
+    if rows:  # where the other panel is empty: what makes the host wait has no graph
+        axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper left", ncols=2)
     facts = results["conditions"]
     figure.suptitle(", ".join(f"{key} {facts[key]}" for key in ("device", "torch", "triton", "commit") if key in facts))
     figure.savefig(path, dpi=150)

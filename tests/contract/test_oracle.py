@@ -233,3 +233,13 @@ def test_power_iteration_from_a_start_nearly_orthogonal_to_the_answer(device):
     G = sum(s * y[:, :, None] * y[:, None, :] for s, y in ((2.0, v), (1.9, w), (0.3, x)))
     ours = reference._power_iteration(G, False)[1]
     torch.testing.assert_close(ours, v, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+def test_matrices_are_decomposed_some_at_a_time(at_once):
+    """As on a GPU, where its library fails with 65536 of them."""
+    A = torch.randn(7, 4, 4, dtype=torch.float64)
+    A = A + A.mT
+    for some, whole in zip(reference._decomposed(A, at_once), torch.linalg.eigh(A), strict=True):
+        assert torch.equal(some, whole)
+    assert [len(part) for part in reference._decomposed(A[:0], at_once)] == [0, 0]

@@ -304,6 +304,13 @@ def test_offsets_beyond_32_bits(backend):
     torch.testing.assert_close(gradient[-1], expected)
 
 
+@needs_a_gpu
+def test_the_reference_takes_any_batch():
+    xs = modalities((1 << 16) + 3, d=8)
+    found = dominant_singular_value(xs, backend="reference")
+    torch.testing.assert_close(found, dominant_singular_value(xs, backend=BACKENDS[0]))
+
+
 @pytest.mark.parametrize("function", ["softmax", "triplet", "others"])
 def test_opcheck(function):
     """Schema, fakes and dispatch of both operators. Not all of a state is written: what is asked for decides."""

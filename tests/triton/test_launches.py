@@ -216,7 +216,8 @@ print(len(before), len(seen))
 
 
 def test_warm_up_takes_a_batch_of_each_kind():
-    assert [launch.size_of(B) for B in compilation._BATCHES] == [launch.SMALL, launch.MEDIUM, launch.LARGE]
+    for k in range(2, 33):
+        assert [launch.size_of(B, k) for B in compilation._BATCHES] == [launch.SMALL, launch.MEDIUM, launch.LARGE]
     small, medium, _ = compilation._BATCHES
     assert small <= launch.SHARE < medium
 

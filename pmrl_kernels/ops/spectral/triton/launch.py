@@ -67,7 +67,8 @@ class Plan(NamedTuple):
 
 
 LATENCY_BATCH = 1024
-"""Up to this B one program for one or two instances has the lower latency; beyond, the solve is better by itself."""
+"""Up to this B one program for one or two instances has the lower latency; beyond, and for 4 < k <= 8 from a quarter of
+it, the solve is better by itself."""
 
 SPREAD_BATCH = 8192
 """Up to this B, K lanes for each instance solve sooner than one: there are not enough instances to fill the lanes."""
@@ -79,9 +80,10 @@ SHARE = 1024  # instances whose terms one program of reduce_kernel adds up, a mu
 SMALL, MEDIUM, LARGE = range(3)
 
 
-def size_of(B: int) -> int:
+def size_of(B: int, k: int) -> int:
     """What launch parameters depend on of a batch's size."""
-    return SMALL if B <= LATENCY_BATCH else MEDIUM if B <= SPREAD_BATCH else LARGE
+    share = 4 if 4 < k <= 8 else 1
+    return SMALL if B * share <= LATENCY_BATCH else MEDIUM if B <= SPREAD_BATCH else LARGE
 
 
 @functools.cache
@@ -160,7 +162,7 @@ def _call(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted:
     first = xs[0]
     shape, dtype = first.shape, first.dtype
     B, d, k = shape[0], shape[-1], shape[1] if len(shape) == 3 else len(xs)
-    p = plan(k, d, size_of(B), first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
+    p = plan(k, d, size_of(B, k), first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
     asked = wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0
     return xs, B, k, d, p, mode(k, spectrum, normalize, *asked, dtype == torch.float64, p.double_float)
 
