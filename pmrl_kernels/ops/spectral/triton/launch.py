@@ -87,8 +87,9 @@ def size_of(B: int, k: int) -> int:
 
 
 @functools.cache
-def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool) -> Plan:
-    """The static table of launch parameters, by what a batch is. Measured on an H200, see docs/gpu-notes.md."""
+def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool, spectrum: bool = True) -> Plan:
+    """The static table of launch parameters, by what a batch is and whether all eigenpairs are asked for. Measured on
+    an H200, see docs/gpu-notes.md."""
     K = next_power_of_two(k)
     double_float = slow_float64 and itemsize <= 4 and K < 16
     # A product in double_float is ten instructions, and what Triton takes to compile grows with their number.
@@ -116,7 +117,7 @@ def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool) -> Plan:
         gram_block=gram_block,
         gram_warps=1,
         lanes=lanes,
-        solve_instances=32 if lanes else 8 if size == LARGE else 4,
+        solve_instances=32 if lanes else 8 if size == LARGE and spectrum else 4,
         solve_part=4 if not lanes else {2: 32, 4: 8}[K],
         solve_registers=128 if lanes and K == 4 else 0,  # 16 warps a multiprocessor: 65536 at a time on an H200
         vectors_rows=1 if double_float else 16,
@@ -162,7 +163,8 @@ def _call(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted:
     first = xs[0]
     shape, dtype = first.shape, first.dtype
     B, d, k = shape[0], shape[-1], shape[1] if len(shape) == 3 else len(xs)
-    p = plan(k, d, size_of(B, k), first.element_size(), runtime.double_float(first.device.index, runtime.SUMS))
+    slow_float64 = runtime.double_float(first.device.index, runtime.SUMS)
+    p = plan(k, d, size_of(B, k), first.element_size(), slow_float64, spectrum)
     asked = wanted & spec.ANY_ALIGNMENT != 0, wanted & spec.W != 0
     return xs, B, k, d, p, mode(k, spectrum, normalize, *asked, dtype == torch.float64, p.double_float)
 
