@@ -2,6 +2,7 @@
 
     run.py            how a run begins and ends: arguments, an idle machine, conditions, files
     measure.py        contenders that take turns, medians; a clock for GPUs
+    on_gpu.py         contenders on a GPU one after the other: wall, device time and memory of each
     memory.py         peak memory of one call, in a process of its own
     cases.py          the alignment loss: its shapes, inputs and contenders
     compare.py        any other operation: calls beside a floor, from a list of them to a finished command
