@@ -581,7 +581,10 @@ PMRL_ON_DEVICE void apply(const Backward& g) {
   if constexpr (All) {
     PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = got(At::C, t);
   } else {
-    const double come = incoming_alignment(g, i);
+    int present = 0;
+    PMRL_EVERY for (int m = 0; m < K; ++m) present += rows.here[m];
+    // Where there is nothing to align all of C is 0, which no infinity that comes in for it must turn into NaN.
+    const double come = present >= 2 ? incoming_alignment(g, i) : 0.0;
     PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = come * kept(b.at.C, t);
     if (g.slopes && lane.part == 0) g.slopes[i] = come * kept(b.at.slope, 0);
   }
