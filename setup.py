@@ -4,6 +4,9 @@ What happened is recorded in ``pmrl_kernels/native_build.txt`` and shown by ``py
 
     PMRL_KERNELS_NATIVE=1   a native build that cannot be made is an error
     PMRL_KERNELS_NATIVE=0   no native build is tried
+    PMRL_KERNELS_CUDA=1     and so are kernels for CUDA that cannot be made; without it they are left out of the library
+    PMRL_KERNELS_CUDA=0     none are tried
+    PMRL_KERNELS_CUDA_ARCHITECTURES="80 90"   for these compute capabilities alone
 
 In place (``--inplace``, editable installations) several environments share one library. A build that makes none there
 leaves the one it finds, if it was made from the same sources, and writes down that it did.
@@ -16,12 +19,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -36,12 +41,13 @@ LIBRARY = "pmrl_kernels.libpmrl_kernels"
 TEST_MODULE = "pmrl_kernels._numerics"
 OLDEST_TORCH = (2, 10)
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
+CUDA = os.environ.get("PMRL_KERNELS_CUDA", "")
 
 _PROBE = """
-import importlib.util, json, os, sys
+import glob, importlib.util, json, os, sys
 sys.path[:] = filter(None, sys.path)  # not the folder this runs in
 found = importlib.util.find_spec("torch")
-facts = {"torch": None, "pybind11": None}
+facts = {"torch": None, "pybind11": None, "nvcc": [], "ptxas": []}
 if found is not None:
     from importlib.metadata import version
     # As it is really called: environments that share one torch share what was compiled with it.
@@ -50,6 +56,12 @@ if found is not None:
 if importlib.util.find_spec("pybind11") is not None:
     import pybind11
     facts["pybind11"] = pybind11.get_cmake_dir()
+# Packages of NVIDIA's (nvidia-cuda-nvcc and the like) have a toolkit's folders; Triton brings an assembler.
+for package, place in (("nvidia", "*"), ("triton", "backends/nvidia")):
+    found = importlib.util.find_spec(package)
+    for folder in found.submodule_search_locations or () if found else ():
+        for name in ("nvcc", "ptxas"):
+            facts[name] += sorted(glob.glob(os.path.join(glob.escape(folder), place, "bin", name)))
 print(json.dumps(facts))
 """
 
@@ -58,9 +70,9 @@ class NotBuiltError(Exception):
     """Why there is no native library, for the record."""
 
 
-def probe() -> dict[str, str | None]:
-    """Where the interpreter that this package is installed for has torch and pybind11."""
-    facts: dict[str, str | None] = {}
+def probe() -> dict[str, Any]:
+    """Where the interpreter that this package is installed for has torch, pybind11, and compilers for CUDA."""
+    facts: dict[str, Any] = {}
     # As this process sees it, which may be by PYTHONPATH; else without the variables by which pip's build isolation
     # hides the environment that the package is installed into.
     for options in ([], ["-E"]):
@@ -78,12 +90,14 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
-def survey() -> dict[str, str | None]:
+def survey() -> dict[str, Any]:
     """What ``probe`` found, if that and the tools of this machine suffice for a build."""
     if REQUESTED == "0":
         raise NotBuiltError("PMRL_KERNELS_NATIVE=0 at installation")
     if REQUESTED not in ("", "1"):
         sys.exit(f"PMRL_KERNELS_NATIVE: got {REQUESTED!r}, wanted 0, 1 or nothing")
+    if CUDA not in ("", "0", "1"):
+        sys.exit(f"PMRL_KERNELS_CUDA: got {CUDA!r}, wanted 0, 1 or nothing")
     if not sys.platform.startswith("linux"):
         raise NotBuiltError(f"it is built on Linux only, not on {sys.platform}")
     facts = probe()
@@ -118,7 +132,8 @@ def run(*command: str) -> None:
             sys.stdout.write(line.encode(printable, "replace").decode(printable))
             lines.append(line.strip())
     if process.returncode:
-        at = next((i for i, line in enumerate(lines) if "error:" in line or line.startswith("CMake Error")), None)
+        # CUDA's assembler sets its colons apart.
+        at = next((i for i, line in enumerate(lines) if re.search(r"\b(error|fatal) *:|^CMake Error", line)), None)
         if at is None:
             told = lines[-1:]
         elif lines[at].startswith("CMake Error at"):
@@ -143,8 +158,9 @@ class Build(build_ext):
         try:
             built, outcome = self._compile(survey()), "built"
         except (NotBuiltError, OSError) as error:
-            if REQUESTED == "1":
-                sys.exit(f"PMRL_KERNELS_NATIVE=1, but the native library cannot be built: {error}")
+            for variable, asked in {"PMRL_KERNELS_NATIVE": REQUESTED, "PMRL_KERNELS_CUDA": CUDA}.items():
+                if asked == "1":
+                    sys.exit(f"{variable}=1, but the native library cannot be built: {error}")
             built, outcome = {}, str(error)
         self.extensions = [ext for ext in self.extensions if ext.name in built]
         # Without one the distribution is pure Python, to everything that asks from here on.
@@ -170,7 +186,7 @@ class Build(build_ext):
         # What this locale cannot spell came from a path or a variable, and goes back as it came.
         (package / binary.RECORD).write_text(outcome + "\n", encoding="utf-8", errors="surrogateescape")
 
-    def _compile(self, facts: dict[str, str | None]) -> dict[str, Path]:
+    def _compile(self, facts: dict[str, Any]) -> dict[str, Path]:
         """The files built, by the name of their extension. The test module is for builds in place alone."""
         development = self.inplace or getattr(self, "editable_mode", False)
         build = ROOT / "build" / "native"
@@ -182,9 +198,27 @@ class Build(build_ext):
             settings += [f"-DPython_EXECUTABLE={sys.executable}"]
         else:
             settings += ["-DPMRL_NUMERICS=OFF"]
+        architectures = os.environ.get("PMRL_KERNELS_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+        settings += [
+            f"-DPMRL_CUDA={ {'': 'AUTO', '0': 'OFF', '1': 'ON'}[CUDA] }",
+            f"-DPMRL_CUDA_REASON={'PMRL_KERNELS_CUDA=0 at installation' if CUDA == '0' else ''}",
+            f"-DPMRL_CUDA_ARCHITECTURES={';'.join(architectures)}",
+            f"-DPMRL_NVCC_HINTS={';'.join(os.path.dirname(path) for path in facts['nvcc'])}",
+            f"-DPMRL_PTXAS={';'.join(facts['ptxas'])}",
+        ]
         # The cache may name tools of an isolated environment that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
-        run(cmake, *generator, "-S", str(ROOT), "-B", str(build), *settings)
+        configure = (cmake, *generator, "-S", str(ROOT), "-B", str(build), *settings)
+        run(*configure)
+        try:
+            run(cmake, "--build", str(build), "--target", "cuda_images")
+        except NotBuiltError as error:
+            # That there is no compiler for CUDA is no failure. What one makes of the kernels, or does not, is no reason
+            # to leave out those for CPUs.
+            if CUDA == "1":
+                raise
+            self.warn(f"the library is built without kernels for CUDA: {error}")
+            run(*configure, "-DPMRL_CUDA=OFF", f"-DPMRL_CUDA_REASON={error}")
         run(cmake, "--build", str(build))
         built = {LIBRARY: build / "libpmrl_kernels.so"}
         if "-DPMRL_NUMERICS=ON" in settings:

@@ -1,9 +1,10 @@
-// What the library was built from and by, and which instruction set runs here. CMakeLists.txt defines the macros.
+// What the library was built from and by, and what of it runs here. CMakeLists.txt defines the macros.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/driver.h"
 
 namespace pmrl {
 namespace {
@@ -23,7 +24,14 @@ std::string build_info() {
   line("compiled", compiled);
   line("isa", found ? found->isa : "");
   line("unusable", reason);
+  line("cuda", *cuda::kBuilt.reason ? std::string("none: ") + cuda::kBuilt.reason : cuda::kBuilt.names);
+  line("nvcc", cuda::kBuilt.compiler);
   return info;
+}
+
+std::string cuda_unavailable(int64_t device) {
+  const char* reason = cuda::unavailable(static_cast<int>(device));
+  return reason ? reason : "";
 }
 
 }  // namespace
@@ -31,4 +39,5 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&pmrl::build_info));
+  m.impl("cuda_unavailable", TORCH_BOX(&pmrl::cuda_unavailable));
 }

@@ -23,4 +23,6 @@ STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
       "Tensor grad) -> (Tensor[], Tensor)");
   // What was built, one "name: value" a line, and which instruction set runs (or why none does).
   m.def("build_info() -> str");
+  // Why no kernel for CUDA runs on that device, or "". This starts CUDA, where there is any.
+  m.def("cuda_unavailable(int device) -> str");
 }

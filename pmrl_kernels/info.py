@@ -34,14 +34,25 @@ def _backend(name: str) -> str:
     return f"works; no kernels for {', '.join(lacking)}, which the next one computes ({reasons})"
 
 
-def _library() -> str:
-    """What was built."""
+def _library() -> tuple[str, str]:
+    """What was built, for CPUs and for CUDA."""
     try:
         from .ops import native
 
-        return native.describe()
+        return native.describe(), native.describe_cuda()
     except Exception as error:
-        return f"cannot be told: {error}"
+        return (f"cannot be told: {error}",) * 2
+
+
+def _lacks(index: int) -> str:
+    """Why the library's kernels do not run on a device, if so."""
+    try:
+        from .ops import native
+
+        reason = native.cuda_unavailable(torch.device("cuda", index))
+        return "" if reason is None else f"; not for the native library's kernels: {reason}"
+    except Exception as error:
+        return f"; whether it runs the native library's kernels cannot be told: {error}"
 
 
 def _float32_products() -> str:
@@ -79,13 +90,14 @@ def report() -> str:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            lines.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+            told = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB{_lacks(index)}"
+            lines.append((f"cuda:{index}", told))
     else:
         lines.append(("cuda", "no device"))
     names = (*ops.available, *ops.unavailable_reasons)
     for name in names:
         lines.append((f"backend {name}", _backend(name)))
-    lines.append(("native library", _library()))
+    lines += zip(("native library", "its CUDA kernels"), _library(), strict=True)
     default = "the fastest that works"
     if ops.default_name is not None:
         default = _asked(ops.default_name, "PMRL_KERNELS_BACKEND", names)

@@ -12,6 +12,9 @@ from pathlib import Path
 LIBRARY = "libpmrl_kernels.so"
 RECORD = "native_build.txt"  # what setup.py wrote about its outcome
 
+SOURCES = ("h", "cpp", "cu", "cuh", "S", "in", "cmake")
+"""What CMakeLists.txt takes the sources of a library to be called at their ends."""
+
 _HEADER = struct.Struct("<32xQQ6xHHHH2x")  # of ELF: where its tables are, how long an entry is and how many there are
 _SEGMENT = struct.Struct("<8xQ16xQ16x")  # where in the file, and how much of it
 
@@ -40,7 +43,7 @@ def source_hash(root: Path) -> str:
     """What CMakeLists.txt computes of the sources below ``root`` and builds into the library."""
     files = sorted(
         str(path.relative_to(root))
-        for path in (root / "CMakeLists.txt", *root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cpp"))
+        for path in (root / "CMakeLists.txt", *(x for end in SOURCES for x in root.glob(f"csrc/**/*.{end}")))
     )
     digests = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in files)
     return hashlib.sha256(digests.encode()).hexdigest()

@@ -7,6 +7,7 @@ the reason that ``unavailable`` gives.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def _load() -> dict[str, str]:
 
 
 build_info: dict[str, str] = {}
-"""Facts of the build by name (sources, compiler, torch, compiled, isa); empty where there is no library."""
+"""Facts of the build by name (sources, compiler, torch, compiled, isa, cuda, nvcc); empty where there is no library."""
 
 broken = False
 """Whether the reason for being unavailable is a fault, and not the mere absence of a library."""
@@ -72,6 +73,27 @@ def describe() -> str:
     facts = build_info
     told = f"{facts['isa'] or 'none'} of {facts['compiled']}, by {facts['compiler']} with torch {facts['torch']}"
     return "; ".join([told, *later])
+
+
+def describe_cuda() -> str:
+    """Which architectures the library has kernels for, or why for none."""
+    if not build_info:
+        return "none: there is no native library"
+    return build_info["cuda"] + (f", by {build_info['nvcc']}" if build_info["nvcc"] else "")
+
+
+def cuda_unavailable(device: torch.device) -> str | None:
+    """Why none of the library's kernels for CUDA run on that device, or None. This starts CUDA, where there is any."""
+    if torch.version.hip is not None:  # which calls its devices "cuda" too
+        return f"its kernels are for CUDA, and this PyTorch is for HIP {torch.version.hip}"
+    if not build_info:
+        return "there is no native library"
+    return _asked_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache  # an answer stays, and is wanted by every call
+def _asked_of(index: int) -> str | None:
+    return torch.ops.pmrl_kernels.cuda_unavailable(index) or None
 
 
 def unavailable() -> str | None:

@@ -1,23 +1,70 @@
-/* The driver's libcuda.so.1 for machines without a GPU: as much of it as Triton's launcher calls.
+/* The driver's libcuda.so.1 for machines without a GPU: as much of it as Triton's launcher and csrc/cuda/driver.cpp call.
 
-   A launch goes to the function that the process gave `on_launch`, with the arguments as the card would get them. Each
-   address belongs to the device; loading a binary gives out numbers, from 1 on, for its functions. */
+   A launch goes to the function that the process gave `on_launch`, with the arguments as the card would get them, in the
+   context that cuCtxGetCurrent tells there. Loading a binary gives out numbers, from 1 on, for its functions; `name_of`
+   and `image_of` tell what is behind one. Each address belongs to the device, and may be the host's: `fill` writes there.
+
+   A process may say what the driver is like by the variables below, and sees in `calls` what was called, in order. */
 
 #include <stddef.h>
+#include <stdint.h>
+#include <string.h>
 
 #include <cuda.h>
 
+enum { MOST_FUNCTIONS = 1000, MOST_DEVICES = 8 };
+
 typedef void Launched(size_t function, const CUlaunchConfig *grid, void **arguments);
+
+int driver_version = 13000;
+int capabilities[MOST_DEVICES] = {90, 90, 90, 90, 90, 90, 90, 90};
+int multiprocessors = 132;
+int devices = MOST_DEVICES;
+int capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL; /* of a thread that says nothing */
+char failing[64];                                 /* the name of a function that fails, with CUDA_ERROR_UNKNOWN */
+char calls[1 << 16];
 
 static Launched *launched;
 static size_t functions;
+static struct {
+  const void *image;
+  char name[100];
+} known[MOST_FUNCTIONS];
+static _Thread_local CUcontext current;
 
 void on_launch(Launched *f) { launched = f; }
+const char *name_of(size_t function) { return known[function].name; }
+const void *image_of(size_t function) { return known[function].image; }
+
+static CUresult called(const char *name) {
+  if (strlen(calls) + strlen(name) + 2 < sizeof calls) strcat(strcat(calls, name), " ");
+  return strcmp(name, failing) ? CUDA_SUCCESS : CUDA_ERROR_UNKNOWN;
+}
+
+static size_t numbered(const void *image, const char *name) {
+  if (++functions >= MOST_FUNCTIONS) return 0;
+  known[functions].image = image;
+  strncpy(known[functions].name, name, sizeof known->name - 1);
+  return functions;
+}
+
+/* The primary context of each device is its number and one. */
+static CUcontext primary(CUdevice device) { return (CUcontext)(size_t)(device + 1); }
+
+CUresult cuInit(unsigned flags) { return called("cuInit"); }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *grid, CUfunction function, void **arguments, void **extra) {
+  if (called("launch")) return CUDA_ERROR_UNKNOWN;
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   if (!launched) return CUDA_ERROR_NOT_INITIALIZED;
   launched((size_t)function, grid, arguments);
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned X, unsigned Y, unsigned Z, unsigned x, unsigned y, unsigned z,
+                        unsigned shared, CUstream stream, void **arguments, void **extra) {
+  const CUlaunchConfig grid = {X, Y, Z, x, y, z, shared, stream, NULL, 0};
+  return cuLaunchKernelEx(&grid, function, arguments, extra);
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
@@ -26,7 +73,45 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 }
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  *function = (CUfunction)++functions;
+  *function = (CUfunction)numbered(module, name);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *options, void **values, unsigned count,
+                           CUlibraryOption *library_options, void **library_values, unsigned library_count) {
+  *library = (CUlibrary)code;
+  return called("cuLibraryLoadData");
+}
+
+/* There is a kernel of any name, but for those that begin with "no_". */
+CUresult cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name) {
+  if (!strncmp(name, "no_", 3)) return CUDA_ERROR_NOT_FOUND;
+  *kernel = (CUkernel)numbered(library, name);
+  return called("cuLibraryGetKernel");
+}
+
+CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  if (capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  *function = (CUfunction)kernel;
+  return called("cuKernelGetFunction");
+}
+
+CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice device) {
+  return called(attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? "shared" : "attribute");
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
+  const int before = capture_mode;
+  capture_mode = *mode;
+  *mode = (CUstreamCaptureMode)before;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr at, unsigned value, size_t count, CUstream stream) {
+  if (called("cuMemsetD32Async")) return CUDA_ERROR_UNKNOWN;
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  for (size_t i = 0; i < count; ++i) ((uint32_t *)at)[i] = value;
   return CUDA_SUCCESS;
 }
 
@@ -43,12 +128,13 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
   case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
-  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+  case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = multiprocessors; break;
   case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = 48 << 10; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 227 << 10; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 228 << 10; break;
-  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capabilities[device] / 10; break;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capabilities[device] % 10; break;
   default: *value = 0;
   }
   return CUDA_SUCCESS;
@@ -56,22 +142,34 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   *device = ordinal;
+  return ordinal < devices ? called("cuDeviceGet") : CUDA_ERROR_INVALID_DEVICE;
+}
+
+CUresult cuCtxGetDevice(CUdevice *device) {
+  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  *device = (int)(size_t)current - 1;
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetDevice(CUdevice *device) { return cuDeviceGet(device, 0); }
-
 CUresult cuDriverGetVersion(int *version) {
-  *version = 13000;
+  *version = driver_version;
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
-  *context = (CUcontext)1;
+  *context = current;
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return cuCtxGetCurrent(context); }
+CUresult cuCtxSetCurrent(CUcontext context) {
+  current = context;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = primary(device);
+  return called("cuDevicePrimaryCtxRetain");
+}
 
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   *status = CU_STREAM_CAPTURE_STATUS_NONE;
@@ -83,7 +181,6 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }

@@ -1,0 +1,127 @@
+"""csrc/cuda/driver.cpp on a machine without CUDA: behind the door of cuda_door.cpp, on the driver of libcuda.c.
+
+What it finds is a process's, so each case has one of its own, which runs a test's code after that of ``BEGIN``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ROOT
+from tests.tools.installation import COMPILER
+
+TOOLS = Path(__file__).parent
+STREAM = 0x57EA00
+"""The current stream of device 0; that of another device is so many more."""
+
+_TORCH = f"""
+#include <stdint.h>
+int aoti_torch_get_current_cuda_stream(int32_t device, void **stream) {{
+  *stream = (void *)(uintptr_t)({STREAM} + device);
+  return device > 5;
+}}
+"""
+
+BEGIN = f"""
+import ctypes, os, sys
+from ctypes import CFUNCTYPE, POINTER, byref, c_char_p, c_double, c_int, c_size_t, c_uint, c_void_p
+
+folder = os.environ["DRIVER_FOLDER"]
+STREAM = {STREAM}
+
+class Grid(ctypes.Structure):  # the first fields of CUlaunchConfig
+    _fields_ = [(name, c_uint) for name in ("X", "Y", "Z", "x", "y", "z", "shared")] + [("stream", c_void_p)]
+
+Launched = CFUNCTYPE(None, c_size_t, POINTER(Grid), POINTER(c_void_p))
+
+def load(name, **results):
+    library = ctypes.CDLL(os.path.join(folder, name))
+    for function, result in results.items():
+        getattr(library, function).restype = result
+    return library
+
+def pytorch(name="libtorch_cuda.so"):
+    load(name)
+
+def cuda(**facts):
+    library = load("libcuda.so.1", name_of=c_char_p, image_of=c_void_p)
+    for name, value in facts.items():
+        if isinstance(value, str):
+            (ctypes.c_char * 64).in_dll(library, name).value = value.encode()
+        elif isinstance(value, list):
+            (c_int * len(value)).in_dll(library, name)[:] = value
+        else:
+            c_int.in_dll(library, name).value = value
+    return library
+
+def door(name="door.so"):
+    names = "unavailable", "properties", "kernel", "stream", "launch", "fill"
+    library = load(name, code_of=c_void_p, **{{f"door_{{name}}": c_char_p for name in names}})
+    library.door_launch.argtypes = (c_int, c_void_p, c_uint, c_uint, c_uint, c_void_p, c_int, c_double)
+    library.door_fill.argtypes = (c_int, c_void_p, c_uint, c_size_t, c_void_p)
+    return library
+
+def kernel(door, k, name):
+    found = c_void_p()
+    text = door.door_kernel(k, name.encode(), byref(found))
+    assert text is None, text
+    return found
+
+def calls(cuda):
+    return (ctypes.c_char * (1 << 16)).in_dll(cuda, "calls").value.decode().split()
+"""
+
+
+@cache
+def headers() -> Path:
+    """Where cuda.h is: with Triton, or a toolkit."""
+    triton = find_spec("triton")
+    places = [Path(str(triton.origin)).parent / "backends" / "nvidia" / "include"] if triton else []
+    places += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
+    for place in places:
+        if (place / "cuda.h").exists():
+            return place
+    pytest.skip("no cuda.h, neither Triton's nor a toolkit's")
+
+
+def compile_libraries(folder: Path) -> None:
+    """Into ``folder``: PyTorch's part for CUDA as far as the driver asks for it, libcuda.so.1, and the door."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or pytest.skip("no C compiler")
+    (folder / "torch.c").write_text(_TORCH)
+    (folder / "nothing.c").write_text("int nothing;\n")
+
+    def library(name: str, *options: str | Path, of: str = compiler) -> None:
+        command = [of, "-shared", "-fPIC", f"-Wl,-soname,{Path(name).name}", *options, "-o", folder / name]
+        subprocess.run(list(map(str, command)), check=True)
+
+    library("libtorch_cuda.so", folder / "torch.c")
+    for name in ("libtorch_hip.so", "old/libcuda.so.1", "old/libtorch_cuda.so"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        library(name, folder / "nothing.c")
+    library("libcuda.so.1", "-I", headers(), TOOLS / "libcuda.c")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-I", ROOT / "csrc"]
+    flags += ["-isystem", Path(torch.__path__[0]) / "include"]
+    compiling = [COMPILER, *flags, "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"]
+    subprocess.run(list(map(str, compiling)), check=True)
+    for name, definitions in {"door.so": [], "empty.so": ["-DPMRL_NO_KERNELS"]}.items():
+        options = [*flags, *definitions, TOOLS / "cuda_door.cpp", folder / "driver.o", "-ldl"]
+        library(name, *options, of=str(COMPILER))
+
+
+def run(folder: Path, code: str) -> list[str]:
+    """The lines that the code prints, in a process without PyTorch that sees the libraries of ``folder``."""
+    variables = {**os.environ, "DRIVER_FOLDER": str(folder)}
+    done = subprocess.run([sys.executable, "-c", BEGIN + code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
