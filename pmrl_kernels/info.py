@@ -97,7 +97,7 @@ def report() -> str:
     names = (*ops.available, *ops.unavailable_reasons)
     for name in names:
         lines.append((f"backend {name}", _backend(name)))
-    lines += zip(("native library", "its CUDA kernels"), _library(), strict=True)
+    lines += zip(("native library", "kernels for CUDA"), _library(), strict=True)
     default = "the fastest that works"
     if ops.default_name is not None:
         default = _asked(ops.default_name, "PMRL_KERNELS_BACKEND", names)

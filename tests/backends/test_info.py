@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -40,7 +41,32 @@ def test_info():
             assert told.startswith(f"works; no kernels for {', '.join(lacking)}, which the next one computes (")
         else:
             assert told == "works"
+    assert facts["kernels for CUDA"] == native.describe_cuda()
     assert facts["default"] == "the fastest that works"
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (lambda device: None, "Some card, 80 GiB"),
+        (
+            lambda device: f"no code for {device}",
+            "Some card, 80 GiB; not for the native library's kernels: no code for cuda:0",
+        ),
+        (
+            raising(ValueError("no")),
+            "Some card, 80 GiB; whether it runs the native library's kernels cannot be told: no",
+        ),
+    ],
+    ids=["works", "does not", "raises"],
+)
+def test_info_of_a_card(monkeypatch, asked, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    card = types.SimpleNamespace(name="Some card", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(native, "cuda_unavailable", asked)
+    assert re.search(rf"(?m)^cuda:0 +{re.escape(told)}$", info.report())
 
 
 def test_info_shows_the_environment_variable(monkeypatch):
@@ -146,4 +172,5 @@ def test_info_of_backends_that_cannot_be_asked(monkeypatch):
     monkeypatch.setattr(triton, "version", raising(ValueError("no such version")))
     report = info.report()
     assert re.search("(?m)^native library +cannot be told: no such disk$", report)
+    assert re.search("(?m)^kernels for CUDA +cannot be told: no such disk$", report)
     assert re.search("(?m)^triton +(cannot be told: no such version|not installed)$", report)

@@ -88,6 +88,35 @@ def test_no_code_is_shared_between_instruction_sets(path):
             assert (kind.islower() and kind != "u") or name == f"_ZN4pmrl{len(table)}{table}E", line
 
 
+@needs_library
+def test_the_kernels_for_cuda_are_in_the_library():
+    """As many fatbins as there are files of kernels and numbers of modalities; or none, and a reason."""
+    fatbins = LIBRARY.read_bytes().count((0xBA55ED50).to_bytes(4, "little") + b"\x01\x00\x10\x00")
+    told, compiler = native.build_info["cuda"], native.build_info["nvcc"]
+    if compiler:
+        assert re.fullmatch(r"(sm_\d+ )+compute_\d+", told)
+        assert re.fullmatch(r"nvcc [\d.]+, ptxas [\d.]+", compiler)
+        assert fatbins == 7 * len([*(ROOT / "csrc" / "cuda").glob("*.cu")])
+    else:
+        assert re.fullmatch("none: .+", told)
+        assert fatbins == 0
+
+
+@needs_library
+def test_why_no_kernel_for_cuda_runs_on_a_torch_for_cpus(monkeypatch):
+    if torch.version.cuda is not None:
+        pytest.skip("a torch for CUDA")
+    told = native.cuda_unavailable(torch.device("cuda", 0))
+    built, _, reason = native.build_info["cuda"].partition("none: ")
+    assert told == (
+        "PyTorch was built without CUDA" if built else f"this library was built without kernels for CUDA: {reason}"
+    )
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # whose devices are called "cuda" too
+    assert (
+        native.cuda_unavailable(torch.device("cuda", 0)) == "its kernels are for CUDA, and this PyTorch is for HIP 7.0"
+    )
+
+
 @pytest.mark.parametrize("size", [64, 119, 120, 599, 960, 1023])
 def test_a_file_that_ends_too_early_is_known_without_loading_it(tmp_path, size):
     (tmp_path / "library").write_bytes(elf()[:size])

@@ -23,11 +23,12 @@ from tests.tools.installation import RECORD, copied, elf, fake_torch
 
 @pytest.fixture
 def script(monkeypatch) -> Callable[..., types.ModuleType]:
-    """setup.py as a module that sets nothing up, run with the given PMRL_KERNELS_NATIVE."""
+    """setup.py as a module that sets nothing up, run with the given PMRL_KERNELS_NATIVE and PMRL_KERNELS_CUDA."""
     setuptools = pytest.importorskip("setuptools", minversion="77")
 
-    def load(requested: str = "") -> types.ModuleType:
+    def load(requested: str = "", cuda: str = "") -> types.ModuleType:
         monkeypatch.setenv("PMRL_KERNELS_NATIVE", requested)
+        monkeypatch.setenv("PMRL_KERNELS_CUDA", cuda)
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setattr(setuptools, "setup", lambda **_: None)
         spec = importlib.util.spec_from_file_location("pmrl_kernels_setup", ROOT / "setup.py")
@@ -39,7 +40,7 @@ def script(monkeypatch) -> Callable[..., types.ModuleType]:
     return load
 
 
-FOUND = {"torch": "/somewhere/torch", "version": "2.10.0+cpu", "pybind11": None}
+FOUND = {"torch": "/somewhere/torch", "version": "2.10.0+cpu", "pybind11": None, "nvcc": [], "ptxas": []}
 
 
 @pytest.mark.parametrize(
@@ -100,9 +101,10 @@ def test_the_variable_that_wants_no_library(script):
         module.survey()
 
 
-def test_a_variable_that_nobody_understands(script):
-    with pytest.raises(SystemExit, match=r"^PMRL_KERNELS_NATIVE: got 'yes', wanted 0, 1 or nothing$"):
-        script("yes").survey()
+@pytest.mark.parametrize("name", ["PMRL_KERNELS_NATIVE", "PMRL_KERNELS_CUDA"])
+def test_a_variable_that_nobody_understands(script, name):
+    with pytest.raises(SystemExit, match=rf"^{name}: got 'yes', wanted 0, 1 or nothing$"):
+        script(*("yes",) if name.endswith("NATIVE") else ("", "yes")).survey()
 
 
 @pytest.mark.parametrize("isolated", [False, True])
@@ -126,9 +128,74 @@ def test_torch_is_found_by_pythonpath(script, monkeypatch, tmp_path):
     assert facts["version"] == "2.99"
 
 
+def test_compilers_for_cuda_are_found_among_packages(script, monkeypatch, tmp_path):
+    """NVIDIA's, which are one namespace over all folders of packages, and the assembler that Triton brings."""
+    names = ["nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/ptxas", "nvidia/cuda_nvcc/bin/ptxas", "triton/__init__.py"]
+    names += ["triton/backends/nvidia/bin/ptxas", "nvidia/cudnn/lib/libcudnn.so"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    facts = script().probe()
+    assert [x for x in facts["nvcc"] if x.startswith(str(tmp_path))] == [str(tmp_path / names[0])]
+    assert [x for x in facts["ptxas"] if x.startswith(str(tmp_path))] == [str(tmp_path / names[i]) for i in (1, 2, 4)]
+
+
+def compiled(
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, root: Path, broken: str = ""
+) -> list[list[str]]:
+    """The commands of a build, of which those for kernels for CUDA may fail for that reason."""
+    from setuptools import Distribution
+
+    commands = []
+
+    def run(*command: str) -> None:
+        commands.append(list(command))
+        if broken and "cuda_images" in command:
+            raise module.NotBuiltError(broken)
+
+    monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(module, "run", run)
+    command = module.Build(Distribution({"name": "pmrl-kernels", "packages": []}))
+    command.ensure_finalized()
+    found = FOUND | {"nvcc": ["/a/bin/nvcc", "/b/bin/nvcc"], "ptxas": ["/a/bin/ptxas", "/c/ptxas"]}
+    assert command._compile(found) == {module.LIBRARY: root / "build" / "native" / "libpmrl_kernels.so"}
+    return commands
+
+
+@pytest.mark.parametrize(("asked", "told"), [("", "AUTO"), ("1", "ON"), ("0", "OFF")])
+def test_what_the_build_is_told_of_cuda(script, monkeypatch, tmp_path, asked, told):
+    monkeypatch.setenv("PMRL_KERNELS_CUDA_ARCHITECTURES", "80, 90")
+    configure, *making = compiled(script(cuda=asked), monkeypatch, tmp_path)
+    reason = "PMRL_KERNELS_CUDA=0 at installation" if asked == "0" else ""
+    assert {f"-DPMRL_CUDA={told}", f"-DPMRL_CUDA_REASON={reason}", "-DPMRL_CUDA_ARCHITECTURES=80;90"} <= {*configure}
+    assert {"-DPMRL_NVCC_HINTS=/a/bin;/b/bin", "-DPMRL_PTXAS=/a/bin/ptxas;/c/ptxas"} <= {*configure}
+    assert [x[1:2] + x[3:] for x in making] == [["--build", "--target", "cuda_images"], ["--build"]]
+
+
+def test_kernels_that_cannot_be_compiled_do_not_take_the_library_along(script, monkeypatch, tmp_path, capfd):
+    first, _, second, last = compiled(script(), monkeypatch, tmp_path, "a.cu(3): error: no")
+    assert second == [*first, "-DPMRL_CUDA=OFF", "-DPMRL_CUDA_REASON=a.cu(3): error: no"]
+    assert "--target" not in last
+
+
+def test_kernels_that_are_wanted_and_cannot_be_compiled(script, monkeypatch, tmp_path):
+    module = script(cuda="1")
+    with pytest.raises(module.NotBuiltError, match=r"^no$"):
+        compiled(module, monkeypatch, tmp_path, "no")
+
+
+def test_wanting_kernels_for_cuda_is_wanting_the_library(tmp_path):
+    package = copied(tmp_path / "source") / "pmrl_kernels"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        build_nothing(package, PMRL_KERNELS_CUDA="1", CXX="no-such-compiler")
+    assert "PMRL_KERNELS_CUDA=1, but the native library cannot be built: no C++ compiler" in caught.value.stderr
+
+
 @pytest.mark.parametrize(
     ("says", "told"),
     [
+        ("x.ptx, line 9; fatal   : unknown version\nninja: stopped", "x.ptx, line 9; fatal   : unknown version"),
         ("a.cpp:1:2: error: no such thing\nb.cpp:1: error: more", "a.cpp:1:2: error: no such thing"),
         ("CMake Error at CMakeLists.txt:5 (project):\n  The compiler\n\n  is broken.\n", "The compiler is broken."),
         ("CMake Error: no generator", "CMake Error: no generator"),
@@ -238,8 +305,14 @@ def test_a_build_in_place_keeps_the_test_modules_of_other_pythons_that_fit(scrip
 def test_the_record_tells_who_kept_the_library(monkeypatch, tmp_path):
     (tmp_path / RECORD).write_text("built\nkept by a later build, which made none: no cmake\n")
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "build_info", {"isa": "x", "compiled": "x y", "compiler": "C", "torch": "2.10"})
+    facts = {"isa": "x", "compiled": "x y", "compiler": "C", "torch": "2.10", "cuda": "none: no nvcc", "nvcc": ""}
+    monkeypatch.setattr(native, "build_info", facts)
     assert native.describe() == "x of x y, by C with torch 2.10; kept by a later build, which made none: no cmake"
+    assert native.describe_cuda() == "none: no nvcc"
+    monkeypatch.setattr(native, "build_info", facts | {"cuda": "sm_90 compute_90", "nvcc": "nvcc 13.0"})
+    assert native.describe_cuda() == "sm_90 compute_90, by nvcc 13.0"
+    monkeypatch.setattr(native, "build_info", {})
+    assert native.describe_cuda() == "none: there is no native library"
 
 
 def test_make_works_in_a_folder_with_a_space(tmp_path):

@@ -33,6 +33,7 @@ def build() -> None:
     settings = {
         "PMRL_SANITIZE": "ON",
         "PMRL_NUMERICS": "ON",
+        "PMRL_CUDA": "OFF",  # no sanitizer of these sees what runs on a card
         "PMRL_TORCH_ROOT": os.path.realpath(torch.__path__[0]),
         "PMRL_TORCH_VERSION": torch.__version__,
         "pybind11_DIR": pybind11.get_cmake_dir(),
