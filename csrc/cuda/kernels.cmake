@@ -109,6 +109,13 @@ if(NOT cuda_reason)
   # Which CUDA a driver has to be of: objects want the major version alone.
   string(REGEX MATCH "^([0-9]+)\\.([0-9]+)" version "${cuda_assembler_version}")
   math(EXPR cuda_object_driver "${CMAKE_MATCH_1} * 1000")
+  set(cuda_pack ${cuda_fatbinary} -64 --compress-all)
+  if(cuda_nvcc_version VERSION_GREATER_EQUAL 12.8) # less by a fourth than without, and that by drivers since 12.4
+    list(APPEND cuda_pack --compress-mode=size)
+    if(cuda_object_driver LESS 12040)
+      set(cuda_object_driver 12040)
+    endif()
+  endif()
   if(cuda_ptx_version)
     set(cuda_ptx_driver 12080)
   else()
@@ -142,7 +149,7 @@ if(NOT cuda_reason)
   file(WRITE ${trial}.cu "extern \"C\" __global__ void trial(float* x) { x[threadIdx.x] += 1; }\n")
   list(GET cuda_architectures 0 architecture)
   cuda_commands(commands trial ${trial}.cu ${architecture})
-  list(APPEND commands COMMAND ${cuda_fatbinary} -64 --compress-all --create=${trial}.fatbin
+  list(APPEND commands COMMAND ${cuda_pack} --create=${trial}.fatbin
                        --image3=kind=elf,sm=${architecture},file=${trial}.cubin COMMAND)
   set(command "")
   foreach(word IN LISTS commands) # given all at once they would be a pipeline
@@ -209,7 +216,7 @@ else()
       set(fatbin ${cuda_folder}/${stem}_${k}.fatbin)
       add_custom_command(
         OUTPUT ${fatbin}
-        COMMAND ${cuda_fatbinary} -64 --compress-all --create=${fatbin} ${images}
+        COMMAND ${cuda_pack} --create=${fatbin} ${images}
         DEPENDS ${objects}
         COMMENT "Packing ${stem}_${k}.fatbin"
         VERBATIM)

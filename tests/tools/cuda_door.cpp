@@ -10,7 +10,7 @@ extern const pmrl::cuda::Built pmrl::cuda::kBuilt{"", "", "nobody compiled any",
 extern const pmrl::cuda::Image pmrl::cuda::kImages[] = {{0, nullptr}};
 #else
 extern const pmrl::cuda::Built pmrl::cuda::kBuilt{
-    "sm_80 sm_90 sm_86 compute_90", "nvcc 13.0.88, ptxas 12.9.86", "", {80, 90, 86}, 90, 12000, 12080};
+    "sm_86 sm_90 compute_90", "nvcc 13.0.88, ptxas 12.9.86", "", {86, 90}, 90, 12000, 12080};
 static const unsigned char codes[4] = {};
 extern const pmrl::cuda::Image pmrl::cuda::kImages[] = {
     {2, &codes[0]}, {4, &codes[1]}, {2, &codes[2]}, {4, &codes[3]}, {0, nullptr}};
