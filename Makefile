@@ -28,6 +28,8 @@ STUDY  := $(VENV)/study
 
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
+# So are its kernels for CUDA where nvcc is on the PATH; PMRL_KERNELS_CUDA_ARCHITECTURES=90 makes that short.
+export PMRL_KERNELS_CUDA ?= $(if $(wildcard csrc/cuda/*.cu),$(if $(shell command -v nvcc),1))
 
 JOBS   ?= 2
 SAMPLE ?= 1
@@ -41,7 +43,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
-	PMRL_KERNELS_NATIVE=0 PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[dev,examples]'
+	PMRL_KERNELS_NATIVE=0 PMRL_KERNELS_CUDA= PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[dev,examples]'
 	touch $@
 
 $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)

@@ -207,6 +207,11 @@ NONE = {
         {"PMRL_CUDA_ARCHITECTURES": "90;33"},
         r"nvcc 13\.0\.88 does not compile for 33 of PMRL_CUDA_ARCHITECTURES",
     ),
+    "an nvcc of a far future": (
+        {"version": "20.0.1", "known": "200"},
+        {},
+        r"nvcc 20\.0\.1 compiles for none of 80;90;100;75;86;89;120",
+    ),
     "not wanted": ({}, {"PMRL_CUDA": "OFF"}, "PMRL_CUDA is OFF"),
     "for a reason": (
         {},

@@ -231,7 +231,7 @@ def built_in_plain(folder: Path, compiler: str) -> str:
     pytest.importorskip("setuptools", minversion="77")
     package = copied(folder) / "pmrl_kernels"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    variables = {**os.environ, **TOOLS, **PLAIN, "CXX": compiler, "PMRL_KERNELS_NATIVE": ""}
+    variables = {**os.environ, **TOOLS, **PLAIN, "CXX": compiler, "PMRL_KERNELS_NATIVE": "", "PMRL_KERNELS_CUDA": ""}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True)
     assert done.returncode == 0, done.stderr
     return (package / RECORD).read_text(encoding="utf-8")

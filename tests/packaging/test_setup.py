@@ -226,7 +226,7 @@ def build_nothing(package: Path, **variables: str) -> tuple[str, str]:
     """The record after a build in place that makes nothing, and what it told."""
     pytest.importorskip("setuptools", minversion="77")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    variables = {**os.environ, "PMRL_KERNELS_NATIVE": "", **variables}
+    variables = {**os.environ, "PMRL_KERNELS_NATIVE": "", "PMRL_KERNELS_CUDA": "", **variables}
     done = subprocess.run(command, cwd=package.parent, env=variables, check=True, capture_output=True, text=True)
     return (package / RECORD).read_text(), done.stdout + done.stderr
 

@@ -22,9 +22,9 @@ OBJECTS = sorted((ROOT / "build" / "native" / "CMakeFiles").glob("kernels_*.dir/
 COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])), None)
 # cmake and ninja may be where pip put them, and the environments under test have nothing there.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-# What compiled the objects in build/native, and as it did, compiles nothing again.
-ASKED = ("CXX", "PMRL_KERNELS_CUDA", "PMRL_KERNELS_CUDA_ARCHITECTURES")
-TOOLS = {name: os.environ[name] for name in ASKED if name in os.environ} | {"PATH": PATH}
+# What compiled the objects in build/native, and for what it did, compiles nothing again.
+TOOLS = {name: os.environ[name] for name in ("CXX", "PMRL_KERNELS_CUDA_ARCHITECTURES") if name in os.environ}
+TOOLS |= {"PATH": PATH} | ({"PMRL_KERNELS_CUDA": "0"} if os.environ.get("PMRL_KERNELS_CUDA") == "0" else {})
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"no library to look into: {native.describe()}")
 needs_binutils = pytest.mark.skipif(not (shutil.which("nm") and shutil.which("readelf")), reason="no nm or no readelf")
