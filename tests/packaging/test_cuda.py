@@ -190,17 +190,17 @@ NONE = {
     "an old nvcc": (
         {"version": "11.8.89"},
         {},
-        r"wanted an nvcc of CUDA 12\.0 or newer at installation, got \S+/bin/nvcc of '11\.8\.89'",
+        r"wanted an nvcc of CUDA 12\.0 or newer at installation, got '11\.8\.89'",
     ),
     "an nvcc that fails": (
         {"fails": 'echo "a.cu"; echo "nvcc fatal : \\"cicc\\" not found" >&2; exit 1'},
         {},
-        r'\S+/bin/nvcc compiled nothing at installation: nvcc fatal : \\"cicc\\" not found',
+        r'nvcc 13\.0\.88 compiled nothing at installation: nvcc fatal : \\"cicc\\" not found',
     ),
     "an nvcc that says nothing": (
         {"fails": "exit 3"},
         {},
-        r"\S+/bin/nvcc compiled nothing at installation: exit status 3",
+        r"nvcc 13\.0\.88 compiled nothing at installation: exit status 3",
     ),
     "an unknown architecture": (
         {},
@@ -237,6 +237,14 @@ def test_why_there_are_no_kernels(project, tmp_path, tools, settings, reason):
         assert done.returncode != 0
         wanted = " ".join(done.stdout.split())
         assert re.search("PMRL_CUDA is ON, but no kernels for CUDA can be compiled: ", wanted)
+
+
+def test_a_reason_holds_no_path_of_the_build(project, tmp_path):
+    """Nor does the library in which it ends up."""
+    here = project()
+    told = f"{here.root}/csrc/cuda/small.cu(1): error: no"
+    assert here.configure(None, PMRL_CUDA="OFF", PMRL_CUDA_REASON=told).returncode == 0
+    assert here.built()[2] == "csrc/cuda/small.cu(1): error: no"
 
 
 def test_no_sources_no_kernels(project, tmp_path):
