@@ -1,0 +1,302 @@
+// The spectral operators for CUDA tensors: arguments are checked and become the structs of arguments.h, outputs and
+// states are allocated, kernels launched on PyTorch's stream. spectral.cu says what they compute, read and write. Nothing
+// here waits for the device.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "arguments.h"
+#include "driver.h"
+
+namespace pmrl {
+namespace cuda {
+namespace {
+
+// ---- tensors ------------------------------------------------------------------------------------
+
+int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+// A contiguous tensor where `like` is, not yet written.
+Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int32_t code = code_of(dtype), layout = aoti_torch_layout_strided();
+  AtenTensorHandle handle;
+  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &code,
+                                            &layout, nullptr, 0, nullptr, &handle) == AOTI_TORCH_SUCCESS,
+                  "pmrl_kernels: out of memory");
+  return Tensor(handle);
+}
+
+// Kernels need rows that are contiguous.
+Tensor with_rows(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// An incoming gradient of up to two dimensions.
+Values values_of(const std::optional<Tensor>& grad) {
+  if (!grad) return {nullptr, 0, 0};
+  const int64_t dim = grad->dim();
+  return {grad->const_data_ptr(), dim > 0 ? grad->stride(0) : 0, dim > 1 ? grad->stride(1) : 0};
+}
+
+// Whether every row begins where a pack of 16 bytes may, and is made of such.
+bool is_whole(const Rows& x, int64_t d) {
+  return !x.data || (reinterpret_cast<uintptr_t>(x.data) | x.stride | d * element_size(x.dtype)) % 16 == 0;
+}
+
+// ---- a call -------------------------------------------------------------------------------------
+
+struct Call {
+  Batch batch{};
+  int device;
+  Stream stream;
+  Dtype dtype;                 // of all embeddings, or kMixed
+  std::vector<Tensor> held;    // what the batch points into
+  std::vector<Tensor> embeddings;
+
+  int k() const { return batch.settings.k; }
+  unsigned warps() const { return k() > 7 ? 3 : 4; }  // of a block; as kWarps of arguments.h, for this k
+
+  // Blocks of warps that have so many instances each.
+  unsigned blocks(int64_t instances) const {
+    return static_cast<unsigned>((batch.B + warps() * instances - 1) / (warps() * instances));
+  }
+  std::string name(const char* kernel) const {
+    const char* dtypes[] = {"float32", "float64", "bfloat16", "float16", "mixed"};
+    return std::string(kernel) + "_" + std::to_string(k()) + "_" + dtypes[static_cast<int>(dtype)];
+  }
+  template <class... Arguments>
+  void run(const std::string& kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) const {
+    launch(device, cuda::kernel(k(), kernel.c_str()), {blocks, threads, 0}, stream, arguments...);
+  }
+};
+
+// A warp for each instance as long as there are warps to spare, which takes the least time for one; else 8 lanes for each,
+// and as many instances one after the other as leave several blocks for each multiprocessor.
+void choose_layout(Batch& b, int multiprocessors) {
+  const bool few = b.B <= int64_t(multiprocessors) * 32;
+  b.lanes = few ? kWarp : 8;
+  b.instances = few ? 1 : 4;
+  while (!few && b.instances < kMostInstances && b.B >= int64_t(multiprocessors) * 16 * b.instances) b.instances *= 2;
+}
+
+Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
+          const std::optional<Tensor>& temperature, double fixed_temperature, bool normalize, bool spectrum,
+          int64_t wanted) {
+  check_wanted(wanted);
+  const Embeddings all = check_embeddings(embeddings);
+  STD_TORCH_CHECK(all.k >= 2 && all.k <= kMostK, "pmrl_kernels: kernels for CUDA are for k in 2..", kMostK, ", got ",
+                  all.k);
+  Call call;
+  Batch& b = call.batch;
+  call.device = embeddings[0].get_device_index();
+  call.stream = current_stream(call.device);
+  call.dtype = all.dtype;
+  b.B = all.B;
+  b.d = static_cast<int>(all.d);
+  b.whole = all.dtype != Dtype::kMixed;
+  for (const Tensor& x : embeddings) call.embeddings.push_back(with_rows(x));
+  for (int64_t m = 0; m < all.k; ++m) {
+    const Tensor& x = call.embeddings[all.stacked ? 0 : m];
+    const Dtype dtype = dtype_of(x);
+    const int64_t element = element_size(dtype);
+    char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+    b.x[m] = {data + (all.stacked ? m * x.stride(1) * element : 0), x.stride(0) * element, dtype};
+    b.whole = b.whole && is_whole(b.x[m], all.d);
+  }
+  if (mask) {
+    check_mask(*mask, all.B, all.k);
+    call.held.push_back(mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask));
+    b.mask = static_cast<const uint8_t*>(call.held.back().const_data_ptr());
+  }
+  if (temperature) {
+    check_temperature(*temperature);
+    const ScalarType dtype = temperature->scalar_type();
+    const bool readable = dtype == ScalarType::Float || dtype == ScalarType::Double;
+    call.held.push_back(readable ? *temperature : torch::stable::to(*temperature, ScalarType::Double));
+    b.temperature = call.held.back().const_data_ptr();
+    b.temperature_is_float64 = call.held.back().scalar_type() == ScalarType::Double;
+  }
+  b.settings = {static_cast<int>(all.k),
+                static_cast<int>(std::min(all.d, all.k)),
+                fixed_temperature,
+                normalize,
+                spectrum,
+                all.float64_input,
+                (wanted & ~int64_t(kZ)) != 0,
+                (wanted & kW) != 0};
+  b.at = state_of(b.settings, (wanted & kAnyAlignment) != 0, (wanted & ~int64_t(kAnyAlignment)) != 0);
+  choose_layout(b, properties(call.device).multiprocessors);
+  return call;
+}
+
+// ---- operators ----------------------------------------------------------------------------------
+
+// (outputs, state): the state is (numbers, B), and the sums (3,) of the alignment terms
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
+    std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
+    double fixed_temperature, bool normalize, bool spectrum, int64_t wanted) {
+  Call call = read(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted);
+  Batch& b = call.batch;
+  const Settings& s = b.settings;
+  const int64_t B = b.B, d = b.d, k = s.k;
+  const Tensor& like = call.embeddings[0];
+  const ScalarType dtype = float_dtype(s.float64_input);
+  std::vector<Tensor> outputs;
+  const auto add = [&](std::initializer_list<int64_t> sizes) {
+    outputs.push_back(make(like, sizes, dtype));
+    return outputs.back().mutable_data_ptr();
+  };
+  Tensor state = make(like, {b.at.size, B}, ScalarType::Double), sums = make(like, {3}, ScalarType::Double);
+  b.state = static_cast<double*>(state.mutable_data_ptr());
+
+  Forward f{};
+  Vectors v{};
+  f.sums = static_cast<Sums*>(sums.mutable_data_ptr());
+  f.values = spectrum ? s.count : 1;
+  f.mean = (wanted & kAlignmentMean) != 0;
+  if (wanted & kAlignment) f.alignment = add({B});
+  if (wanted & (kAlignmentSum | kAlignmentMean)) f.total = add({});
+  if (wanted & kSigma) f.sigma = add({B, f.values});
+  if (wanted & kU) v.u = add({B, d});
+  if (wanted & kV) f.v = add({B, k});
+  for (int64_t m = 0; m < k && wanted & kZ; ++m) v.z[m] = add({B, d});
+  for (int64_t m = 0; m < k && wanted & kW; ++m) v.w[m] = add({B, d});
+
+  const unsigned blocks = call.blocks(b.instances), threads = kWarp * call.warps();
+  std::optional<Tensor> parts;
+  if (f.total && blocks != 1) {
+    parts = make(like, {3 * int64_t(blocks)}, ScalarType::Double);
+    f.parts = static_cast<Sums*>(parts->mutable_data_ptr());
+  }
+  f.batch = v.batch = b;
+  call.run(call.name("forward"), blocks, threads, f);
+  if (f.total && blocks != 1) call.run("total", 1, kReducers, f, static_cast<int>(blocks));
+  if (v.u || v.z[0] || v.w[0]) call.run(call.name("vectors"), call.blocks(kWarp / b.lanes), threads, v);
+  return {outputs, {state, sums}};
+}
+
+// Gradients of the embeddings, (0,) for those that need none, and of the temperature where that is a tensor.
+std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optional<Tensor> mask,
+                                      std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
+                                      bool spectrum, int64_t wanted, std::vector<Tensor> state,
+                                      std::vector<std::optional<Tensor>> grads, std::vector<bool> needed) {
+  Call call = read(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted);
+  Batch& b = call.batch;
+  const Settings& s = b.settings;
+  const int64_t B = b.B, d = b.d, k = s.k;
+  const Tensor& like = call.embeddings[0];
+  STD_TORCH_CHECK(state.size() == 2, "pmrl_kernels: state is not that of this batch");
+  check_state(state[0], b.at.size * B, ScalarType::Double);
+  check_state(state[1], 3, ScalarType::Double);
+  check_needed(needed, embeddings);
+  b.state = static_cast<double*>(const_cast<void*>(state[0].const_data_ptr()));
+
+  Backward g{};
+  IncomingGradients incoming(grads, float_dtype(s.float64_input));
+  const Dtype wide = s.float64_input ? Dtype::kFloat64 : Dtype::kFloat32;
+  bool rows = false, whole = b.whole;
+  const auto rows_of = [&](const std::optional<Tensor>& grad) -> Rows {
+    if (!grad) return {nullptr, 0, wide};
+    call.held.push_back(with_rows(*grad));
+    const Tensor& x = call.held.back();
+    const Rows found{static_cast<char*>(const_cast<void*>(x.const_data_ptr())), x.stride(0) * element_size(wide), wide};
+    rows = true;
+    whole = whole && is_whole(found, d);
+    return found;
+  };
+  g.values = spectrum ? s.count : 1;
+  if (wanted & kAlignment) g.alignment = values_of(incoming.next({B}));
+  if (wanted & (kAlignmentSum | kAlignmentMean)) g.alignment = values_of(incoming.next({}));
+  if (wanted & kAlignmentMean) g.sums = static_cast<const Sums*>(state[1].const_data_ptr());
+  if (wanted & kSigma) g.sigma = values_of(incoming.next({B, g.values}));
+  if (wanted & kU) g.u = rows_of(incoming.next({B, d}));
+  if (wanted & kV) g.v = values_of(incoming.next({B, k}));
+  bool others = false;
+  for (int64_t m = 0; m < k && wanted & kZ; ++m) g.z[m] = rows_of(incoming.next({B, d}));
+  for (int64_t m = 0; m < k && wanted & kW; ++m) {
+    g.w[m] = rows_of(incoming.next({B, d}));
+    others = others || g.w[m].data;
+  }
+  incoming.finish();
+
+  std::vector<Tensor> found;  // gradients
+  bool any_needed = false;
+  for (size_t j = 0; j < embeddings.size(); ++j) {
+    const Tensor& x = call.embeddings[j];
+    const ScalarType dtype = x.scalar_type();
+    const int64_t element = x.element_size();
+    const bool stacked = x.dim() == 3;
+    if (!needed[j]) {
+      found.push_back(make(x, {0}, dtype));
+      continue;
+    }
+    any_needed = true;
+    found.push_back(stacked ? make(x, {B, k, d}, dtype) : make(x, {B, d}, dtype));
+    char* data = static_cast<char*>(found.back().mutable_data_ptr());
+    for (int64_t m = 0; m < (stacked ? k : 1); ++m)
+      g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
+  }
+  std::optional<Tensor> slopes, scratch, pairs;
+  if (temperature) {
+    slopes = make(like, {B}, ScalarType::Double);
+    g.slopes = static_cast<double*>(slopes->mutable_data_ptr());
+  }
+
+  const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
+  const bool all = g.sigma.data || g.v.data || rows;
+  if ((any_needed || temperature) && (all || g.alignment.data)) {
+    b.whole = whole;
+    g.dotted = rows;
+    if (all) {
+      scratch = make(like, {triangle_size(s.k) + 5 * k, B}, ScalarType::Double);
+      g.scratch = static_cast<double*>(scratch->mutable_data_ptr());
+      if (takes_eigenpairs({true, g.u.data || g.v.data, others}, s)) {
+        pairs = make(like, {k + k * k, B}, ScalarType::Double);
+        g.pairs = static_cast<const double*>(pairs->const_data_ptr());
+        call.run("decompose_" + std::to_string(k), call.blocks(kWarp), threads, b, g.pairs);
+      }
+      g.batch = b;
+      if (rows) call.run(call.name("dots"), readers, threads, g);
+      call.run("coefficients_" + std::to_string(k) + (s.float64_input ? "_float64" : ""), call.blocks(kWarp), threads, g);
+      if (any_needed) call.run(call.name("apply"), readers, threads, g);
+    } else {
+      g.batch = b;
+      call.run(call.name("backward"), readers, threads, g);
+    }
+  } else {
+    for (Tensor& x : found) torch::stable::zero_(x);
+  }
+  if (temperature) {
+    found.push_back(make(like, {}, ScalarType::Double));
+    if (g.alignment.data) {
+      const Slope slope{B, g.slopes, nullptr, g.alignment, false, s.float64_input,
+                        static_cast<double*>(found.back().mutable_data_ptr())};
+      call.run("slope", 1, kReducers, slope);
+    } else {
+      torch::stable::zero_(found.back());
+    }
+  }
+  return found;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace pmrl
+
+STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CUDA, m) {
+  m.impl("spectral_forward", TORCH_BOX(&pmrl::cuda::spectral_forward));
+  m.impl("spectral_backward", TORCH_BOX(&pmrl::cuda::spectral_backward));
+}
