@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,15 @@
 namespace pmrl {
 namespace cuda {
 namespace {
+
+#ifdef PMRL_DOOR
+// For tests: tensors are the CPU's, as if they were of device 0, and memory that is allocated here is told of.
+int device_of(const Tensor&) { return 0; }
+void note(const Tensor& x);
+#else
+int device_of(const Tensor& x) { return x.get_device_index(); }
+void note(const Tensor&) {}
+#endif
 
 // ---- tensors ------------------------------------------------------------------------------------
 
@@ -35,13 +45,21 @@ Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType
   STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &code,
                                             &layout, nullptr, 0, nullptr, &handle) == AOTI_TORCH_SUCCESS,
                   "pmrl_kernels: out of memory");
-  return Tensor(handle);
+  Tensor made(handle);
+  note(made);
+  return made;
+}
+
+Tensor copied(const Tensor& x) {
+  Tensor made = torch::stable::contiguous(x);
+  note(made);
+  return made;
 }
 
 // Kernels need rows that are contiguous.
 Tensor with_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : copied(x);
 }
 
 // An incoming gradient of up to two dimensions.
@@ -90,6 +108,10 @@ void choose_layout(Batch& b, int multiprocessors) {
   b.lanes = few ? kWarp : 8;
   b.instances = few ? 1 : 4;
   while (!few && b.instances < kMostInstances && b.B >= int64_t(multiprocessors) * 16 * b.instances) b.instances *= 2;
+#ifdef PMRL_TUNING
+  if (const char* lanes = std::getenv("PMRL_LANES")) b.lanes = std::atoi(lanes), b.instances = b.lanes == kWarp ? 1 : 4;
+  if (const char* instances = std::getenv("PMRL_INSTANCES")) b.instances = std::atoi(instances);
+#endif
 }
 
 Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
@@ -101,7 +123,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
                   all.k);
   Call call;
   Batch& b = call.batch;
-  call.device = embeddings[0].get_device_index();
+  call.device = device_of(embeddings[0]);
   call.stream = current_stream(call.device);
   call.dtype = all.dtype;
   b.B = all.B;
@@ -118,7 +140,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   }
   if (mask) {
     check_mask(*mask, all.B, all.k);
-    call.held.push_back(mask->is_contiguous() ? *mask : torch::stable::contiguous(*mask));
+    call.held.push_back(mask->is_contiguous() ? *mask : copied(*mask));
     b.mask = static_cast<const uint8_t*>(call.held.back().const_data_ptr());
   }
   if (temperature) {
@@ -126,6 +148,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
     const ScalarType dtype = temperature->scalar_type();
     const bool readable = dtype == ScalarType::Float || dtype == ScalarType::Double;
     call.held.push_back(readable ? *temperature : torch::stable::to(*temperature, ScalarType::Double));
+    if (!readable) note(call.held.back());
     b.temperature = call.held.back().const_data_ptr();
     b.temperature_is_float64 = call.held.back().scalar_type() == ScalarType::Double;
   }
@@ -249,15 +272,17 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
     for (int64_t m = 0; m < (stacked ? k : 1); ++m)
       g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
   }
+  const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
+  const bool all = g.sigma.data || g.v.data || rows;
+  // Of a sum, dL/d tau is what comes in times that of the forward pass; else each instance's is added up here.
+  const bool summed = !all && (wanted & (kAlignmentSum | kAlignmentMean));
   std::optional<Tensor> slopes, scratch, pairs;
-  if (temperature) {
+  if (temperature && !summed) {
     slopes = make(like, {B}, ScalarType::Double);
     g.slopes = static_cast<double*>(slopes->mutable_data_ptr());
   }
 
-  const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
-  const bool all = g.sigma.data || g.v.data || rows;
-  if ((any_needed || temperature) && (all || g.alignment.data)) {
+  if ((any_needed || g.slopes) && (all || g.alignment.data)) {
     b.whole = whole;
     g.dotted = rows;
     if (all) {
@@ -281,8 +306,9 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   }
   if (temperature) {
     found.push_back(make(like, {}, ScalarType::Double));
-    if (g.alignment.data) {
-      const Slope slope{B, g.slopes, nullptr, g.alignment, false, s.float64_input,
+    if (g.alignment.data && B) {
+      const Slope slope{B, g.slopes, static_cast<const Sums*>(state[1].const_data_ptr()), g.alignment,
+                        (wanted & kAlignmentMean) != 0, s.float64_input,
                         static_cast<double*>(found.back().mutable_data_ptr())};
       call.run("slope", 1, kReducers, slope);
     } else {
@@ -296,7 +322,9 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
 }  // namespace cuda
 }  // namespace pmrl
 
+#ifndef PMRL_DOOR
 STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CUDA, m) {
   m.impl("spectral_forward", TORCH_BOX(&pmrl::cuda::spectral_forward));
   m.impl("spectral_backward", TORCH_BOX(&pmrl::cuda::spectral_backward));
 }
+#endif

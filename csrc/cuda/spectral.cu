@@ -700,7 +700,7 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   __shared__ Sums sums[kReducers / kWarp];
   Sums found{0.0, 0.0, 0.0};
   if (g.slopes) {
-#pragma unroll 1
+#pragma unroll 8  // loads that wait together
     for (int64_t i = threadIdx.x; i < g.B; i += kReducers) found.slope += g.slopes[i];
   }
   found = sum_of_block<kReducers / kWarp>(found, sums);

@@ -35,7 +35,7 @@ _logger = logging.getLogger("pmrl_kernels")
 
 FAMILIES: tuple[Any, ...] = (spectral, contrast)
 
-_PREFERENCE = ("native", "triton", "reference")  # fastest first
+_PREFERENCE = ("native", "cuda", "triton", "reference")  # fastest first
 
 
 class Backend(NamedTuple):
@@ -56,6 +56,10 @@ def _import(name: str) -> Any:
         from . import native
 
         return native
+    if name == "cuda":
+        from . import cuda
+
+        return cuda
     if name == "triton":
         from . import triton
 

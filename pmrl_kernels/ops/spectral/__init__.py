@@ -14,6 +14,8 @@ def implementations(backend: str) -> Mapping[str, Pair]:
     """A backend's pairs, by the names of the ops. (By statements, which tools that freeze programs can see.)"""
     if backend == "native":
         from .native import PAIRS
+    elif backend == "cuda":
+        from .cuda import PAIRS
     elif backend == "triton":
         from .triton import PAIRS
     elif backend == "reference":

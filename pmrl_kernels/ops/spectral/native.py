@@ -1,4 +1,5 @@
-"""The spectral op of the compiled library (csrc/cpu/spectral.cpp): the shapes of what its forward operator returns."""
+"""The spectral op of the compiled library: the shapes of what its forward operator returns, for CPUs
+(csrc/cpu/spectral.cpp) and for CUDA (csrc/cuda/spectral.cpp)."""
 
 from __future__ import annotations
 
@@ -21,6 +22,16 @@ def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, others: bool, 
     return B + LANES - 1, pairs + k * (1 + int(normalize) + int(others) + int(float64_input))
 
 
+def _cuda_state_size(k: int, normalize: bool, spectrum: bool, wanted: int, float64_input: bool) -> int:
+    """As csrc/cuda says: numbers of an instance (``state_of`` in arguments.h)."""
+    triangle, others = k * (k + 1) // 2, wanted & spec.W != 0
+    vectors = wanted & ~spec.ANY_ALIGNMENT != 0
+    size = triangle + 1 if wanted & spec.ANY_ALIGNMENT else 0
+    if vectors and wanted & ~spec.Z:
+        size = size + k + (k + k * k if spectrum else 1 + triangle)
+    return size + k * (int(vectors and normalize) + int(others) + int(float64_input))
+
+
 def _forward_shapes(
     embeddings: Sequence[Tensor],
     mask: Any,
@@ -33,10 +44,14 @@ def _forward_shapes(
     first = embeddings[0]
     B, k = first.shape[0], spec.number_of_modalities(embeddings)
     float64_input = spec.output_dtype(embeddings) == torch.float64
+    outputs = spec.output_shapes(embeddings, spectrum, wanted)
+    if first.device.type == "cuda":
+        shapes = (_cuda_state_size(k, normalize, spectrum, wanted, float64_input), B), (3,)
+        return outputs, [first.new_empty(shape, dtype=torch.float64) for shape in shapes]
     state = first.new_empty(
         _state_shape(B, k, normalize, spectrum, wanted & spec.W != 0, float64_input), dtype=torch.float64
     )
-    return spec.output_shapes(embeddings, spectrum, wanted), [state]
+    return outputs, [state]
 
 
 PAIRS = {spec.SPECTRAL.name: native.pair(spec.SPECTRAL, _forward_shapes)}

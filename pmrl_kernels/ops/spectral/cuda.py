@@ -1,0 +1,11 @@
+"""The spectral op of the compiled library for CUDA (csrc/cuda/spectral.cpp): the same operators as for CPUs, for tensors
+of another device."""
+
+from __future__ import annotations
+
+from .. import cuda
+from . import native, spec
+
+PAIRS = {
+    spec.SPECTRAL.name: native.PAIRS[spec.SPECTRAL.name]._replace(backend=cuda.NAME, rejects=cuda.rejects),
+}

@@ -1,0 +1,61 @@
+// A library for tests: the operators of csrc/cuda/spectral.cpp for tensors of the CPU, in a namespace of their own, with
+// images that are named by their k and hold nothing. `allocations` tells where all memory begins that was allocated for
+// the call that runs, and how much it is.
+#define PMRL_DOOR
+#include "cuda/spectral.cpp"
+
+static const unsigned char codes[7] = {2, 3, 4, 5, 6, 7, 8};
+extern const pmrl::cuda::Built pmrl::cuda::kBuilt{"sm_90 compute_90", "nvcc 13.0.88", "", {90}, 90, 12000, 12080};
+extern const pmrl::cuda::Image pmrl::cuda::kImages[] = {{2, &codes[0]}, {3, &codes[1]}, {4, &codes[2]}, {5, &codes[3]},
+                                                        {6, &codes[4]}, {7, &codes[5]}, {8, &codes[6]}, {0, nullptr}};
+
+namespace pmrl {
+namespace cuda {
+namespace {
+
+std::vector<int64_t> known;  // by a single thread
+
+void note(const Tensor& x) {
+  known.push_back(reinterpret_cast<int64_t>(x.const_data_ptr()));
+  known.push_back(x.numel() * x.element_size());
+}
+
+std::vector<int64_t> allocations() { return known; }
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> door_forward(
+    std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
+    double fixed_temperature, bool normalize, bool spectrum, int64_t wanted) {
+  known.clear();
+  return spectral_forward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted);
+}
+
+std::vector<Tensor> door_backward(std::vector<Tensor> embeddings, std::optional<Tensor> mask,
+                                  std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
+                                  bool spectrum, int64_t wanted, std::vector<Tensor> state,
+                                  std::vector<std::optional<Tensor>> grads, std::vector<bool> needed) {
+  known.clear();
+  return spectral_backward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted, state, grads,
+                           needed);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace pmrl
+
+STABLE_TORCH_LIBRARY(pmrl_door, m) {
+  m.def(
+      "spectral_forward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
+      "bool normalize, bool spectrum, int wanted) -> (Tensor[], Tensor[])");
+  m.def(
+      "spectral_backward(Tensor[] embeddings, Tensor? mask, Tensor? temperature, float fixed_temperature, "
+      "bool normalize, bool spectrum, int wanted, Tensor[] state, Tensor?[] grads, bool[] needed) -> Tensor[]");
+  m.def("allocations() -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pmrl_door, CPU, m) {
+  m.impl("spectral_forward", TORCH_BOX(&pmrl::cuda::door_forward));
+  m.impl("spectral_backward", TORCH_BOX(&pmrl::cuda::door_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(pmrl_door, CompositeExplicitAutograd, m) {
+  m.impl("allocations", TORCH_BOX(&pmrl::cuda::allocations));
+}
