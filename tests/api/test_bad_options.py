@@ -137,7 +137,7 @@ BAD_OPTIONS: dict[str, list[tuple[Any, type[Exception], tuple[str, ...]]]] = {
         (None, ValueError, ("got None", "'leading'")),
     ],
     "backend": [
-        ("cuda", ValueError, ("got 'cuda'", "None or one of", "'native'", "'triton'", "'reference'")),
+        ("gpu", ValueError, ("got 'gpu'", "None or one of", "'native'", "'triton'", "'reference'")),
         ("", ValueError, ("got ''", "'reference'")),
         ("Reference", ValueError, ("got 'Reference'", "'reference'")),
         (0, ValueError, ("got 0", "'reference'")),

@@ -34,7 +34,7 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
         for bad in [
             ("normalize", 1, TypeError, "got int"),
             ("objective", "svd", ValueError, "got 'svd'"),
-            ("backend", "cuda", ValueError, "got 'cuda'"),
+            ("backend", "gpu", ValueError, "got 'gpu'"),
             ("backend", 3, ValueError, "got 3"),
             ("min_temperature", -1, ValueError, "got -1, wanted a finite number of at least 0"),
             ("min_temperature", math.nan, ValueError, "got nan"),
