@@ -11,9 +11,9 @@ set(PMRL_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, such as 80;90
 set(PMRL_CUDA_MODALITIES "2;3;4;5;6;7;8" CACHE STRING "The numbers of modalities that kernels are compiled for")
 set(PMRL_NVCC_HINTS "" CACHE STRING "Where else an nvcc may be, after CUDA_HOME, the PATH and /usr/local/cuda")
 set(PMRL_PTXAS "" CACHE STRING "Assemblers in place of nvcc 13's own: the first one of CUDA 12.8 or 12.9 is taken")
-# Cards of data centres, then what else there is. A newer minor number runs the code of an older one; what is of no
-# major number here gets what its driver makes of the PTX.
-set(cuda_wanted 80 90 100 75 86 89 120)
+# Cards of data centres. A newer minor number runs the code of an older one (8.6 and 8.9 that of 8.0); what is of no major
+# number here, and newer than 9.0, gets what its driver makes of the PTX. Each costs the library as much as the PTX does.
+set(cuda_wanted 80 90 100)
 set(cuda_ptx_architecture 90)
 
 if(NOT PMRL_CUDA MATCHES "^(AUTO|ON|OFF)$")

@@ -20,7 +20,7 @@ from tests.tools.installation import COMPILER, PATH, copied
 
 CMAKE, NINJA = shutil.which("cmake", path=PATH), shutil.which("ninja", path=PATH)
 pytestmark = pytest.mark.skipif(not (COMPILER and CMAKE and NINJA), reason="no C++ compiler, no cmake or no ninja")
-ARCHITECTURES = ["80", "90", "100", "75", "86", "89", "120"]
+ARCHITECTURES = ["80", "90", "100"]
 
 NVCC = """#!/bin/sh
 echo "$0 $*" >> {calls}
@@ -51,7 +51,7 @@ for x; do case $x in --create=*) echo "a fatbin: $*" > "${{x#--create=}}";; esac
 class Toolkit:
     """Scripts for nvcc, ptxas and fatbinary, and one for an older ptxas."""
 
-    def __init__(self, folder: Path, version: str = "13.0.88", fails: str = "", known: str = "75 80 86 89 90 100 120"):
+    def __init__(self, folder: Path, version: str = "13.0.88", fails: str = "", known: str = "75 80 86 90 100 120"):
         self.calls = folder / "calls"
         self.calls.touch()
         self.bin = folder / "bin"
@@ -133,12 +133,12 @@ def test_kernels_for_each_number_of_modalities_and_architecture(project, tmp_pat
         (f"-arch=compute_{architecture}", f"-DPMRL_K={k}") for architecture in ARCHITECTURES for k in range(2, 9)
     )
     assembled = [x for x in toolkit.called("ptxas") if x[0].startswith("-arch")]
-    assert len(assembled) == 49
+    assert len(assembled) == 21
     # k = 8 does not fit into registers, and nobody is to be warned of it
-    assert sum("-warn-spills" in x and "-warn-lmem-usage" in x for x in assembled) == 42
+    assert sum("-warn-spills" in x and "-warn-lmem-usage" in x for x in assembled) == 18
     assert not [x for x in assembled if "_8_" in x[-1] and "-warn-spills" in x]
     calls = toolkit.calls.read_text()
-    assert f"{toolkit.older} -arch=sm_120" in calls
+    assert f"{toolkit.older} -arch=sm_100" in calls
     assert f"{toolkit.bin / 'ptxas'} -arch" not in calls
     assert "\n.version 8.7\n.target" in (here.build / "cuda" / "small_2_sm_90.ptx").read_text()
     for k, packed in zip(range(2, 9), sorted(toolkit.called("fatbinary"), key=str), strict=True):
@@ -176,10 +176,10 @@ def test_without_an_older_assembler_drivers_have_to_be_new(project, tmp_path):
 
 
 def test_an_older_nvcc_leaves_out_what_it_does_not_know(project, tmp_path):
-    toolkit, here = Toolkit(tmp_path, "12.4.131", known="75 80 86 89 90"), project()
+    toolkit, here = Toolkit(tmp_path, "12.4.131", known="75 80 86 90"), project()
     assert here.configure(toolkit, PMRL_PTXAS=str(toolkit.older)).returncode == 0
-    names = "sm_80 sm_90 sm_75 sm_86 sm_89 compute_90"
-    numbers = ["80", "90", "75", "86", "89", "90", "12000", "12040"]
+    names = "sm_80 sm_90 compute_90"
+    numbers = ["80", "90", "90", "12000", "12040"]
     assert here.built() == (names, "nvcc 12.4.131, ptxas 12.4.131", "", numbers)
     assert "--compress-all" in toolkit.calls.read_text()
     assert "--compress-mode" not in toolkit.calls.read_text()
@@ -210,7 +210,7 @@ NONE = {
     "an nvcc of a far future": (
         {"version": "20.0.1", "known": "200"},
         {},
-        r"nvcc 20\.0\.1 compiles for none of 80;90;100;75;86;89;120",
+        r"nvcc 20\.0\.1 compiles for none of 80;90;100",
     ),
     "not wanted": ({}, {"PMRL_CUDA": "OFF"}, "PMRL_CUDA is OFF"),
     "for a reason": (
