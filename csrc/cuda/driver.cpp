@@ -36,6 +36,7 @@ struct Driver {
   Result (*cuCtxGetCurrent)(Context*);
   Result (*cuCtxSetCurrent)(Context);
   Result (*cuThreadExchangeStreamCaptureMode)(int*);
+  Result (*cuStreamIsCapturing)(Stream, int*);
   Result (*cuLibraryLoadData)(void**, const void*, int*, void**, unsigned, int*, void**, unsigned);
   Result (*cuLibraryGetKernel)(void**, void*, const char*);
   Result (*cuKernelGetFunction)(void**, void*);
@@ -70,9 +71,9 @@ struct Driver {
 #define PMRL_WANT(name) want(name, #name)
     PMRL_WANT(cuInit), PMRL_WANT(cuDriverGetVersion), PMRL_WANT(cuGetErrorString), PMRL_WANT(cuDeviceGet);
     PMRL_WANT(cuDeviceGetAttribute), PMRL_WANT(cuDevicePrimaryCtxRetain), PMRL_WANT(cuCtxGetCurrent);
-    PMRL_WANT(cuCtxSetCurrent), PMRL_WANT(cuThreadExchangeStreamCaptureMode), PMRL_WANT(cuLibraryLoadData);
-    PMRL_WANT(cuLibraryGetKernel), PMRL_WANT(cuKernelGetFunction), PMRL_WANT(cuKernelSetAttribute);
-    PMRL_WANT(cuLaunchKernel), PMRL_WANT(cuMemsetD32Async);
+    PMRL_WANT(cuCtxSetCurrent), PMRL_WANT(cuThreadExchangeStreamCaptureMode), PMRL_WANT(cuStreamIsCapturing);
+    PMRL_WANT(cuLibraryLoadData), PMRL_WANT(cuLibraryGetKernel), PMRL_WANT(cuKernelGetFunction);
+    PMRL_WANT(cuKernelSetAttribute), PMRL_WANT(cuLaunchKernel), PMRL_WANT(cuMemsetD32Async);
 #undef PMRL_WANT
     if (lacking) return std::string("the CUDA driver is too old: wanted one of CUDA 12.0 or newer, this has no ") + lacking;
     if (const Result error = cuInit(0)) return "CUDA cannot be started: " + text(error);
@@ -194,10 +195,17 @@ class OnDevice {
   Context before_ = nullptr;
 };
 
-// Lets a thread do during a capture what is no part of it, as PyTorch's allocator does.
+// Where something is loaded: not in a capture of this stream; but whatever other threads capture, which by default forbids
+// a thread to allocate.
 class Uncaptured {
  public:
-  explicit Uncaptured(const Driver& d) : driver_(d) { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+  Uncaptured(const Driver& d, Stream stream, const char* name) : driver_(d) {
+    int capturing = 0;
+    if (stream && driver_.cuStreamIsCapturing(stream, &capturing)) capturing = 0;  // of no stream it is an error to ask
+    STD_TORCH_CHECK(!capturing, "pmrl_kernels: ", name, " is not loaded yet, and cannot be while a CUDA graph is captured; "
+                    "call pmrl_kernels.warm_up, or the same function on such embeddings, before that");
+    driver_.cuThreadExchangeStreamCaptureMode(&mode_);
+  }
   ~Uncaptured() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
   Uncaptured(const Uncaptured&) = delete;
   Uncaptured& operator=(const Uncaptured&) = delete;
@@ -221,9 +229,9 @@ class LoadedKernel {
 
   // With the context of the device that is current. A driver loads code into one when that is first asked for: here,
   // and not in the midst of a launch.
-  void* prepared(const Driver& d, int device, int ordinal, unsigned shared) {
+  void* prepared(const Driver& d, int device, int ordinal, unsigned shared, Stream stream) {
     if (!loaded_[device].load(std::memory_order_acquire)) {
-      const Uncaptured relaxed(d);
+      const Uncaptured relaxed(d, stream, name_.c_str());
       void* function = nullptr;
       d.check(d.cuKernelGetFunction(&function, handle_), "loading ", name_.c_str());
       loaded_[device].store(true, std::memory_order_release);
@@ -257,7 +265,7 @@ const char* unavailable(int device) {
 
 const Device& properties(int device) { return usable(driver(), device).properties; }
 
-Kernel kernel(int k, const char* name) {
+Kernel kernel(int k, const char* name, Stream stream) {
   const Driver& d = driver();
   static LoadedImage* const loaded = [] {
     size_t count = 0;
@@ -270,7 +278,7 @@ Kernel kernel(int k, const char* name) {
     const std::lock_guard<std::mutex> lock(image.mutex);
     const auto at = image.kernels.find(name);
     if (at != image.kernels.end()) return at->second.get();
-    const Uncaptured relaxed(d);
+    const Uncaptured relaxed(d, stream, name);
     if (!image.library)
       d.check(d.cuLibraryLoadData(&image.library, kImages[i].code, nullptr, nullptr, 0, nullptr, nullptr, 0),
               "the kernels for k = ", std::to_string(k).c_str());
@@ -295,7 +303,7 @@ void launch_with(int device, Kernel kernel, const Grid& grid, Stream stream, con
   const Driver& d = driver();
   KnownDevice& found = usable(d, device);
   const OnDevice here(d, found);
-  void* handle = kernel->prepared(d, device, found.ordinal, grid.shared);
+  void* handle = kernel->prepared(d, device, found.ordinal, grid.shared, stream);
   // The driver reads arguments and writes none.
   d.check(d.cuLaunchKernel(handle, grid.blocks, 1, 1, grid.threads, 1, 1, grid.shared, stream,
                            const_cast<void**>(arguments), nullptr),

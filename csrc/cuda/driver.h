@@ -1,9 +1,9 @@
 // What the kernels for CUDA take to run: the driver, found when it is first asked for. The library has no CUDA library
 // as a dependency, loads where there is none, and starts nothing before the first call: processes fork after imports.
 //
-// While a stream is captured into a graph, launches and memsets are recorded. Loading a kernel is not something to do
-// there (a driver may allocate or wait for it); it is tried in a mode that allows a thread as much, but what is to be
-// captured should have run before, which warm_up is for.
+// While a stream is captured into a graph, launches and memsets are recorded. A kernel cannot be loaded there (a driver may
+// allocate or wait for it): that raises, and what is to be captured has to have run before, which warm_up is for. Another
+// thread may load one meanwhile.
 #pragma once
 
 #include <cstddef>
@@ -49,11 +49,12 @@ struct Device {
 };
 const Device& properties(int device);
 
-// The kernel of that name among those for k modalities. It is loaded when it is first asked for, and stays.
-Kernel kernel(int k, const char* name);
-
 // The stream that PyTorch has this thread use on a device.
 Stream current_stream(int device);
+
+// The kernel of that name among those for k modalities, to be launched on `stream`. It is loaded when it is first asked
+// for, and stays.
+Kernel kernel(int k, const char* name, Stream stream);
 
 struct Grid {
   unsigned blocks;   // none: nothing is launched

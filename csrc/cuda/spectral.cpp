@@ -62,6 +62,12 @@ Tensor with_rows(const Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : copied(x);
 }
 
+// What kernels read has to be where they run.
+void check_device(const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(),
+                  "pmrl_kernels: all tensors must be on one device");
+}
+
 // An incoming gradient of up to two dimensions.
 Values values_of(const std::optional<Tensor>& grad) {
   if (!grad) return {nullptr, 0, 0};
@@ -97,7 +103,7 @@ struct Call {
   }
   template <class... Arguments>
   void run(const std::string& kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) const {
-    launch(device, cuda::kernel(k(), kernel.c_str()), {blocks, threads, 0}, stream, arguments...);
+    launch(device, cuda::kernel(k(), kernel.c_str(), stream), {blocks, threads, 0}, stream, arguments...);
   }
 };
 
@@ -129,7 +135,10 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   b.B = all.B;
   b.d = static_cast<int>(all.d);
   b.whole = all.dtype != Dtype::kMixed;
-  for (const Tensor& x : embeddings) call.embeddings.push_back(with_rows(x));
+  for (const Tensor& x : embeddings) {
+    check_device(x, embeddings[0]);
+    call.embeddings.push_back(with_rows(x));
+  }
   for (int64_t m = 0; m < all.k; ++m) {
     const Tensor& x = call.embeddings[all.stacked ? 0 : m];
     const Dtype dtype = dtype_of(x);
@@ -140,11 +149,13 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   }
   if (mask) {
     check_mask(*mask, all.B, all.k);
+    check_device(*mask, embeddings[0]);
     call.held.push_back(mask->is_contiguous() ? *mask : copied(*mask));
     b.mask = static_cast<const uint8_t*>(call.held.back().const_data_ptr());
   }
   if (temperature) {
     check_temperature(*temperature);
+    check_device(*temperature, embeddings[0]);
     const ScalarType dtype = temperature->scalar_type();
     const bool readable = dtype == ScalarType::Float || dtype == ScalarType::Double;
     call.held.push_back(readable ? *temperature : torch::stable::to(*temperature, ScalarType::Double));
@@ -225,6 +236,10 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   check_state(state[0], b.at.size * B, ScalarType::Double);
   check_state(state[1], 3, ScalarType::Double);
   check_needed(needed, embeddings);
+  for (const Tensor& x : state) check_device(x, like);
+  for (const std::optional<Tensor>& x : grads) {
+    if (x) check_device(*x, like);
+  }
   b.state = static_cast<double*>(const_cast<void*>(state[0].const_data_ptr()));
 
   Backward g{};

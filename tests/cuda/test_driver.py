@@ -211,7 +211,7 @@ def test_a_kernel_that_is_not_there(folder):
     code = """
 found = c_void_p()
 for k, name in ((4, b"no_such_thing"), (3, b"forward")):
-    print(d.door_kernel(k, name, byref(found)).decode())
+    print(d.door_kernel(k, name, None, byref(found)).decode())
 print(calls(library).count("cuLibraryLoadData"))
 """
     *lines, loaded = launching(folder, code)
@@ -240,7 +240,7 @@ def test_errors_tell_the_drivers_text_and_pass(folder, failing, told):
 def all_of_it():
     found = c_void_p()
     return (
-        d.door_kernel(2, b"forward", byref(found))
+        d.door_kernel(2, b"forward", None, byref(found))
         or d.door_launch(0, found, 1, 32, 60000, None, 0, 0.0)
         or d.door_fill(0, (c_uint * 1)(), 0, 1, None)
     )
@@ -254,6 +254,31 @@ print(all_of_it(), c_int.in_dll(library, "capture_mode").value)
     first, second = launching(folder, code)
     assert first.endswith(f"pmrl_kernels: {told}: an error of the rehearsal's driver")
     assert second == "None 0"
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(folder):
+    """Neither an image nor into a device's context; what is there runs. The default stream cannot be captured."""
+    code = """
+def kernel_and_launch(device, name):
+    found, stream = c_void_p(), c_void_p(STREAM)
+    told = d.door_kernel(4, name, stream, byref(found)) or d.door_launch(device, found, 1, 32, 0, stream, 0, 0.0)
+    return told and told.decode().rpartition("pmrl_kernels: ")[2].partition(";")[0]
+
+capturing = c_int.in_dll(library, "capturing")
+capturing.value = 1
+print(kernel_and_launch(0, b"forward"), calls(library).count("cuLibraryLoadData"))
+capturing.value = 0
+print(kernel_and_launch(0, b"forward"))
+capturing.value = 1
+for device, name in ((0, b"forward"), (1, b"forward"), (0, b"backward")):
+    print(kernel_and_launch(device, name))
+assert d.door_launch(1, kernel(d, 4, "forward"), 1, 32, 0, None, 0, 0.0) is None
+print(len(seen), c_int.in_dll(library, "capture_mode").value)
+"""
+    told = "{} is not loaded yet, and cannot be while a CUDA graph is captured"
+    assert launching(folder, code) == [
+        told.format("forward") + " 0", "None", "None", told.format("forward"), told.format("backward"), "3 0"
+    ]  # fmt: skip
 
 
 def test_a_device_without_a_stream(folder):

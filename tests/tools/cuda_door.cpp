@@ -44,7 +44,9 @@ DOOR const char* door_properties(int device, int* found) {
     found[0] = x.multiprocessors, found[1] = x.capability;
   });
 }
-DOOR const char* door_kernel(int k, const char* name, Kernel* found) { return text_of([&] { *found = kernel(k, name); }); }
+DOOR const char* door_kernel(int k, const char* name, Stream stream, Kernel* found) {
+  return text_of([&] { *found = kernel(k, name, stream); });
+}
 DOOR const char* door_stream(int device, Stream* found) { return text_of([&] { *found = current_stream(device); }); }
 DOOR const char* door_launch(int device, Kernel kernel, unsigned blocks, unsigned threads, unsigned shared,
                              Stream stream, int first, double second) {

@@ -72,7 +72,7 @@ def door(name="door.so"):
 
 def kernel(door, k, name):
     found = c_void_p()
-    text = door.door_kernel(k, name.encode(), byref(found))
+    text = door.door_kernel(k, name.encode(), c_void_p(STREAM), byref(found))
     assert text is None, text
     return found
 
@@ -93,30 +93,38 @@ def headers() -> Path:
     pytest.skip("no cuda.h, neither Triton's nor a toolkit's")
 
 
+def library(path: Path, *options: str | Path, compiler: str | None = None) -> None:
+    """Without a compiler: by one for C."""
+    compiler = compiler or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", *options, "-o", path]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def compile_machine(folder: Path, pytorch: str = "libtorch_cuda.so", driver: str = "libcuda.so.1") -> None:
+    """Into ``folder``: PyTorch's part for CUDA as far as driver.cpp asks for it, and the CUDA driver."""
+    (folder / "torch.c").write_text(_TORCH)
+    library(folder / pytorch, folder / "torch.c")
+    library(folder / driver, "-I", headers(), TOOLS / "libcuda.c")
+
+
 def compile_libraries(folder: Path) -> None:
-    """Into ``folder``: PyTorch's part for CUDA as far as the driver asks for it, libcuda.so.1, and the door."""
+    """Into ``folder``: such a machine, others that lack something, and the door."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or pytest.skip("no C compiler")
-    (folder / "torch.c").write_text(_TORCH)
+    compile_machine(folder)
     (folder / "nothing.c").write_text("int nothing;\n")
-
-    def library(name: str, *options: str | Path, of: str = compiler) -> None:
-        command = [of, "-shared", "-fPIC", f"-Wl,-soname,{Path(name).name}", *options, "-o", folder / name]
-        subprocess.run(list(map(str, command)), check=True)
-
-    library("libtorch_cuda.so", folder / "torch.c")
     for name in ("libtorch_hip.so", "old/libcuda.so.1", "old/libtorch_cuda.so"):
         (folder / name).parent.mkdir(exist_ok=True)
-        library(name, folder / "nothing.c")
-    library("libcuda.so.1", "-I", headers(), TOOLS / "libcuda.c")
+        library(folder / name, folder / "nothing.c")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-I", ROOT / "csrc"]
     flags += ["-isystem", Path(torch.__path__[0]) / "include"]
     compiling = [COMPILER, *flags, "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"]
     subprocess.run(list(map(str, compiling)), check=True)
     for name, definitions in {"door.so": [], "empty.so": ["-DPMRL_NO_KERNELS"]}.items():
         options = [*flags, *definitions, TOOLS / "cuda_door.cpp", folder / "driver.o", "-ldl"]
-        library(name, *options, of=str(COMPILER))
+        library(folder / name, *options, compiler=str(COMPILER))
 
 
 def run(folder: Path, code: str) -> list[str]:

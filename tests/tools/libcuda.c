@@ -21,6 +21,8 @@ int capabilities[MOST_DEVICES] = {90, 90, 90, 90, 90, 90, 90, 90};
 int multiprocessors = 132;
 int devices = MOST_DEVICES;
 int capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL; /* of a thread that says nothing */
+int capturing = CU_STREAM_CAPTURE_STATUS_NONE; /* any stream */
+int refused;                                      /* set by a launch's function: the launch fails */
 char failing[64];                                 /* the name of a function that fails, with CUDA_ERROR_UNKNOWN */
 char calls[1 << 16];
 
@@ -57,8 +59,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *grid, CUfunction function, void 
   if (called("launch")) return CUDA_ERROR_UNKNOWN;
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   if (!launched) return CUDA_ERROR_NOT_INITIALIZED;
+  refused = 0;
   launched((size_t)function, grid, arguments);
-  return CUDA_SUCCESS;
+  return refused ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned X, unsigned Y, unsigned Z, unsigned x, unsigned y, unsigned z,
@@ -172,7 +175,8 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
 }
 
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
-  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (!stream) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  *status = (CUstreamCaptureStatus)capturing;
   return CUDA_SUCCESS;
 }
 
