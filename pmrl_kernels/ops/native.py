@@ -7,7 +7,6 @@ the reason that ``unavailable`` gives.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +90,22 @@ def cuda_unavailable(device: torch.device) -> str | None:
     return _asked_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@functools.cache  # an answer stays, and is wanted by every call
-def _asked_of(index: int) -> str | None:
+_answers: dict[int, str | None] = {}
+"""By devices: an answer stays, and is wanted by every call."""
+
+
+def _ask(index: int) -> str | None:
     return torch.ops.pmrl_kernels.cuda_unavailable(index) or None
+
+
+def _asked_of(index: int) -> str | None:
+    if index not in _answers:
+        _answers[index] = _ask(index)
+    return _answers[index]
+
+
+# What torch.compiler.assume_constant_result does, and that would load the compiler: Dynamo calls it and keeps the answer.
+_asked_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable() -> str | None:

@@ -22,14 +22,16 @@ def _state_shape(B: int, k: int, normalize: bool, spectrum: bool, others: bool, 
     return B + LANES - 1, pairs + k * (1 + int(normalize) + int(others) + int(float64_input))
 
 
-def _cuda_state_size(k: int, normalize: bool, spectrum: bool, wanted: int, float64_input: bool) -> int:
-    """As csrc/cuda says: numbers of an instance (``state_of`` in arguments.h)."""
-    triangle, others = k * (k + 1) // 2, wanted & spec.W != 0
-    vectors = wanted & ~spec.ANY_ALIGNMENT != 0
+def cuda_state(embeddings: Sequence[Tensor], normalize: bool, spectrum: bool, wanted: int) -> list[Tensor]:
+    """As csrc/cuda says: numbers of each instance (``state_of`` in arguments.h), and the sums of all."""
+    first = embeddings[0]
+    k, float64_input = spec.number_of_modalities(embeddings), spec.output_dtype(embeddings) == torch.float64
+    triangle, vectors = k * (k + 1) // 2, wanted & ~spec.ANY_ALIGNMENT != 0
     size = triangle + 1 if wanted & spec.ANY_ALIGNMENT else 0
     if vectors and wanted & ~spec.Z:
         size = size + k + (k + k * k if spectrum else 1 + triangle)
-    return size + k * (int(vectors and normalize) + int(others) + int(float64_input))
+    size = size + k * (int(vectors and normalize) + int(wanted & spec.W != 0) + int(float64_input))
+    return [first.new_empty(shape, dtype=torch.float64) for shape in ((size, first.shape[0]), (3,))]
 
 
 def _forward_shapes(
@@ -42,16 +44,12 @@ def _forward_shapes(
     wanted: int,
 ) -> Any:
     first = embeddings[0]
-    B, k = first.shape[0], spec.number_of_modalities(embeddings)
-    float64_input = spec.output_dtype(embeddings) == torch.float64
     outputs = spec.output_shapes(embeddings, spectrum, wanted)
     if first.device.type == "cuda":
-        shapes = (_cuda_state_size(k, normalize, spectrum, wanted, float64_input), B), (3,)
-        return outputs, [first.new_empty(shape, dtype=torch.float64) for shape in shapes]
-    state = first.new_empty(
-        _state_shape(B, k, normalize, spectrum, wanted & spec.W != 0, float64_input), dtype=torch.float64
-    )
-    return outputs, [state]
+        return outputs, cuda_state(embeddings, normalize, spectrum, wanted)
+    k, float64_input = spec.number_of_modalities(embeddings), spec.output_dtype(embeddings) == torch.float64
+    shape = _state_shape(first.shape[0], k, normalize, spectrum, wanted & spec.W != 0, float64_input)
+    return outputs, [first.new_empty(shape, dtype=torch.float64)]
 
 
 PAIRS = {spec.SPECTRAL.name: native.pair(spec.SPECTRAL, _forward_shapes)}
