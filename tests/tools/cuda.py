@@ -1,8 +1,8 @@
-"""The kernels of csrc/cuda on a machine without a GPU: compiled by nvcc, run by ptx.py's interpreter of what comes out.
+"""The spectral op for CUDA on a machine without a GPU: csrc/cuda/spectral.cpp for tensors of a CPU, behind
+spectral_door.cpp, on the driver of libcuda.c, which hands every launch of its kernels to ptx.py's interpreter of what nvcc
+makes of them.
 
-What a host does with them is written down here in Python: from tensors to the structs of csrc/cuda/arguments.h, and
-which kernels run, in what grids. As a pytest plugin it makes them a backend of tensors on a CPU, and the contract runs
-on it:
+As a pytest plugin it makes that a backend, and the contract runs on it:
 
     python -m pytest -p tests.tools.cuda tests/contract -k cuda --every 20
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmrl_kernels.ops.spectral import spec
-from tests.tools import ptx
+from pmrl_kernels.ops.spectral import native, spec
+from tests import ROOT
+from tests.tools import driver, ptx
+from tests.tools.installation import COMPILER
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = ROOT / "csrc"
+TOOLS = Path(__file__).parent
 KS = range(2, 9)
 FLAGS = ("-prec-div=false", "-prec-sqrt=false")  # of float32, which the angles of rotations alone are in
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WARP = 32
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -45,7 +48,7 @@ def command(k: int, architecture: str, *options: str) -> list[str]:
 
 
 @functools.cache
-def compiled(k: int, architecture: str = "sm_90") -> str:
+def compiled(k: int, architecture: str) -> str:
     """Their PTX."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.ptx")
@@ -57,283 +60,123 @@ def compiled(k: int, architecture: str = "sm_90") -> str:
         return path.read_text()
 
 
-# ---------------------------------------------------------------------------------------------------
-# The structs of arguments.h
-# ---------------------------------------------------------------------------------------------------
+def compile_door(folder: Path) -> None:
+    """Into ``folder``: the host's code, and what it takes for PyTorch's part for CUDA and for the driver.
 
-
-def fields(names: str, kind: Any) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
-
-
-class Settings(ctypes.Structure):
-    _fields_ = (
-        *fields("k count", ctypes.c_int),
-        ("tau", ctypes.c_double),
-        *fields("normalize spectrum float64_input decompose others", ctypes.c_bool),
-    )
-
-
-class Rows(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int32))
-
-
-class Values(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), *fields("stride0 stride1", ctypes.c_int64))
-
-
-class State(ctypes.Structure):
-    _fields_ = fields("C slope values matrix v inverse_norms others exponents size", ctypes.c_int)
-
-
-class Batch(ctypes.Structure):
-    _fields_ = (
-        ("B", ctypes.c_int64),
-        *fields("d lanes instances", ctypes.c_int),
-        ("settings", Settings),
-        ("temperature", ctypes.c_void_p),
-        *fields("temperature_is_float64 whole", ctypes.c_bool),
-        ("x", Rows * 8),
-        *fields("mask state", ctypes.c_void_p),
-        ("at", State),
-    )
-
-
-class Forward(ctypes.Structure):
-    _fields_ = (
-        ("batch", Batch),
-        *fields("alignment sigma", ctypes.c_void_p),
-        ("values", ctypes.c_int),
-        *fields("v total", ctypes.c_void_p),
-        ("mean", ctypes.c_bool),
-        *fields("parts sums", ctypes.c_void_p),
-    )
-
-
-class Vectors(ctypes.Structure):
-    _fields_ = (("batch", Batch), ("u", ctypes.c_void_p), *fields("z w", ctypes.c_void_p * 8))
-
-
-class Backward(ctypes.Structure):
-    _fields_ = (
-        ("batch", Batch),
-        *fields("alignment sigma v", Values),
-        ("sums", ctypes.c_void_p),
-        ("values", ctypes.c_int),
-        ("u", Rows),
-        *fields("z w out", Rows * 8),
-        *fields("pairs scratch", ctypes.c_void_p),
-        ("dotted", ctypes.c_bool),
-        ("slopes", ctypes.c_void_p),
-    )
-
-
-class Slope(ctypes.Structure):
-    _fields_ = (
-        ("B", ctypes.c_int64),
-        *fields("slopes sums", ctypes.c_void_p),
-        ("alignment", Values),
-        *fields("mean is_float64", ctypes.c_bool),
-        ("out", ctypes.c_void_p),
-    )
-
-
-def rows(x: Tensor | None) -> Rows:
-    return Rows() if x is None else Rows(x.data_ptr(), x.stride(0) * x.element_size(), DTYPES[x.dtype])
-
-
-def values(x: Tensor | None) -> Values:
-    if x is None:
-        return Values()
-    return Values(x.data_ptr(), *(x.stride(i) if x.dim() > i else 0 for i in range(2)))
-
-
-def state_of(s: Settings, aligned: bool, vectors: bool) -> State:
-    """As the function of this name in arguments.h says."""
-    k, triangle, size, at = s.k, s.k * (s.k + 1) // 2, 0, {}
-    decomposed = vectors and s.decompose
-    for name, wanted, numbers in (
-        ("C", aligned, triangle),
-        ("slope", aligned, 1),
-        ("values", decomposed, k if s.spectrum else 1),
-        ("matrix", decomposed, k * k if s.spectrum else triangle),
-        ("v", decomposed, k),
-        ("inverse_norms", vectors and s.normalize, k),
-        ("others", s.others, k),
-        ("exponents", s.float64_input, k),
-    ):
-        at[name] = size if wanted else -1
-        size += numbers if wanted else 0
-    return State(**at, size=size)
-
-
-def whole(*tensors: Tensor | None) -> bool:
-    """Whether all rows begin where a pack of 16 bytes may, and are made of such."""
-    return all(
-        x is None or (x.data_ptr() | x.stride(0) * x.element_size() | x.shape[1] * x.element_size()) % 16 == 0
-        for x in tensors
-    )
+    With the environment's PMRL_DOOR_FLAGS, those of a sanitizer, say."""
+    driver.compile_machine(folder, "pytorch_of_door.so", "cuda_of_door.so")
+    installed = Path(torch.__path__[0])
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fvisibility=hidden",
+        "-DPMRL_TUNING",
+        *os.environ.get("PMRL_DOOR_FLAGS", "").split(),
+    ]
+    flags += ["-I", ROOT / "csrc", "-isystem", installed / "include"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    renamed = ["-Ddlopen=door_dlopen", "-fPIC", "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"]
+    subprocess.run(list(map(str, [COMPILER, *flags, *renamed])), check=True)
+    linked = TOOLS / "spectral_door.cpp", folder / "driver.o", installed / "lib" / "libtorch_cpu.so", "-ldl"
+    driver.library(folder / "door.so", *flags, *linked, compiler=COMPILER)
 
 
 # ---------------------------------------------------------------------------------------------------
-# The spectral op
+# The operators
 # ---------------------------------------------------------------------------------------------------
 
 
-class Host:
-    """Forward and backward operators of the spectral op, with ``lanes`` lanes an instance and ``instances`` a warp."""
+class Grid(ctypes.Structure):
+    """The first fields of CUlaunchConfig."""
 
-    def __init__(self, lanes: int = 8, instances: int = 4, architecture: str = "sm_90") -> None:
-        self.lanes, self.instances, self.architecture = lanes, instances, architecture
-
-    def launch(self, kernel: str, k: int, blocks: int, *arguments: Any) -> None:
-        given = [bytes(x) if isinstance(x, ctypes.Structure) else x for x in arguments]
-        ptx.execute(compiled(k, self.architecture), 0, blocks, given, kernel)
-
-    def blocks(self, k: int, B: int, of_warp: int) -> int:
-        return -(-B // (of_warp * (3 if k > 7 else 4)))
-
-    def batch(
-        self,
-        xs: Sequence[Tensor],
-        mask: Tensor | None,
-        temperature: Tensor | None,
-        fixed: float,
-        normalize: bool,
-        spectrum: bool,
-        wanted: int,
-    ) -> tuple[Batch, str, torch.dtype]:
-        (B, d), k, dtypes = xs[0].shape, len(xs), {x.dtype for x in xs}
-        out = spec.output_dtype(xs)
-        b = Batch(B=B, d=d, lanes=self.lanes, instances=self.instances)
-        settings = (k, min(d, k), fixed, normalize, spectrum, out == torch.float64)
-        b.settings = Settings(*settings, wanted & ~spec.Z != 0, wanted & spec.W != 0)
-        if temperature is not None:
-            b.temperature, b.temperature_is_float64 = temperature.data_ptr(), temperature.dtype == torch.float64
-        b.whole = len(dtypes) == 1 and whole(*xs)
-        for m, x in enumerate(xs):
-            b.x[m] = rows(x)
-        b.mask = None if mask is None else mask.data_ptr()
-        b.at = state_of(b.settings, wanted & spec.ANY_ALIGNMENT != 0, wanted & ~spec.ANY_ALIGNMENT != 0)
-        return b, "mixed" if len(dtypes) > 1 else str(xs[0].dtype).removeprefix("torch."), out
-
-    def forward(
-        self, embeddings: Sequence[Tensor], mask: Tensor | None, temperature: Tensor | None, *options: Any
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        xs, mask, temperature = inputs(embeddings, mask, temperature)
-        b, name, _ = self.batch(xs, mask, temperature, *options)
-        spectrum, wanted = options[-2:]
-        k, B = b.settings.k, b.B
-        state, sums = torch.empty((b.at.size, B), dtype=torch.float64), torch.empty(3, dtype=torch.float64)
-        b.state = state.data_ptr()
-        outputs = [torch.empty_like(x) for x in spec.output_shapes(xs, spectrum, wanted)]
-        at = iter(x.data_ptr() for x in outputs)
-        f = Forward(batch=b, sums=sums.data_ptr(), values=b.settings.count if spectrum else 1)
-        v = Vectors(batch=b)
-        if wanted & spec.ALIGNMENT:
-            f.alignment = next(at)
-        summed = wanted & (spec.ALIGNMENT_SUM | spec.ALIGNMENT_MEAN) != 0
-        if summed:
-            f.total, f.mean = next(at), wanted & spec.ALIGNMENT_MEAN != 0
-        f.sigma = next(at) if wanted & spec.SIGMA else None
-        v.u = next(at) if wanted & spec.U else None
-        f.v = next(at) if wanted & spec.V else None
-        for flag, places in ((spec.Z, v.z), (spec.W, v.w)):
-            for m in range(k if wanted & flag else 0):
-                places[m] = next(at)
-        blocks = self.blocks(k, B, self.instances)
-        parts = torch.empty(3 * blocks, dtype=torch.float64)
-        f.parts = parts.data_ptr() if summed and blocks != 1 else None
-        if blocks:
-            self.launch(f"forward_{k}_{name}", k, blocks, f)
-        if summed and blocks != 1:
-            self.launch("total", k, 1, f, blocks)
-        if wanted & (spec.U | spec.Z | spec.W) and B:
-            self.launch(f"vectors_{k}_{name}", k, self.blocks(k, B, WARP // self.lanes), v)
-        return outputs, [state, sums]
-
-    def backward(
-        self,
-        embeddings: Sequence[Tensor],
-        mask: Tensor | None,
-        temperature: Tensor | None,
-        fixed: float,
-        normalize: bool,
-        spectrum: bool,
-        wanted: int,
-        state: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        needed: Sequence[bool],
-    ) -> list[Tensor]:
-        xs, mask, temperature = inputs(embeddings, mask, temperature)
-        b, name, out = self.batch(xs, mask, temperature, fixed, normalize, spectrum, wanted)
-        k, B = b.settings.k, b.B
-        b.state = state[0].data_ptr()
-        g = Backward(values=b.settings.count if spectrum else 1)
-        incoming = iter(grads)
-        alignment = next(incoming) if wanted & spec.ANY_ALIGNMENT else None
-        g.alignment = values(alignment)
-        g.sums = state[1].data_ptr() if wanted & spec.ALIGNMENT_MEAN else None
-        small = [next(incoming)] if wanted & spec.SIGMA else [None]
-        g.sigma = values(small[0])
-        large: list[Tensor | None] = [plain_rows(next(incoming))] if wanted & spec.U else []
-        if wanted & spec.U:
-            g.u = rows(large[0])
-        if wanted & spec.V:
-            small.append(next(incoming))
-            g.v = values(small[-1])
-        for flag, places in ((spec.Z, g.z), (spec.W, g.w)):
-            for m in range(k if wanted & flag else 0):
-                large.append(plain_rows(next(incoming)))
-                places[m] = rows(large[-1])
-        b.whole = b.whole and whole(*large)
-        g.batch = b
-
-        found = [torch.empty(x.shape if want else 0, dtype=x.dtype) for x, want in zip(embeddings, needed, strict=True)]
-        views = spec.modalities(found) if needed[0] or embeddings[0].dim() == 2 else [None] * k
-        for m, x in enumerate(views):
-            g.out[m] = rows(x) if x is not None and x.dim() == 2 else Rows()
-        slopes = torch.zeros(B, dtype=torch.float64)
-        g.slopes = None if temperature is None else slopes.data_ptr()
-        warp_blocks = self.blocks(k, B, WARP)
-        if any(x is not None for x in (*small, *large)):
-            triangle = k * (k + 1) // 2
-            scratch, pairs = (torch.empty((n, B), dtype=torch.float64) for n in (triangle + 5 * k, k + k * k))
-            g.scratch, g.dotted = scratch.data_ptr(), any(x is not None for x in large)
-            through_vectors = g.u.data or g.v.data or any(w.data for w in g.w)
-            if through_vectors and not spectrum and B:
-                g.pairs = pairs.data_ptr()
-                self.launch(f"decompose_{k}", k, warp_blocks, b, pairs)
-            if g.dotted and B:
-                self.launch(f"dots_{k}_{name}", k, self.blocks(k, B, WARP // self.lanes), g)
-            if B:
-                suffix = "_float64" if out == torch.float64 else ""
-                self.launch(f"coefficients_{k}{suffix}", k, warp_blocks, g)
-                self.launch(f"apply_{k}_{name}", k, self.blocks(k, B, WARP // self.lanes), g)
-        elif alignment is None:
-            for x in found:
-                x.zero_()
-        elif B:
-            self.launch(f"backward_{k}_{name}", k, self.blocks(k, B, WARP // self.lanes), g)
-        if temperature is not None:
-            found.append(torch.zeros((), dtype=torch.float64))
-        if temperature is not None and alignment is not None:
-            self.launch("slope", k, 1, Slope(B=B, slopes=slopes.data_ptr(), out=found[-1].data_ptr()))
-        return found
+    _fields_ = (*((name, ctypes.c_uint) for name in [*"XYZxyz", "shared"]), ("stream", ctypes.c_void_p))
 
 
-def inputs(
-    embeddings: Sequence[Tensor], mask: Tensor | None, temperature: Tensor | None
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """As kernels read them: rows whose elements are neighbours, a contiguous mask, a temperature of 32 or 64 bits."""
-    xs = [x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous() for x in spec.modalities(embeddings)]
-    if temperature is not None and temperature.dtype not in (torch.float32, torch.float64):
-        temperature = temperature.double()
-    return xs, None if mask is None else mask.contiguous(), temperature
+LAUNCHED = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.POINTER(Grid), ctypes.POINTER(ctypes.c_void_p))
 
 
-def plain_rows(grad: Tensor | None) -> Tensor | None:
-    return grad if grad is None or grad.shape[1] <= 1 or grad.stride(1) == 1 else grad.contiguous()
+class Door:
+    """The operators for tensors of a CPU, and which kernels they have launched, in what grids."""
+
+    architecture = "sm_90"
+    runs = True
+    """Whether launches do; without that they are written down alone."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, int, int]] = []
+        self.errors: list[Exception] = []
+        with tempfile.TemporaryDirectory() as folder:
+            compile_door(Path(folder))
+            self.driver = ctypes.CDLL(str(Path(folder, "cuda_of_door.so")))
+            self.driver.name_of.restype, self.driver.image_of.restype = ctypes.c_char_p, ctypes.c_void_p
+            self.driver.name_of.argtypes = self.driver.image_of.argtypes = (ctypes.c_size_t,)
+            self._callback = LAUNCHED(self._launched)  # C does not keep it alive
+            self.driver.on_launch(self._callback)
+            torch.ops.load_library(str(Path(folder, "door.so")))
+            self.operators = torch.ops.pmrl_door
+            os.environ["PMRL_DOOR_FOLDER"] = folder
+            nobody = [torch.empty(0, 1), torch.empty(0, 1)]  # the driver is found by the first call
+            self.operators.spectral_forward(nobody, None, None, 1.0, True, True, spec.SIGMA)
+        shapes = {"spectral_forward": forward_shapes, "spectral_backward": spec.SPECTRAL.backward_shapes}
+        for name, function in shapes.items():
+            torch.library.register_fake(f"pmrl_door::{name}", function)
+
+    def _launched(self, function: int, grid: Any, arguments: Any) -> None:
+        name, k = self.driver.name_of(function).decode(), ctypes.string_at(self.driver.image_of(function), 1)[0]
+        try:
+            g = grid.contents
+            assert (g.Y, g.Z, g.y, g.z, g.shared, g.stream) == (1, 1, 1, 1, 0, driver.STREAM), name
+            self.launches.append((name, g.X, g.x))
+            if self.runs:
+                text = compiled(k, self.architecture)
+                sizes = ptx.parse(text, name).parameters.values()
+                given = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
+                places = self.operators.allocations()
+                owned = list(zip(places[::2], places[1::2], strict=True))
+                ptx.execute(text, g.shared, g.X, given, name, threads=g.x, owned=owned)
+        except Exception as error:  # which C would not pass on
+            traceback.print_exception(error)
+            self.errors.append(error)
+            ctypes.c_int.in_dll(self.driver, "refused").value = 1
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Raises what a launch has raised."""
+        try:
+            return getattr(self.operators, name).default(*arguments)
+        except RuntimeError:
+            if self.errors:
+                raise self.errors.pop() from None
+            raise
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.call("spectral_forward", *arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        return self.call("spectral_backward", *arguments)
+
+
+def forward_shapes(embeddings: Sequence[Tensor], mask: Any, temperature: Any, fixed: float, *options: Any) -> Any:
+    """What the operators for CUDA tell torch.compile, for tensors of a CPU."""
+    normalize, spectrum, wanted = options
+    return spec.output_shapes(embeddings, spectrum, wanted), native.cuda_state(embeddings, normalize, spectrum, wanted)
+
+
+_door = functools.cache(Door)  # names of operators are the process's
+
+
+def door(
+    lanes: int | None = None, instances: int | None = None, architecture: str = "sm_90", runs: bool = True
+) -> Door:
+    """The process's, set to so many lanes for an instance and instances for a warp (without them, as it chooses)."""
+    for name, value in {"PMRL_LANES": lanes, "PMRL_INSTANCES": instances}.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = str(value)
+    found = _door()
+    found.architecture, found.runs = architecture, runs
+    found.launches.clear()
+    found.errors.clear()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -342,7 +185,7 @@ def plain_rows(grad: Tensor | None) -> Tensor | None:
 
 
 def install() -> None:
-    """A backend "cuda" for tensors on a CPU, before all others; it has the spectral op. Of other k, the reference's."""
+    """The backend "cuda" is this one, before all others. Of other k, the reference's operators."""
     from pmrl_kernels import ops
     from pmrl_kernels.ops.operators import Pair
 
@@ -356,11 +199,11 @@ def install() -> None:
 
         return operator
 
-    host, reference = Host(), ops.available["reference"].pairs[spec.SPECTRAL.name]
-    operators = for_k(host.forward, reference.forward), for_k(host.backward, reference.backward)
-    pairs = {spec.SPECTRAL.name: Pair("cuda", *operators, rejects)}
+    own, reference = door().operators, ops.available["reference"].pairs[spec.SPECTRAL.name]
+    forward = for_k(own.spectral_forward.default, reference.forward)
+    backward = for_k(own.spectral_backward.default, reference.backward)
+    pairs = {spec.SPECTRAL.name: Pair("cuda", forward, backward, rejects)}
     ops.available = {"cuda": ops.Backend("cuda", rejects, pairs, {"paired": "there are none"}), **ops.available}
-    ops._PREFERENCE = ("cuda", *ops._PREFERENCE)
 
 
 def pytest_load_initial_conftests() -> None:
