@@ -104,7 +104,7 @@ def _asked_of(index: int) -> str | None:
     return _answers[index]
 
 
-# What torch.compiler.assume_constant_result does, and that would load the compiler: Dynamo calls it and keeps the answer.
+# Dynamo calls it, and keeps the answer. (torch.compiler.assume_constant_result does no more, and loads the compiler.)
 _asked_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

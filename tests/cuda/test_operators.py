@@ -81,7 +81,8 @@ def test_which_kernels_run():
         "forward_8_float64", "backward_8_float64"
     }  # fmt: skip
     assert launched(door, 9, 3, torch.bfloat16, torch.tensor(0.5), 0.3, True, False, spec.ALIGNMENT | spec.U) == {
-        *(f"{name}_3_bfloat16" for name in ("forward", "vectors", "dots", "apply")), "decompose_3", "coefficients_3", "slope"
+        "forward_3_bfloat16", "vectors_3_bfloat16",
+        "decompose_3", "dots_3_bfloat16", "coefficients_3", "apply_3_bfloat16", "slope",
     }  # fmt: skip
     assert not launched(door, 0, 3, torch.float32, None, 0.3, True, True, ALL)
     assert launched(door, 0, 3, torch.float32, None, 0.3, True, True, spec.ALIGNMENT_MEAN) == {"total"}

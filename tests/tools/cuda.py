@@ -1,6 +1,6 @@
 """The spectral op for CUDA on a machine without a GPU: csrc/cuda/spectral.cpp for tensors of a CPU, behind
-spectral_door.cpp, on the driver of libcuda.c, which hands every launch of its kernels to ptx.py's interpreter of what nvcc
-makes of them.
+spectral_door.cpp, on the driver of libcuda.c, which hands every launch of its kernels to ptx.py's interpreter of what
+nvcc makes of them.
 
 As a pytest plugin it makes that a backend, and the contract runs on it:
 
@@ -13,7 +13,6 @@ import ctypes
 import functools
 import os
 import shutil
-import subprocess
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -52,11 +51,7 @@ def compiled(k: int, architecture: str) -> str:
     """Their PTX."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.ptx")
-        done = subprocess.run(
-            [*command(k, architecture, "-ptx", "-o"), str(path)], capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        driver.run_compiler([*command(k, architecture, "-ptx", "-o"), path])
         return path.read_text()
 
 
@@ -76,7 +71,7 @@ def compile_door(folder: Path) -> None:
     flags += ["-I", ROOT / "csrc", "-isystem", installed / "include"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     renamed = ["-Ddlopen=door_dlopen", "-fPIC", "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"]
-    subprocess.run(list(map(str, [COMPILER, *flags, *renamed])), check=True)
+    driver.run_compiler([COMPILER, *flags, *renamed])
     linked = TOOLS / "spectral_door.cpp", folder / "driver.o", installed / "lib" / "libtorch_cpu.so", "-ldl"
     driver.library(folder / "door.so", *flags, *linked, compiler=COMPILER)
 

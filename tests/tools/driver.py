@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,13 +94,18 @@ def headers() -> Path:
     pytest.skip("no cuda.h, neither Triton's nor a toolkit's")
 
 
+def run_compiler(command: Sequence[str | Path]) -> None:
+    """Not sanitized, where this process is."""
+    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run(list(map(str, command)), check=True, env=variables)
+
+
 def library(path: Path, *options: str | Path, compiler: str | None = None) -> None:
     """Without a compiler: by one for C."""
     compiler = compiler or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler")
-    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", *options, "-o", path]
-    subprocess.run(list(map(str, command)), check=True)
+    run_compiler([compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", *options, "-o", path])
 
 
 def compile_machine(folder: Path, pytorch: str = "libtorch_cuda.so", driver: str = "libcuda.so.1") -> None:
@@ -120,8 +126,7 @@ def compile_libraries(folder: Path) -> None:
         library(folder / name, folder / "nothing.c")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-I", ROOT / "csrc"]
     flags += ["-isystem", Path(torch.__path__[0]) / "include"]
-    compiling = [COMPILER, *flags, "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"]
-    subprocess.run(list(map(str, compiling)), check=True)
+    run_compiler([COMPILER, *flags, "-c", ROOT / "csrc" / "cuda" / "driver.cpp", "-o", folder / "driver.o"])
     for name, definitions in {"door.so": [], "empty.so": ["-DPMRL_NO_KERNELS"]}.items():
         options = [*flags, *definitions, TOOLS / "cuda_door.cpp", folder / "driver.o", "-ldl"]
         library(folder / name, *options, compiler=str(COMPILER))

@@ -1,5 +1,7 @@
 """The kernels' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
+Of what is for CUDA it is the host's half, as tests/tools/cuda.py compiles it.
+
 With --every N, one in N of them, which ones by --seed.
 
 Builds in build/sanitize and lays the package out anew in build/sanitize/checkout, tests and sources beside it. What a
@@ -27,13 +29,17 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 COPY = BUILD / "checkout"
 SOLVERS = ["tests/native/test_solvers.py", "tests/native/test_elementary.py"]
+DOOR_FLAGS = (  # as CMakeLists.txt has them
+    "-fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow,vptr -fno-sanitize-recover=undefined "
+    "-fno-omit-frame-pointer -g1 -Og"
+)
 
 
 def build() -> None:
     settings = {
         "PMRL_SANITIZE": "ON",
         "PMRL_NUMERICS": "ON",
-        "PMRL_CUDA": "OFF",  # no sanitizer of these sees what runs on a card
+        "PMRL_CUDA": "OFF",  # no sanitizer of these sees what runs on a card; its host's half has a door of its own
         "PMRL_TORCH_ROOT": os.path.realpath(torch.__path__[0]),
         "PMRL_TORCH_VERSION": torch.__version__,
         "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -76,6 +82,7 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": " ".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch free little at exit
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PMRL_DOOR_FLAGS": DOOR_FLAGS,
         "OMP_NUM_THREADS": "1",  # tests that want threads ask for them
     }
 
@@ -110,6 +117,7 @@ def main() -> None:
     # Of the solvers, the many matrices of order 31 and 32 take most of the time: one instruction set has the latter.
     solvers = f"not 31- and (not 32- or {scalar} or {isas[0]})"
     jobs = {"solvers": (None, [*SOLVERS, "-k", solvers])}
+    jobs["cuda, the host"] = (None, ["tests/cuda/test_operators.py", "-k", "not opcheck", "-m", "not slow"])
     for isa in isas:
         # The other instruction sets, which some tests start processes for, have their turn here.
         chosen = ["-m", "not slow", "-k", "native and not every_instruction_set"]

@@ -1,5 +1,5 @@
-"""The spectral op of the compiled library for CUDA (csrc/cuda/spectral.cpp): the same operators as for CPUs, for tensors
-of another device."""
+"""The spectral op of the compiled library for CUDA (csrc/cuda/spectral.cpp): the same operators as for CPUs, for
+tensors of another device."""
 
 from __future__ import annotations
 
