@@ -65,7 +65,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
-        "gpu": Step([*pytest, *parallel, "tests/triton/test_gpu.py"], 180),
+        "gpu": Step([*pytest, *parallel, "tests/triton/test_gpu.py", "tests/cuda/test_gpu.py"], 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),
