@@ -290,7 +290,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
   const bool all = g.sigma.data || g.v.data || rows;
   // Of a sum, dL/d tau is what comes in times that of the forward pass; else each instance's is added up here.
-  const bool summed = !all && (wanted & (kAlignmentSum | kAlignmentMean));
+  const bool sum = wanted & (kAlignmentSum | kAlignmentMean), summed = sum && !all;
   std::optional<Tensor> slopes, scratch, pairs;
   if (temperature && !summed) {
     slopes = make(like, {B}, ScalarType::Double);
@@ -321,11 +321,19 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   }
   if (temperature) {
     found.push_back(make(like, {}, ScalarType::Double));
+    double* const out = static_cast<double*>(found.back().mutable_data_ptr());
     if (g.alignment.data && B) {
       const Slope slope{B, g.slopes, static_cast<const Sums*>(state[1].const_data_ptr()), g.alignment,
-                        (wanted & kAlignmentMean) != 0, s.float64_input,
-                        static_cast<double*>(found.back().mutable_data_ptr())};
+                        (wanted & kAlignmentMean) != 0, s.float64_input, out};
       call.run("slope", 1, kReducers, slope);
+    } else if (g.alignment.data && sum) {  // of no instances: as the sum itself, 0, or NaN for a bad temperature
+      const Tensor sums = make(like, {3}, ScalarType::Double);
+      Forward f{};
+      f.batch = b;
+      f.batch.settings.float64_input = true;
+      f.total = out;
+      f.sums = static_cast<Sums*>(sums.mutable_data_ptr());
+      call.run("total", 1, kReducers, f, 0);
     } else {
       torch::stable::zero_(found.back());
     }

@@ -218,6 +218,16 @@ def test_gradients_that_nobody_needs_or_that_do_not_come_in():
 
 
 @runs_kernels
+@pytest.mark.parametrize("wanted", [spec.ALIGNMENT_SUM, spec.ALIGNMENT_MEAN | spec.U])
+def test_a_bad_temperature_shows_where_there_are_no_instances(wanted):
+    """In a sum of none, and in the temperature's gradient."""
+    door, xs = cuda.door(), rows(3, 0)
+    for tau, expected in ((0.5, 0.0), (torch.nan, torch.nan), (torch.inf, torch.nan), (-1.0, torch.nan)):
+        (loss, *_), (*_, slope) = gradients(door, xs, None, torch.tensor(tau), 0.3, True, True, wanted)
+        assert str(loss.item()) == str(slope.item()) == str(expected)
+
+
+@runs_kernels
 def test_the_same_bits_again():
     xs, mask, tau = rows(3, 40), torch.rand(40, 3) > 0.3, torch.tensor(0.5)
     call = xs, mask, tau, 0.1, True, True, spec.ALIGNMENT_MEAN | spec.SIGMA
