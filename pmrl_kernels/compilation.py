@@ -1,4 +1,4 @@
-"""Compiling kernels before they are needed."""
+"""Compiling and loading kernels before they are needed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def _batches(leaves: Sequence[Tensor]) -> Sequence[int]:
 def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
     """Compiles whatever ``function(*embeddings)`` and its gradient run, for batches of any size.
 
-    GPU kernels are compiled when a call first needs them, which takes seconds (docs/layering.md has a table). This
-    gets it over with where waiting does no harm: before a timed step, or before all processes of a job reach their
-    first collective. It calls ``function`` on random embeddings, of a few instances, a thousand and on a GPU eight
-    thousand, and differentiates what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so
-    another process takes less time. Where nothing has to be compiled, as on a CPU, it does no more than those calls.
-    Gradients are enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
+    Triton's kernels are compiled when a call first needs them, which takes seconds (docs/layering.md has a table), and
+    those of the CUDA backend are loaded. This gets it over with where waiting does no harm: before a timed step, before
+    all processes of a job reach their first collective, or before a CUDA graph is captured, where either is an error.
+    It calls ``function`` on random embeddings, of a few instances, a thousand and on a GPU eight thousand, and
+    differentiates what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so another process
+    takes less time. Where nothing has to be compiled, as on a CPU, it does no more than those calls. Gradients are
+    enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
 
-    Kernels depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
+    Triton's depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
     multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.
 
     Args:

@@ -73,7 +73,7 @@ def dominant_sv_loss(
         reduction: "mean" over the instances with at least two modalities (0 if there are none), "sum", or
             "none" for (B,).
         objective: "softmax" or "leading".
-        backend: "reference", "native" or "triton"; None takes the fastest that works.
+        backend: "native" (CPUs), "cuda" or "triton" (GPUs), or "reference"; None takes the fastest that works.
 
     Returns:
         A 0-d tensor, or (B,) with ``reduction="none"``; float32 (float64 if any embedding is float64).
@@ -138,7 +138,7 @@ def instance_contrastive_loss(
         mask: bool (B,), True = the row takes part. Rows without a direction (zero vectors, with
             ``normalize=True``) are left out as well, on both sides.
         group, local_sizes: a batch spread over processes, as in :func:`pmrl_loss`.
-        backend: "reference", "native" or "triton"; None takes the fastest that works.
+        backend: "native" (CPUs), "cuda" or "triton" (GPUs), or "reference"; None takes the fastest that works.
 
     Returns:
         A 0-d tensor, the mean over the rows that take part (0 if there are none); float32 (float64 for

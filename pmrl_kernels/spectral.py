@@ -39,7 +39,7 @@ def singular_values(
             is no column at all.
         normalize: divide every embedding by its norm first. Unlike in ``torch.linalg`` this is the
             default, as in the losses of this package, whose logits these values are.
-        backend: "reference", "native" or "triton"; None takes the fastest that works.
+        backend: "native" (CPUs), "cuda" or "triton" (GPUs), or "reference"; None takes the fastest that works.
 
     Returns:
         (B, min(d, k)), float32 (float64 if any embedding is float64), in the unit of the embeddings' norms. Instances
