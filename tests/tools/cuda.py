@@ -190,7 +190,7 @@ def install() -> None:
     def for_k(own: Any, others: Any) -> Any:
         def operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
             k = spec.number_of_modalities(embeddings)
-            return (own if k in KS else others)(embeddings, *arguments)
+            return (own if KS[0] <= k <= KS[-1] else others)(embeddings, *arguments)  # of symbols, too
 
         return operator
 

@@ -1,6 +1,6 @@
 // A library for tests: the operators of csrc/cuda/spectral.cpp for tensors of the CPU, in a namespace of their own, with
-// images that are named by their k and hold nothing. `allocations` tells where all memory begins that was allocated for
-// the call that runs, and how much it is.
+// images that are named by their k and hold nothing. `allocations` tells where all memory begins that the call that
+// runs was given or has allocated, and how much it is.
 //
 // With driver.cpp, which is compiled with dlopen by another name: what it looks for is found in PMRL_DOOR_FOLDER, under
 // names that nothing else in the process goes by, such as the project's own library.
@@ -31,8 +31,19 @@ namespace {
 std::vector<int64_t> known;  // by a single thread
 
 void note(const Tensor& x) {
+  int64_t elements = x.numel() > 0;
+  for (int64_t i = 0; i < x.dim() && elements; ++i) elements += (x.size(i) - 1) * x.stride(i);
   known.push_back(reinterpret_cast<int64_t>(x.const_data_ptr()));
-  known.push_back(x.numel() * x.element_size());
+  known.push_back(elements * x.element_size());
+}
+
+// Arguments, which no object of Python's need hold.
+void begin(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
+           const std::optional<Tensor>& temperature) {
+  known.clear();
+  for (const Tensor& x : embeddings) note(x);
+  if (mask) note(*mask);
+  if (temperature) note(*temperature);
 }
 
 std::vector<int64_t> allocations() { return known; }
@@ -40,7 +51,7 @@ std::vector<int64_t> allocations() { return known; }
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> door_forward(
     std::vector<Tensor> embeddings, std::optional<Tensor> mask, std::optional<Tensor> temperature,
     double fixed_temperature, bool normalize, bool spectrum, int64_t wanted) {
-  known.clear();
+  begin(embeddings, mask, temperature);
   return spectral_forward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted);
 }
 
@@ -48,7 +59,11 @@ std::vector<Tensor> door_backward(std::vector<Tensor> embeddings, std::optional<
                                   std::optional<Tensor> temperature, double fixed_temperature, bool normalize,
                                   bool spectrum, int64_t wanted, std::vector<Tensor> state,
                                   std::vector<std::optional<Tensor>> grads, std::vector<bool> needed) {
-  known.clear();
+  begin(embeddings, mask, temperature);
+  for (const Tensor& x : state) note(x);
+  for (const std::optional<Tensor>& x : grads) {
+    if (x) note(*x);
+  }
   return spectral_backward(embeddings, mask, temperature, fixed_temperature, normalize, spectrum, wanted, state, grads,
                            needed);
 }
