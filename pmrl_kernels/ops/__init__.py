@@ -122,6 +122,7 @@ def _load() -> tuple[dict[str, Backend], dict[str, str]]:
                 raise
             reason, broken = _why_not(name, error)
         if reason is not None:
+            broken = broken and reason not in reasons.values()  # one fault of what two backends share is one warning
             reasons[name] = reason
             _log(broken, "the %s backend is not available: %s", name, reason)
     return loaded, reasons

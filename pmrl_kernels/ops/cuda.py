@@ -16,13 +16,11 @@ NAME = "cuda"
 MOST_K = 8
 """As csrc/cuda/arguments.h has it: kernels are compiled for each number of modalities."""
 
-broken = native.broken
-
 
 def unavailable() -> str | None:
     """Why this backend cannot run in this installation, or None."""
-    if not native.build_info:
-        return native.unavailable()
+    if not native.build_info:  # a fault of the library's is told of where that is loaded
+        return f"its kernels are in the native library: {native.unavailable()}"
     told = native.build_info["cuda"]
     if told.startswith("none: "):
         return f"the native library was built without kernels for CUDA: {told.removeprefix('none: ')}"

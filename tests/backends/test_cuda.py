@@ -100,7 +100,7 @@ def test_why_it_cannot_run_in_an_installation(machine, monkeypatch):
     assert cuda.unavailable() == "the native library was built without kernels for CUDA: no nvcc was found"
     monkeypatch.setattr(native, "build_info", {})
     monkeypatch.setattr(native, "_unavailable", "it was not built")
-    assert cuda.unavailable() == "it was not built"
+    assert cuda.unavailable() == "its kernels are in the native library: it was not built"
 
 
 def test_asked_for_by_the_environment_on_a_machine_without_it():
