@@ -151,15 +151,15 @@ def choose(
     """The pair of operators to run, and why faster backends, or the one requested, were passed over (or None).
 
     Pure: it reads nothing but its arguments. ``candidates`` come fastest first, ``reasons`` tells of the backends that
-    are not among them. A requested backend that lacks the op leaves it to those after it; raises RuntimeError for one
-    that cannot run.
+    are not among them. A requested backend that lacks the op, or kernels for such embeddings, leaves it to those after
+    it; raises RuntimeError for one that cannot run at all.
     """
     if requested is not None:
         names = [candidate.name for candidate in candidates]
         if requested not in names:
             raise RuntimeError(f"backend {requested!r} is not available: {reasons[requested]}")
         candidates = candidates[names.index(requested) :]
-        reason = (candidates[0].pairs.get(op) or candidates[0]).rejects(device, dtype, k, d)
+        reason = candidates[0].rejects(device, dtype, k, d)
         if reason is not None:
             raise RuntimeError(
                 f"backend {requested!r} cannot run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}"

@@ -34,6 +34,11 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
     """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
     if device.type != "cuda":
         return f"it has kernels for CUDA, not for {device.type}"
-    if not 2 <= k <= MOST_K:
-        return f"its kernels are for k in 2..{MOST_K}"
     return native.cuda_unavailable(device)
+
+
+def rejects_modalities(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
+    """The same of the kernels over modalities."""
+    if 2 <= k <= MOST_K:
+        return rejects(device, dtype, k, d)
+    return f"its kernels are for k in 2..{MOST_K}"

@@ -25,7 +25,7 @@ def machine(monkeypatch) -> dict[int, str | None]:
     monkeypatch.setattr(native, "build_info", BUILT)
     monkeypatch.setattr(native, "_answers", answers)
     ours = fake("cuda", offered=["spectral"])
-    pair = ours.pairs["spectral"]._replace(rejects=cuda.rejects)
+    pair = ours.pairs["spectral"]._replace(rejects=cuda.rejects_modalities)
     triton = fake("triton", offered=["spectral"])
     ours = ours._replace(rejects=cuda.rejects, pairs={"spectral": pair})
     use_backends(monkeypatch, {"cuda": ours, "triton": triton, "reference": ops.available["reference"]})
@@ -55,8 +55,6 @@ def test_it_is_the_next_after_the_cpus():
 @pytest.mark.parametrize(
     ("k", "where", "reason"),
     [
-        (9, CARD, "its kernels are for k in 2..8"),
-        (1, CARD, "its kernels are for k in 2..8"),
         (4, torch.device("cpu"), "it has kernels for CUDA, not for cpu"),
         (4, torch.device("cuda", 1), "an old card"),
     ],
@@ -69,6 +67,12 @@ def test_asked_for_by_name_it_runs_or_says_why_not(machine, monkeypatch, k, wher
     monkeypatch.setattr(ops, "default_name", "cuda")  # what PMRL_KERNELS_BACKEND says
     with pytest.raises(RuntimeError, match=told):
         chosen(k, where)
+
+
+@pytest.mark.parametrize("k", [1, 9, 32])
+def test_other_numbers_of_modalities_are_the_next_backends(machine, k):
+    """One is what the instance contrast normalises its rows as."""
+    assert chosen(k, requested="cuda") == "triton"
 
 
 def test_a_device_is_asked_once(machine, monkeypatch):
