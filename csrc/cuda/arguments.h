@@ -10,12 +10,14 @@ namespace cuda {
 
 constexpr int kMostK = kTemplatedModalities;
 constexpr int kWarp = 32;
-#if defined(PMRL_K) && PMRL_K > 7
-constexpr int kWarps = 3;            // of a block: what they share fits into 48 KB
-#else
-constexpr int kWarps = 4;
-#endif
-constexpr int kMostInstances = 16;   // of a warp
+
+// Warps of a block: what they keep in shared memory fits into 48 KB.
+PMRL_INLINE constexpr int warps_of_block(int k) { return k > 5 ? 2 : 4; }
+// Instances of a warp that are decomposed together, one in each lane: as many as there is shared memory for.
+PMRL_INLINE constexpr int most_instances(int k) { return k > 7 ? 24 : kWarp; }
+// Blocks of the forward pass that a multiprocessor has registers for.
+PMRL_INLINE constexpr int resident_blocks(int k) { return k > 5 ? 4 : k > 4 ? 2 : k > 3 ? 3 : 4; }
+
 constexpr int kReducers = 256;       // threads that add up what blocks have found
 
 // Where the numbers of a state begin: row `at` of (size, B) float64 numbers, an instance in each column, so that lanes
@@ -49,11 +51,12 @@ PMRL_INLINE State state_of(const Settings& s, bool aligned, bool vectors) {
   return at;
 }
 
-// A batch of instances. `lanes` lanes of a warp share an instance while rows are read, 8 or 32; a warp has `instances`
-// of them, one for each of its lanes while matrices are decomposed.
+// A batch of instances. `lanes` lanes of a warp share an instance while rows are read: 8, 16 or 32. In the forward pass a
+// warp has a `share` of neighbouring instances, at most most_instances(k), which it reads one after the other and then
+// decomposes together, one in each lane.
 struct Batch {
   int64_t B;
-  int d, lanes, instances;
+  int d, lanes, share;
   Settings settings;               // tau where `temperature` is null
   const void* temperature;         // 0-d, float32, or float64 if the next says so
   bool temperature_is_float64;

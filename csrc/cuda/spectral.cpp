@@ -87,11 +87,12 @@ struct Call {
   int device;
   Stream stream;
   Dtype dtype;                 // of all embeddings, or kMixed
+  int64_t element;             // bytes of one of theirs
   std::vector<Tensor> held;    // what the batch points into
   std::vector<Tensor> embeddings;
 
   int k() const { return batch.settings.k; }
-  unsigned warps() const { return k() > 7 ? 3 : 4; }  // of a block; as kWarps of arguments.h, for this k
+  unsigned warps() const { return static_cast<unsigned>(warps_of_block(k())); }
 
   // Blocks of warps that have so many instances each.
   unsigned blocks(int64_t instances) const {
@@ -107,17 +108,39 @@ struct Call {
   }
 };
 
-// A warp for each instance as long as there are warps to spare, which takes the least time for one; else 8 lanes for each,
-// and as many instances one after the other as leave several blocks for each multiprocessor.
-void choose_layout(Batch& b, int multiprocessors) {
-  const bool few = b.B <= int64_t(multiprocessors) * 32;
-  b.lanes = few ? kWarp : 8;
-  b.instances = few ? 1 : 4;
-  while (!few && b.instances < kMostInstances && b.B >= int64_t(multiprocessors) * 16 * b.instances) b.instances *= 2;
 #ifdef PMRL_TUNING
-  if (const char* lanes = std::getenv("PMRL_LANES")) b.lanes = std::atoi(lanes), b.instances = b.lanes == kWarp ? 1 : 4;
-  if (const char* instances = std::getenv("PMRL_INSTANCES")) b.instances = std::atoi(instances);
+void set_from_environment(const char* name, int& number) {
+  if (const char* value = std::getenv(name)) number = std::atoi(value);
+}
+#else
+void set_from_environment(const char*, int&) {}
 #endif
+
+// As many lanes for a row as take two packs of it each, so that these are on their way at once.
+int lanes_for(int64_t bytes_of_row) { return bytes_of_row >= 2 * 16 * 32 ? 32 : bytes_of_row >= 2 * 16 * 16 ? 16 : 8; }
+
+// All warps have equal shares: of as many warps as the device holds at once, or twice, three times as many. Where a warp
+// has few instances, fewer blocks for each multiprocessor take less time: the warps of several would wait for one another.
+void choose_layout(Batch& b, int multiprocessors, int64_t element) {
+  constexpr int kFew = 4;
+  const int k = b.settings.k, most = most_instances(k);
+  int blocks = 1;  // for each multiprocessor
+  while (blocks < resident_blocks(k) && b.B > int64_t(multiprocessors) * blocks * warps_of_block(k) * kFew) ++blocks;
+  int64_t warps = std::max(int64_t(multiprocessors) * blocks * warps_of_block(k), int64_t(1));
+  warps *= std::max((b.B + warps * most - 1) / (warps * most), int64_t(1));
+  b.share = static_cast<int>(std::max((b.B + warps - 1) / warps, int64_t(1)));
+  b.lanes = b.share == 1 ? kWarp : lanes_for(b.d * element);
+  set_from_environment("PMRL_LANES", b.lanes);
+  const int at_once = kWarp / b.lanes;
+  b.share = (b.share + at_once - 1) / at_once * at_once;
+  set_from_environment("PMRL_SHARE", b.share);
+  b.share = std::min(b.share, most);
+}
+
+// Where rows are read with an instance for each group of lanes at once.
+void choose_readers(Batch& b, int64_t element) {
+  b.lanes = lanes_for(b.d * element);
+  set_from_environment("PMRL_READERS", b.lanes);
 }
 
 Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
@@ -172,7 +195,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
                 (wanted & ~int64_t(kZ)) != 0,
                 (wanted & kW) != 0};
   b.at = state_of(b.settings, (wanted & kAnyAlignment) != 0, (wanted & ~int64_t(kAnyAlignment)) != 0);
-  choose_layout(b, properties(call.device).multiprocessors);
+  call.element = element_size(call.dtype == Dtype::kMixed ? Dtype::kFloat32 : call.dtype);
   return call;
 }
 
@@ -209,16 +232,21 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   for (int64_t m = 0; m < k && wanted & kZ; ++m) v.z[m] = add({B, d});
   for (int64_t m = 0; m < k && wanted & kW; ++m) v.w[m] = add({B, d});
 
-  const unsigned blocks = call.blocks(b.instances), threads = kWarp * call.warps();
+  choose_layout(b, properties(call.device).multiprocessors, call.element);
+  const unsigned blocks = call.blocks(b.share), threads = kWarp * call.warps();
   std::optional<Tensor> parts;
   if (f.total && blocks != 1) {
     parts = make(like, {3 * int64_t(blocks)}, ScalarType::Double);
     f.parts = static_cast<Sums*>(parts->mutable_data_ptr());
   }
-  f.batch = v.batch = b;
+  f.batch = b;
   call.run(call.name("forward"), blocks, threads, f);
   if (f.total && blocks != 1) call.run("total", 1, kReducers, f, static_cast<int>(blocks));
-  if (v.u || v.z[0] || v.w[0]) call.run(call.name("vectors"), call.blocks(kWarp / b.lanes), threads, v);
+  if (v.u || v.z[0] || v.w[0]) {
+    choose_readers(b, call.element);
+    v.batch = b;
+    call.run(call.name("vectors"), call.blocks(kWarp / b.lanes), threads, v);
+  }
   return {outputs, {state, sums}};
 }
 
@@ -287,6 +315,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
     for (int64_t m = 0; m < (stacked ? k : 1); ++m)
       g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
   }
+  choose_readers(b, call.element);
   const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
   const bool all = g.sigma.data || g.v.data || rows;
   // Of a sum, dL/d tau is what comes in times that of the forward pass; else each instance's is added up here.

@@ -22,6 +22,8 @@ namespace pmrl {
 namespace cuda {
 namespace {
 
+constexpr int kWarps = warps_of_block(PMRL_K), kMostInstances = most_instances(PMRL_K);
+
 // Elements of a row that a lane takes at once: 16 bytes, or 8 where k rows of them would take more registers than there
 // are.
 template <int K, class T>
@@ -30,6 +32,10 @@ constexpr int kPack = sizeof(T) == 1 ? 1 : (sizeof(T) == 2 && K > 5 ? 8 : 16) / 
 // The same where a row of incoming gradients comes with each row.
 template <int K, class T>
 constexpr int kSmallPack = sizeof(T) == 1 ? 1 : (K > 4 || sizeof(T) == 2 ? 8 : 16) / static_cast<int>(sizeof(T));
+
+// Whether registers hold two packs of each row.
+template <int K>
+constexpr bool kPairs = K < 7;
 
 PMRL_ON_DEVICE double temperature(const Batch& b) {
   if (!b.temperature) return b.settings.tau;
@@ -48,11 +54,6 @@ PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
 template <int K, class T>
 PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
   return settings_of<K, Instance<K, T>::kScales>(b);
-}
-
-// The first instance of this thread's warp.
-PMRL_ON_DEVICE int64_t first_of_warp(const Batch& b) {
-  return (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * b.instances;
 }
 
 // The instance of this lane where a warp reads as many at once as it has lanes for.
@@ -74,26 +75,28 @@ struct Kept {
 
 // Compilers do not carry what was read before this in registers to what is read after it.
 PMRL_ON_DEVICE void forget() { asm volatile("" ::: "memory"); }
+// Nor do they keep what follows from this in registers, where it is cheaper to compute that once more.
+PMRL_ON_DEVICE int this_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
-template <int K, class T, int N>
-PMRL_ON_DEVICE void add_products(const Instance<K, T>& rows, int c, double (&sum)[triangle_size(K)]) {
-  double x[K][N];
-  PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
-  PMRL_EVERY for (int e = 0; e < N; ++e)
-    PMRL_EVERY for (int j = 0; j < K; ++j)
-      PMRL_EVERY for (int i = 0; i <= j; ++i) sum[triangle(i, j)] = fma(x[i][e], x[j][e], sum[triangle(i, j)]);
-}
+template <int K, class T>
+using AlongGram = Along<K, T, kPack<K, T>, (K < 6)>;
 
 template <int K, class T>
-PMRL_ON_DEVICE void gram(const Instance<K, T>& rows, int part, bool exists, double (&sum)[triangle_size(K)]) {
+PMRL_ON_DEVICE void gram(AlongGram<K, T>& along, const Instance<K, T>& rows, int part, bool exists,
+                         double (&sum)[triangle_size(K)]) {
   PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = 0.0;
   if (exists)
-    along_rows<T, kPack<K, T>>(rows.b, part, [&](int c, auto n) {
-      add_products<K, T, decltype(n)::value>(rows, c, sum);
+    along.go(rows, part, [&](int, const auto& x) {
+      PMRL_EVERY for (int e = 0; e < kOfEach<decltype(x)>; ++e)
+        PMRL_EVERY for (int j = 0; j < K; ++j)
+          PMRL_EVERY for (int i = 0; i <= j; ++i) sum[triangle(i, j)] = fma(x[i][e], x[j][e], sum[triangle(i, j)]);
     });
-  add_up(sum, rows.b.lanes);
 }
 
 // Whether the squares of an instance's norms leave the range in which solvers may square them once more. Normalised, all
@@ -144,18 +147,38 @@ PMRL_ON_DEVICE void find_exponents(const Instance<K, T>& rows, int part, bool ex
   PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = e;
 }
 
-// Gram matrices of the warp's instances into shared memory, and exponents into the state.
+// Gram matrices of a warp's `count` instances from `first` on into shared memory, and exponents into the state.
 template <int K, class T>
-PMRL_ON_DEVICE void read_grams(const Batch& b, double (*to)[kApart]) {
+PMRL_ON_DEVICE void read_grams(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
+  constexpr bool scales = Instance<K, T>::kScales;
   const Lane lane = lane_of(b.lanes);
-  const int64_t first = first_of_warp(b);
+  Instance<K, T> rows(b, first + (lane.mine < count ? lane.mine : 0));
+  AlongGram<K, T> along;
+  if (lane.mine < count) along.begin(rows, lane.part);
 #pragma unroll 1
-  for (int r = lane.mine; r - lane.mine < b.instances; r += lane.at_once) {
-    const bool exists = first + r < b.B && r < b.instances;
-    Instance<K, T> rows(b, exists ? first + r : 0);
+  for (int r = lane.mine; r - lane.mine < count; r += lane.at_once) {
+    const bool exists = r < count;
+    const auto begin_next = [&] {
+      if (r + lane.at_once >= count) return;
+      rows.move_to(first + r + lane.at_once);
+      along.begin(rows, lane.part);
+    };
     double sum[triangle_size(K)];
-    gram(rows, lane.part, exists, sum);
-    if constexpr (Instance<K, T>::kScales) {
+    gram(along, rows, lane.part, exists, sum);
+    if constexpr (!scales) {
+      begin_next();
+      if (b.lanes == kWarp) {
+        using Sums = Spread<triangle_size(K)>;
+        double spread[Sums::kPadded];
+        PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) spread[t] = sum[t];
+        Sums::add_up(spread, lane.part);
+        PMRL_EVERY for (int t = 0; t < Sums::kOfLane; ++t)
+          if (Sums::place(lane.part) + t < triangle_size(K)) to[Sums::place(lane.part) + t][r] = spread[t];
+        continue;
+      }
+    }
+    add_up(sum, b.lanes);
+    if constexpr (scales) {
       double exponent[K];
       PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = 0.0;
       if (b.settings.float64_input) {
@@ -165,7 +188,9 @@ PMRL_ON_DEVICE void read_grams(const Batch& b, double (*to)[kApart]) {
           find_exponents(rows, lane.part, exists, found);
           PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = out ? found[m] : 0.0;
           rows.scale(exponent, 1);
-          gram(rows, lane.part, exists, sum);
+          if (exists) along.begin(rows, lane.part);
+          gram(along, rows, lane.part, exists, sum);
+          add_up(sum, b.lanes);
         }
         if (exists && lane.part == 0) {
           PMRL_EVERY for (int m = 0; m < K; ++m) b.state[(b.at.exponents + m) * b.B + first + r] = exponent[m];
@@ -173,7 +198,8 @@ PMRL_ON_DEVICE void read_grams(const Batch& b, double (*to)[kApart]) {
       }
     }
     PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t)
-      if (lane.part == (t & (b.lanes - 1)) && r < b.instances) to[t][r] = sum[t];
+      if (lane.part == (t & (b.lanes - 1)) && exists) to[t][r] = sum[t];
+    if constexpr (scales) begin_next();
   }
 }
 
@@ -300,19 +326,28 @@ PMRL_ON_DEVICE Sums from_lane(const Sums& x, int by) {
           __shfl_xor_sync(~0u, x.number, by)};
 }
 
-// The sum over all threads of a block, for its first one.
-template <int Warps>
-PMRL_ON_DEVICE Sums sum_of_block(Sums x, Sums* shared) {
+PMRL_ON_DEVICE Sums sum_of_warp(Sums x) {
 #pragma unroll 1
   for (int by = kWarp / 2; by; by /= 2) add(x, from_lane(x, by));
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
-  __syncthreads();
+  return x;
+}
+
+// The sum over all threads of a block, for its first one.
+template <int Warps>
+PMRL_ON_DEVICE Sums sum_of_warps(const Sums* shared) {
   Sums total{0.0, 0.0, 0.0};
+  __syncthreads();
   if (threadIdx.x == 0) {
 #pragma unroll 1
     for (int w = 0; w < Warps; ++w) add(total, shared[w]);
   }
   return total;
+}
+template <int Warps>
+PMRL_ON_DEVICE Sums sum_of_block(Sums x, Sums* shared) {
+  x = sum_of_warp(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  return sum_of_warps<Warps>(shared);
 }
 
 // At least one instance counts, so that a mean over none is 0. A bad temperature shows even then.
@@ -329,12 +364,14 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
   const Batch& b = f.batch;
   __shared__ double kept[kWarps][Kept<K>::size][kApart];
   __shared__ Sums sums[kWarps];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  read_grams<K, T>(b, kept[warp]);
+  const int thread = this_thread(), warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * b.share;
+  int here = b.share;
+  if (here > b.B - i) here = b.B > i ? static_cast<int>(b.B - i) : 0;
+  if (here) read_grams<K, T>(b, i, here, kept[warp]);
   __syncwarp();
   Sums found{0.0, 0.0, 0.0};
-  const int64_t i = first_of_warp(b) + lane;
-  if (lane < b.instances && i < b.B) found = solve<K, Instance<K, T>::kScales>(f, i, kept[warp], lane);
+  if (lane < here) found = solve<K, Instance<K, T>::kScales>(f, i + lane, kept[warp], lane);
   if (!f.total) return;
   found = sum_of_block<kWarps>(found, sums);
   if (threadIdx.x) return;
@@ -365,9 +402,9 @@ PMRL_ON_DEVICE void vectors(const Vectors& f) {
     r[m] = s.others ? kept(b.at.others, m) : 0.0;
   }
   const int64_t bytes = static_cast<int64_t>(b.d) * (s.float64_input ? 8 : 4);
-  along_rows<T, N>(b, lane.part, [&](int c, auto n) {
-    constexpr int M = decltype(n)::value;
-    double x[K][M], y[M] = {}, sum[M];
+  along_rows<N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
+    constexpr int M = kOfEach<decltype(x)>;
+    double y[M] = {}, sum[M];
     const auto put = [&](void* out) {
       char* row = static_cast<char*>(out) + i * bytes;
       if constexpr (M > 1)
@@ -375,7 +412,6 @@ PMRL_ON_DEVICE void vectors(const Vectors& f) {
       else
         put_number(row, c, y[0], s.float64_input);
     };
-    PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
     if (f.u) {
       PMRL_EVERY for (int e = 0; e < M; ++e) {
         y[e] = 0.0;
@@ -451,10 +487,9 @@ PMRL_ON_DEVICE void dots(const Backward& g) {
     weight[m] = others && exists ? ::fabs(kept(b.at.v, m)) * (s.normalize ? kept(b.at.inverse_norms, m) : 1.0) : 0.0;
   }
   if (exists)
-    along_rows<T, N>(b, lane.part, [&](int c, auto n) {
-      constexpr int M = decltype(n)::value;
-      double x[K][M], y[M];
-      PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+    along_rows<N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
+      constexpr int M = kOfEach<decltype(x)>;
+      double y[M];
       if (g.u.data) {
         load_incoming<T>(g.u, i, c, s.float64_input, y);
         PMRL_EVERY for (int m = 0; m < K; ++m)
@@ -578,21 +613,22 @@ PMRL_ON_DEVICE void apply(const Backward& g) {
   Instance<K, T> rows(b, i);
   if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
   double C[triangle_size(K)];
-  if constexpr (All) {
-    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = got(At::C, t);
-  } else {
-    int present = 0;
-    PMRL_EVERY for (int m = 0; m < K; ++m) present += rows.here[m];
-    // Where there is nothing to align all of C is 0, which no infinity that comes in for it must turn into NaN.
-    const double come = present >= 2 ? incoming_alignment(g, i) : 0.0;
-    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = come * kept(b.at.C, t);
-    if (g.slopes && lane.part == 0) g.slopes[i] = come * kept(b.at.slope, 0);
-  }
-  along_rows<T, N>(b, lane.part, [&](int c, auto n) {
-    constexpr int M = decltype(n)::value;
-    double x[K][M];
+  const auto read_coefficients = [&] {
+    if constexpr (All) {
+      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = got(At::C, t);
+    } else {
+      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = kept(b.at.C, t);
+      int present = 0;
+      PMRL_EVERY for (int m = 0; m < K; ++m) present += rows.here[m];
+      // Where there is nothing to align all of C is 0, which no infinity that comes in for it must turn into NaN.
+      const double come = present >= 2 ? incoming_alignment(g, i) : 0.0;
+      if (g.slopes && lane.part == 0) g.slopes[i] = come * kept(b.at.slope, 0);
+      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] *= come;
+    }
+  };
+  along_rows<N, !All && kPairs<K>>(rows, lane.part, read_coefficients, [&](int c, const auto& x) {
+    constexpr int M = kOfEach<decltype(x)>;
     [[maybe_unused]] double h[M], R[M], own[M];
-    PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
     if constexpr (All) {
       PMRL_EVERY for (int e = 0; e < M; ++e) h[e] = R[e] = 0.0;
       if (g.u.data) load_incoming<T>(g.u, i, c, s.float64_input, h);
@@ -685,12 +721,13 @@ PMRL_ON_DEVICE void decompose(const Batch& b, double* pairs) {
 using namespace pmrl::cuda;
 
 #define PMRL_KERNEL extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
+#define PMRL_FORWARD extern "C" __global__ void __launch_bounds__(kWarps* kWarp, pmrl::cuda::resident_blocks(PMRL_K))
 
 // What several blocks have found, added up.
 extern "C" __global__ void __launch_bounds__(kReducers) total(const __grid_constant__ Forward f, int blocks) {
   __shared__ Sums sums[kReducers / kWarp];
   Sums found{0.0, 0.0, 0.0};
-#pragma unroll 1
+#pragma unroll 4  // loads that wait together
   for (int at = threadIdx.x; at < blocks; at += kReducers) add(found, f.parts[at]);
   found = sum_of_block<kReducers / kWarp>(found, sums);
   if (threadIdx.x == 0) finish(f, found);
@@ -714,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
 }
 
 #define PMRL_KERNELS(K, T, name)                                                                  \
-  PMRL_KERNEL forward_##K##_##name(const __grid_constant__ Forward f) { forward<K, T>(f); }       \
+  PMRL_FORWARD forward_##K##_##name(const __grid_constant__ Forward f) { forward<K, T>(f); }       \
   PMRL_KERNEL vectors_##K##_##name(const __grid_constant__ Vectors f) { vectors<K, T>(f); }       \
   PMRL_KERNEL backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
   PMRL_KERNEL dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \

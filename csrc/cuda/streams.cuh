@@ -213,7 +213,8 @@ struct Instance {
   bool here[K];
   PowerOfTwo<double> factor[kScales ? K : 1];
 
-  __device__ __forceinline__ Instance(const Batch& b, int64_t i) : b(b) {
+  __device__ __forceinline__ Instance(const Batch& b, int64_t i) : b(b) { move_to(i); }
+  __device__ __forceinline__ void move_to(int64_t i) {
     PMRL_EVERY for (int m = 0; m < K; ++m) {
       row[m] = b.x[m].data + i * b.x[m].stride;
       here[m] = is_present(b.mask, i * K + m);
@@ -229,33 +230,115 @@ struct Instance {
     if constexpr (kScales) return x * factor[m].first * factor[m].second;
     return x;
   }
-  // N elements of row m from c on.
+  // A pack of each row from c on.
   template <int N>
-  __device__ __forceinline__ void load(int m, int c, double (&x)[N]) const {
-    Pack<T, N> pack;
-    pack.clear();
-    if (here[m]) pack.load(row[m] + static_cast<int64_t>(c) * static_cast<int>(sizeof(T)));
-    PMRL_EVERY for (int e = 0; e < N; ++e) x[e] = scaled_by(m, pack.get(e));
+  __device__ __forceinline__ void fetch(int c, Pack<T, N> (&packs)[K]) const {
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      packs[m].clear();
+      if (here[m]) packs[m].load(row[m] + static_cast<int64_t>(c) * static_cast<int>(sizeof(T)));
+    }
   }
+  template <int N>
+  __device__ __forceinline__ void widen(const Pack<T, N> (&packs)[K], double (&x)[K][N]) const {
+    PMRL_EVERY for (int m = 0; m < K; ++m)
+      PMRL_EVERY for (int e = 0; e < N; ++e) x[m][e] = scaled_by(m, packs[m].get(e));
+  }
+  // An element of row m.
   __device__ __forceinline__ void load(int m, int c, double (&x)[1]) const {
     x[0] = here[m] ? scaled_by(m, element<T>(b.x[m], row[m], c)) : 0.0;
   }
 };
 
-// body(c, std::integral_constant<int, N>) for all places c of a row at which this lane takes N elements: whole packs, or
-// single elements.
-template <class T, int N, class Body>
-PMRL_ON_DEVICE void along_rows(const Batch& b, int part, Body body) {
-  if (!std::is_same<T, Mixed>::value && b.whole) {
-    if constexpr (!std::is_same<T, Mixed>::value) {
-#pragma unroll 1
-      for (int c = part * N; c < b.d; c += b.lanes * N) body(c, std::integral_constant<int, N>());
+// All lanes of a warp have N sums of one instance. Afterwards sums[0], sums[1], ... of a lane are those over all lanes of
+// what was in the places beginning at the one returned; other lanes may have them too. Half as many numbers are exchanged
+// in each step as in the one before.
+template <int N>
+struct Spread {
+  static constexpr int kPadded = N > 32 ? 64 : N > 16 ? 32 : N > 8 ? 16 : N > 4 ? 8 : 4;
+  static constexpr int kOfLane = kPadded > kWarp ? kPadded / kWarp : 1;
+
+  static __device__ __forceinline__ int place(int lane) { return lane * kPadded / kWarp; }
+  template <int By = kWarp / 2, int Half = kPadded / 2>
+  static __device__ __forceinline__ void add_up(double (&sums)[kPadded], int lane) {
+    if constexpr (By > 0) {
+      if constexpr (Half == 0) sums[0] += __shfl_xor_sync(~0u, sums[0], By);
+      const bool upper = lane & By;
+      PMRL_EVERY for (int t = 0; t < Half; ++t) {
+        const double other = Half + t < N ? sums[Half + t] : 0.0;
+        const double given = __shfl_xor_sync(~0u, upper ? sums[t] : other, By);
+        sums[t] = (upper ? other : sums[t]) + given;
+      }
+      add_up<By / 2, Half / 2>(sums, lane);
     }
-  } else {
+  }
+};
+
+template <int K, class T, class Body>
+PMRL_ON_DEVICE void by_elements(const Instance<K, T>& rows, int part, Body body) {
 #pragma unroll 1
-    for (int c = part; c < b.d; c += b.lanes) body(c, std::integral_constant<int, 1>());
+  for (int c = part; c < rows.b.d; c += rows.b.lanes) {
+    double x[K][1];
+    PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
+    body(c, x);
   }
 }
+
+// How a lane goes along the rows of an instance: by whole packs of N elements, the first of which are on their way from
+// `begin` on, and the next ones while others are computed with, of each row two if `Pairs`; or by single elements.
+template <int K, class T, int N, bool Pairs>
+struct Along {
+  Pack<T, N> first[K], second[Pairs ? K : 1];
+
+  __device__ __forceinline__ void begin(const Instance<K, T>& rows, int part) {
+    const int d = rows.b.d, step = rows.b.lanes * N, c = part * N;
+    if (!rows.b.whole) return;
+    if (c < d) rows.fetch(c, first);
+    if constexpr (Pairs) {
+      if (c + step < d) rows.fetch(c + step, second);
+    }
+  }
+  template <class Body>
+  __device__ __forceinline__ void use(const Instance<K, T>& rows, int c, Pack<T, N> (&packs)[K], int next, Body body) {
+    double x[K][N];
+    rows.widen(packs, x);
+    if (next < rows.b.d) rows.fetch(next, packs);
+    body(c, x);
+  }
+  // body(c, x) for all places c at which this lane takes elements, x (K, M) of them.
+  template <class Body>
+  __device__ __forceinline__ void go(const Instance<K, T>& rows, int part, Body body) {
+    const int d = rows.b.d, step = rows.b.lanes * N;
+    if (!rows.b.whole) return by_elements(rows, part, body);
+#pragma unroll 1
+    for (int c = part * N; c < d; c += step) {
+      use(rows, c, first, c + (Pairs ? 2 : 1) * step, body);
+      if constexpr (Pairs) {
+        c += step;
+        if (c < d) use(rows, c, second, c + 2 * step, body);
+      }
+    }
+  }
+};
+template <int K, int N, bool Pairs>
+struct Along<K, Mixed, N, Pairs> {
+  __device__ __forceinline__ void begin(const Instance<K, Mixed>&, int) {}
+  template <class Body>
+  __device__ __forceinline__ void go(const Instance<K, Mixed>& rows, int part, Body body) {
+    by_elements(rows, part, body);
+  }
+};
+
+template <int N, bool Pairs, int K, class T, class Begin, class Body>
+PMRL_ON_DEVICE void along_rows(const Instance<K, T>& rows, int part, Begin meanwhile, Body body) {
+  Along<K, T, N, Pairs> along;
+  along.begin(rows, part);
+  meanwhile();
+  along.go(rows, part, body);
+}
+
+// M of double (&x)[K][M].
+template <class Array>
+constexpr int kOfEach = static_cast<int>(std::extent<std::remove_reference_t<Array>, 1>::value);
 
 }  // namespace cuda
 }  // namespace pmrl

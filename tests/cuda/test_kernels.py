@@ -46,7 +46,7 @@ CASES = {
     "nobody": (0, 8, FLOAT32, spec.ALIGNMENT_MEAN | spec.U, True, True, False, True),
 }
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-LAYOUTS = {"throughput": (8, 4), "latency": (32, 1)}
+LAYOUTS = {"throughput": (8, 12), "rows": (32, 7), "latency": (32, 1)}
 
 
 def batch(k: int, B: int, d: int, dtypes: Sequence[torch.dtype], scale: float = 1.0) -> list[Tensor]:
@@ -133,8 +133,8 @@ def test_kernels_of_every_k(k, taken):
 def test_the_same_bits_whoever_is_beside(k):
     """An instance alone, in a batch, by either layout's order of sums: lanes do not read one another's instances."""
     xs = batch(k, 33, 24, FLOAT32)
-    for lanes, instances in ((8, 4), (8, 16), (32, 1)):
-        door = cuda.door(lanes, instances)
+    for layout in ((8, 4), (8, 16), (16, 6), (32, 9), (32, 1)):
+        door = cuda.door(*layout)
         options = None, None, 0.3, True, True, spec.ALIGNMENT | spec.SIGMA | spec.U
         together, _ = door.forward(xs, *options)
         for i in (0, 5, 32):

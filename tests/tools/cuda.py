@@ -159,11 +159,9 @@ def forward_shapes(embeddings: Sequence[Tensor], mask: Any, temperature: Any, fi
 _door = functools.cache(Door)  # names of operators are the process's
 
 
-def door(
-    lanes: int | None = None, instances: int | None = None, architecture: str = "sm_90", runs: bool = True
-) -> Door:
+def door(lanes: int | None = None, share: int | None = None, architecture: str = "sm_90", runs: bool = True) -> Door:
     """The process's, set to so many lanes for an instance and instances for a warp (without them, as it chooses)."""
-    for name, value in {"PMRL_LANES": lanes, "PMRL_INSTANCES": instances}.items():
+    for name, value in {"PMRL_LANES": lanes, "PMRL_READERS": lanes, "PMRL_SHARE": share}.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = str(value)
