@@ -21,7 +21,6 @@ constexpr int kRelaxed = 2;                      // CU_STREAM_CAPTURE_MODE_RELAX
 constexpr int kMultiprocessors = 16;             // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kMajor = 75, kMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr int kMostSharedAttribute = 8;          // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-constexpr unsigned kSharedUnasked = 48u << 10;   // bytes of it that a block gets without that attribute
 constexpr int kMostDevices = 128;                // PyTorch's indices are of 8 bits
 
 std::string release(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
@@ -236,7 +235,8 @@ class LoadedKernel {
       d.check(d.cuKernelGetFunction(&function, handle_), "loading ", name_.c_str());
       loaded_[device].store(true, std::memory_order_release);
     }
-    if (shared > kSharedUnasked && shared > shared_[device].load(std::memory_order_acquire)) {
+    // Without that attribute it would have to fit into 48 KB beside what the kernel declares.
+    if (shared > shared_[device].load(std::memory_order_acquire)) {
       d.check(d.cuKernelSetAttribute(kMostSharedAttribute, static_cast<int>(shared), handle_, ordinal),
               "shared memory of ", name_.c_str());
       shared_[device].store(shared, std::memory_order_release);
@@ -296,6 +296,13 @@ Stream current_stream(int device) {
   Stream stream = nullptr;
   STD_TORCH_CHECK(d.current_stream(device, &stream) == 0, "pmrl_kernels: PyTorch tells no stream of cuda:", device);
   return stream;
+}
+
+void load(int device, Kernel kernel, Stream stream) {
+  const Driver& d = driver();
+  KnownDevice& found = usable(d, device);
+  const OnDevice here(d, found);
+  kernel->prepared(d, device, found.ordinal, 0, stream);
 }
 
 void launch_with(int device, Kernel kernel, const Grid& grid, Stream stream, const void* const* arguments) {

@@ -56,6 +56,9 @@ Stream current_stream(int device);
 // for, and stays.
 Kernel kernel(int k, const char* name, Stream stream);
 
+// Loads what a later launch may need: while a graph is captured none can.
+void load(int device, Kernel kernel, Stream stream);
+
 struct Grid {
   unsigned blocks;   // none: nothing is launched
   unsigned threads;  // of a block

@@ -312,6 +312,47 @@ __device__ __noinline__ double not_inlined(double x, int n) {
 }
 KERNEL(32) calling(double* x, int n) { x[threadIdx.x] = not_inlined(x[threadIdx.x], n); }
 
+// --- Barriers by number, from different places of the program
+
+template <int Second, int Threads>
+__device__ void meet_and_reverse(double* x) {
+  __shared__ double kept[32];
+  if (threadIdx.x < 32) {
+    kept[threadIdx.x] = x[threadIdx.x];
+    asm volatile("barrier.sync 1, %0;" ::"n"(Threads) : "memory");
+  } else {
+    asm volatile("barrier.sync %0, %1;" ::"n"(Second), "n"(Threads) : "memory");
+    x[threadIdx.x] = kept[63 - threadIdx.x];
+  }
+}
+KERNEL(64) meeting(double* x) { meet_and_reverse<1, 64>(x); }
+KERNEL(64) meeting_elsewhere(double* x) { meet_and_reverse<2, 64>(x); }
+KERNEL(64) barrier_of_half(double* x) { meet_and_reverse<1, 32>(x); }
+
+// --- Copies on their way
+
+template <int Left>
+__device__ void copy_ahead(const double* x, double* y) {
+  __shared__ double2 kept[2][32];
+  for (int i = 0; i < 2; ++i) {
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(&kept[i][threadIdx.x]));
+    const int bytes = i == 1 && threadIdx.x == 5 ? 0 : 16;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(x + 64 * i + 2 * threadIdx.x), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (i == 0)
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else
+      asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+    y[64 * i + 2 * threadIdx.x] = kept[i][threadIdx.x].x;
+    y[64 * i + 2 * threadIdx.x + 1] = kept[i][threadIdx.x].y;
+  }
+}
+KERNEL(32) copied_ahead(const double* x, double* y) { copy_ahead<0>(x, y); }
+KERNEL(32) copied_too_late(const double* x, double* y) { copy_ahead<1>(x, y); }
+
 KERNEL(32) barrier_of_some(double* x) {
   if (threadIdx.x < 16) __syncwarp(0xffff);
   x[threadIdx.x] = 1;

@@ -519,6 +519,26 @@ def test_an_opcode_has_a_kind():
     assert {opcode: ptx.kind(opcode) for opcode in kinds} == kinds
 
 
+def test_warps_meet_at_a_barrier_with_a_number(module):
+    x = torch.randn(64).double()
+    expected = torch.cat([x[:32], x[:32].flip(0)])
+    launch(module, "meeting", x)
+    assert torch.equal(x, expected)
+    with pytest.raises(ptx.RaceError, match="wait for one another at different barriers"):
+        launch(module, "meeting_elsewhere", x)
+
+
+def test_copies_are_there_when_they_have_been_waited_for(module):
+    x, y = torch.randn(128).double(), doubles(128)
+    launch(module, "copied_ahead", x, y)
+    x[74:76] = 0.0  # the one of no bytes
+    assert torch.equal(y, x)
+    y = doubles(128)
+    launch(module, "copied_too_late", x, y)
+    assert torch.equal(y[:64], x[:64])
+    assert y[64:].isnan().all()
+
+
 def test_a_kernel_that_gives_up(sm_90):
     x = torch.zeros(32, dtype=torch.int32)
     launch(sm_90, "trapped", x)
@@ -529,8 +549,13 @@ def test_a_kernel_that_gives_up(sm_90):
 
 @pytest.mark.parametrize(
     ("kernel", "what"),
-    [("floating_atomic", r"atom\.global\.add\.f64"), ("calling", r"\.param"), ("barrier_of_some", "some lanes")],
+    [
+        ("floating_atomic", r"atom\.global\.add\.f64"),
+        ("calling", r"\.param"),
+        ("barrier_of_some", "some lanes"),
+        ("barrier_of_half", "some threads"),
+    ],
 )
 def test_what_is_not_known_is_refused(sm_90, kernel, what):
     with pytest.raises(NotImplementedError, match=what):
-        launch(sm_90, kernel, torch.zeros(32).double(), *([3] if kernel == "calling" else []))
+        launch(sm_90, kernel, torch.zeros(64).double(), *([3] if kernel == "calling" else []))

@@ -31,6 +31,7 @@ static size_t functions;
 static struct {
   const void *image;
   char name[100];
+  unsigned shared; /* bytes that launches may ask for; 0: no such limit */
 } known[MOST_FUNCTIONS];
 static _Thread_local CUcontext current;
 
@@ -59,6 +60,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *grid, CUfunction function, void 
   if (called("launch")) return CUDA_ERROR_UNKNOWN;
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
   if (!launched) return CUDA_ERROR_NOT_INITIALIZED;
+  if (known[(size_t)function].shared && grid->sharedMemBytes > known[(size_t)function].shared)
+    return CUDA_ERROR_INVALID_VALUE;
   refused = 0;
   launched((size_t)function, grid, arguments);
   return refused ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
@@ -86,10 +89,14 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *o
   return called("cuLibraryLoadData");
 }
 
+/* Bytes of shared memory in all that a launch gets without asking, less those that a kernel may have declared. */
+enum { SHARED_UNASKED = (48 - 16) << 10 };
+
 /* There is a kernel of any name, but for those that begin with "no_". */
 CUresult cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *name) {
   if (!strncmp(name, "no_", 3)) return CUDA_ERROR_NOT_FOUND;
   *kernel = (CUkernel)numbered(library, name);
+  known[functions].shared = SHARED_UNASKED;
   return called("cuLibraryGetKernel");
 }
 
@@ -101,7 +108,9 @@ CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
 }
 
 CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice device) {
-  return called(attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ? "shared" : "attribute");
+  const int is_shared = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+  if (is_shared) known[(size_t)kernel].shared = value;
+  return called(is_shared ? "shared" : "attribute");
 }
 
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {

@@ -10,7 +10,7 @@ here with what would go to the card; else they are called with the arguments tha
 
 What nvcc makes of CUDA C++ for sm_80, sm_90 and sm_100 runs by ``execute`` with the name of a kernel; a program is then
 a thread block, and launches have one dimension. Whatever is not known raises: calls of functions that were not inlined,
-floating-point atomics (sums without an order), copies in bulk, barriers of some threads.
+floating-point atomics (sums without an order), copies in bulk, barriers of some of a program's threads.
 
 It raises
 
@@ -417,12 +417,12 @@ def _decoded(statement: str, line: str) -> Instruction:
     arguments = [a.strip() for a in re.split(r",(?![^{\[]*[}\]])", rest)] if rest else []
     name, *parts = opcode.replace("::cta", "").split(".")  # this block's shared memory: there is no other one here
     flow = {"bra": "bra", "ret": "ret", "exit": "ret"}.get(name)
-    if opcode in ("bar.sync", "barrier.sync", "barrier.cta.sync") and arguments == ["0"]:  # of all threads
+    if opcode in ("bar.sync", "barrier.sync", "barrier.cta.sync"):  # of all threads
         flow = "bar"
     elif opcode == "bar.warp.sync":
         flow = "warp"
     if flow:
-        target = arguments[0] if flow in ("bra", "warp") else None
+        target = " ".join(arguments) if flow in ("bra", "warp", "bar") else None
         return Instruction(statement, line, opcode, flow, predicate, not negated, None, target)
     if name not in OPERATIONS:
         raise NotImplementedError(statement)
@@ -501,6 +501,9 @@ class Program:
         self.where = np.zeros(T, np.int64)  # the next instruction; -1: done
         self.fenced, self.fenced_of_warp = np.full(T, -1), np.full(T, -1)  # barriers passed by then
         self.executed = np.zeros(len(code.instructions), np.int64)  # by warps, where somebody counts
+        # cp.async: how many groups each thread has committed; (threads, their groups, addresses, bytes) on their way
+        self.groups = np.zeros(T, np.int64)
+        self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def _kind(self, register: str) -> Any:
         kinds = self.code.registers
@@ -574,13 +577,13 @@ class Program:
         """All threads in step as long as they agree; else whoever is furthest behind goes first."""
         T = len(self.thread)
         code, labels, where = self.code.instructions, self.code.labels, self.where
-        waiting = np.full(T, "", "U4")
+        waiting, barrier = np.full(T, "", "U4"), np.zeros(T, np.int8)
         while True:
             ready = (where >= 0) & (waiting == "")
             if not ready.any():
                 if not (where >= 0).any():
                     break
-                self._release(where, waiting)
+                self._release(where, waiting, barrier)
                 continue
             pc = int(where[ready].min())
             active = ready & (where == pc)
@@ -610,6 +613,8 @@ class Program:
                 where[chosen] = -1
             elif instruction.run is None:
                 waiting[chosen] = instruction.name
+                if instruction.name == "bar":
+                    self._wait_at(instruction, chosen, barrier, where)
                 if instruction.name == "warp" and (self.get(instruction.target, TYPES["u32"]) != EVERYONE).any():
                     raise NotImplementedError(f"{self.code.name}, a barrier of some lanes: {instruction.text}")
         for count, by in _counters:
@@ -617,9 +622,16 @@ class Program:
                 if times:
                     count[by(instruction.opcode)] += int(times)
 
-    def _release(self, where: np.ndarray, waiting: np.ndarray) -> None:
+    def _wait_at(self, instruction: Instruction, some: np.ndarray, barrier: np.ndarray, where: np.ndarray) -> None:
+        """Barrier 0 is for all that have not ended; one that names a number of threads, for all that there are."""
+        number, *threads = (instruction.target or "").split()
+        barrier[some] = self.get(number, TYPES["u32"])[some] if number.startswith("%") else int(number)
+        if threads and (int(threads[0]) != len(where) or (where < 0).any()):
+            raise NotImplementedError(f"{self.code.name}, a barrier of some threads: {instruction.text}")
+
+    def _release(self, where: np.ndarray, waiting: np.ndarray, barrier: np.ndarray) -> None:
         alive = where >= 0
-        if (waiting[alive] == "bar").all():
+        if (waiting[alive] == "bar").all() and np.ptp(barrier[alive]) == 0:
             self.barriers += 1
             waiting[:] = ""
             return
@@ -1375,9 +1387,29 @@ def _matrix(name: str, parts: list[str], args: list[str]) -> Run:
 
 @operation("cp")
 def _copy(name: str, parts: list[str], args: list[str]) -> Run:
-    """cp.async, done at once."""
-    if {"commit_group", "wait_group", "wait_all"} & set(parts):
-        return lambda p, m: None
+    """cp.async: what was in its place is NaN from now on, until its thread has waited for its group."""
+    if "commit_group" in parts:
+
+        def commit(p: Program, m: np.ndarray | None) -> None:
+            p.groups[slice(None) if m is None else m] += 1
+
+        return commit
+    if {"wait_group", "wait_all"} & set(parts):
+
+        def wait(p: Program, m: np.ndarray | None) -> None:
+            left = int(args[0], 0) if "wait_group" in parts else -1
+            some = np.ones(len(p.thread), bool) if m is None else m
+            kept = []
+            for threads, groups, addresses, copied in p.copies:
+                done = some[threads] & (groups < p.groups[threads] - left)
+                if done.any():
+                    waiting = Threads(p.at, threads[done], p.barriers, p.of_warp)
+                    store(p.shared, addresses[done], copied[done], waiting)
+                if not done.all():
+                    kept.append((threads[~done], groups[~done], addresses[~done], copied[~done]))
+            p.copies = kept
+
+        return wait
     if "bulk" in parts or "shared" not in parts:
         raise NotImplementedError(".".join([name, *parts]))
     into, origin = _addressing(args[0]), _addressing(args[1])
@@ -1395,7 +1427,9 @@ def _copy(name: str, parts: list[str], args: list[str]) -> Run:
             raise NotImplementedError(f"cp.async of a part: {args}")
         reading = Threads(p.at, index[some], p.barriers, p.of_warp)
         out[some] = load(p.memory, origin(p, m)[some], size, reading)
-        store(p.shared, into(p, m), out, p.threads(m))
+        addresses = into(p, m)
+        store(p.shared, addresses, np.full_like(out, 0xFF), p.threads(m))
+        p.copies.append((index, p.groups[index], addresses, out))
 
     return run
 
