@@ -233,7 +233,7 @@ PMRL_FUNCTION void eigenpairs(Matrix<K, Real>& A, Eigenpairs<K, Real>& E, int k)
   Real trace(0.0);
   PMRL_EVERY for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
   const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
-  const Real scale = select(fine, binade(trace), Real(1.0)), inverse_scale = Real(1.0) / scale;
+  const Real scale = select(fine, binade(trace), Real(1.0)), inverse_scale = quotient(Real(1.0), scale);
   PMRL_EVERY for (int i = 0; i < k; ++i)
     PMRL_EVERY for (int j = 0; j < k; ++j) {
       E.V.at[i][j] = Real(i == j ? 1.0 : 0.0);
@@ -314,14 +314,14 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
                              E.V.at[i][j] * E.V.at[m][j], Real(0.0));
         P.at[i][m] = sum;
       }
-    const Real share = noise / gap;
+    const Real share = quotient(noise, gap);
     Vector<K, Real> row;
     peak_row(P, max(Real(kPeakTie), select(share < Real(0.5), share, Real(0.5))), row, k);
     PMRL_EVERY for (int m = 0; m < k; ++m) v.at[m] = select(nowhere, row.at[m], v.at[m]);
   }
   Real squares(0.0);
   PMRL_EVERY for (int m = 0; m < k; ++m) squares = squares + v.at[m] * v.at[m];
-  const Real inverse = Real(1.0) / sqrt(squares);
+  const Real inverse = quotient(Real(1.0), sqrt(squares));
   PMRL_EVERY for (int m = 0; m < k; ++m) v.at[m] = select(top == Real(0.0), Real(0.0), v.at[m] * inverse);
 }
 
@@ -339,7 +339,7 @@ template <int K, class Real>
 PMRL_INLINE void normalise(Vector<K, Real>& x, int k) {
   Real squares(0.0);
   PMRL_EVERY for (int i = 0; i < k; ++i) squares = squares + x.at[i] * x.at[i];
-  const Real inverse = Real(1.0) / sqrt(squares);
+  const Real inverse = quotient(Real(1.0), sqrt(squares));
   PMRL_EVERY for (int i = 0; i < k; ++i) x.at[i] = x.at[i] * inverse;
 }
 
@@ -360,7 +360,7 @@ PMRL_INLINE auto by_squaring(const Matrix<K, Real>& A, Real& value, Vector<K, Re
   PMRL_EVERY for (int i = 0; i < k; ++i) trace = trace + A.at[i][i];
   const auto fine = (broken == Real(0.0)) & (trace > Real(0.0));
   Matrix<K, Real> P;
-  const Real inverse_trace = Real(1.0) / trace;
+  const Real inverse_trace = quotient(Real(1.0), trace);
   // Lanes without an answer hold e_1 e_1^T, which is of rank 1, and need no squaring.
   PMRL_EVERY for (int i = 0; i < k; ++i)
     PMRL_EVERY for (int j = i; j < k; ++j)
@@ -378,7 +378,7 @@ PMRL_INLINE auto by_squaring(const Matrix<K, Real>& A, Real& value, Vector<K, Re
         Q.at[i][j] = dot;
         if (i == j) sum = sum + dot;
       }
-    const Real inverse = Real(1.0) / sum;
+    const Real inverse = quotient(Real(1.0), sum);
     reach = select(moving & (sum < Real(1 - kRankOne)), reach + reach, reach);  // sum is the square of P's norm
     PMRL_EVERY for (int i = 0; i < k; ++i)
       PMRL_EVERY for (int j = i; j < k; ++j) {

@@ -49,7 +49,7 @@ PMRL_INLINE void normalise_gram(Matrix<K, Real>& G, Columns<K, Real>& c, int k) 
   PMRL_EVERY for (int m = 0; m < k; ++m) {
     const Real norm = sqrt(G.at[m][m]);
     c.inverse_norms.at[m] = reciprocal(norm);
-    G.at[m][m] = select(norm == Real(0.0), Real(0.0), norm / norm);
+    G.at[m][m] = select(norm == Real(0.0), Real(0.0), Real(1.0) + norm * Real(0.0));
   }
   PMRL_EVERY for (int i = 0; i < k; ++i)
     PMRL_EVERY for (int j = i + 1; j < k; ++j) G.at[i][j] = G.at[i][j] * c.inverse_norms.at[i] * c.inverse_norms.at[j];
@@ -163,14 +163,14 @@ PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Pairs& E, co
   PMRL_EVERY for (int j = 0; j < s.k; ++j) {
     const Real value = E.value(j);
     const auto resolved = value > Real(eigenvalue_floor(s.k, s.float64_input)) * top;
-    weight.at[j] = select(resolved | (value != value), g.at[j] / sqrt(value), Real(0.0));
+    weight.at[j] = select(resolved | (value != value), quotient(g.at[j], sqrt(value)), Real(0.0));
     if (j > 0) {
       const auto tied = is_tied(top, value, eigenvalue_gap(s.k, s.float64_input));
       shared = shared + select(tied, weight.at[j], Real(0.0));
       others = others + select(tied, Real(1.0), Real(0.0));
     }
   }
-  shared = shared / max(others, Real(1.0));
+  shared = quotient(shared, max(others, Real(1.0)));
   const Real first = weight.at[0] - shared;
   PMRL_EVERY for (int j = 0; j < s.k; ++j)
     weight.at[j] = select(is_tied(top, E.value(j), eigenvalue_gap(s.k, s.float64_input)), shared, weight.at[j]);
@@ -210,7 +210,7 @@ PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Pairs& E, 
     PMRL_EVERY for (int m = 0; m < s.k; ++m) dot = dot + E.entry(m, j) * (in.w.at[m] * inverse_sigma + in.q.at[m]);
     const Real gap = top - E.value(j);
     const auto tied = is_tied(top, E.value(j), eigenvalue_gap(s.k, s.float64_input));
-    const Real share = select(tied, dot * Real(0.0), dot / gap);
+    const Real share = select(tied, dot * Real(0.0), quotient(dot, gap));
     PMRL_EVERY for (int m = 0; m < s.k; ++m) {
       y.at[m] = y.at[m] + share * E.entry(m, j);
       Gy.at[m] = Gy.at[m] + share * E.value(j) * E.entry(m, j);
@@ -310,7 +310,7 @@ PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Real top, 
     const Real total = Real(1.0) + softmax_weights(sigma, c, s, gaps, p);
     g.at[0] = in.sigma.at[0] + Real(s.tau * 0.0);  // as in `alignment`
     PMRL_EVERY for (int j = 1; j < k; ++j) {
-      p.at[j] = p.at[j] / total;
+      p.at[j] = quotient(p.at[j], total);
       const Real pull = in.alignment * p.at[j] / Real(s.tau);
       g.at[j] = in.sigma.at[j] + pull;
       g.at[0] = g.at[0] - pull;  // and not (p_1 - 1) / tau, which would cancel

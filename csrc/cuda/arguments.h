@@ -16,7 +16,15 @@ PMRL_INLINE constexpr int warps_of_block(int k) { return k > 5 ? 2 : 4; }
 // Instances of a warp that are decomposed together, one in each lane: as many as there is shared memory for.
 PMRL_INLINE constexpr int most_instances(int k) { return k > 7 ? 24 : kWarp; }
 // Blocks of the forward pass that a multiprocessor has registers for.
-PMRL_INLINE constexpr int resident_blocks(int k) { return k > 5 ? 4 : k > 4 ? 2 : k > 3 ? 3 : 4; }
+PMRL_INLINE constexpr int resident_blocks(int k) { return k == 5 ? 2 : k == 4 ? 3 : 4; }
+// Of a large batch one warp of each block decomposes what the others read, in rounds, where that takes less time than
+// that every warp does both: not where k is small, and it is soon done, nor where one warp does not keep up. Blocks that
+// a multiprocessor has registers for; of each row, how many packs of a lane are in shared memory or on their way to it;
+// and the bytes of that memory a warp takes.
+PMRL_INLINE constexpr bool has_rounds(int k, int element_size) { return k == 4 ? element_size <= 4 : k == 5 && element_size == 4; }
+PMRL_INLINE constexpr int resident_streams(int k) { return k > 4 ? 2 : 4; }
+constexpr int kStreamWarps = 4, kStreamLanes = 8, kPacksAhead = 8;
+PMRL_INLINE constexpr unsigned bytes_ahead(int k) { return kPacksAhead * k * kWarp * 16; }
 
 constexpr int kReducers = 256;       // threads that add up what blocks have found
 
@@ -53,10 +61,11 @@ PMRL_INLINE State state_of(const Settings& s, bool aligned, bool vectors) {
 
 // A batch of instances. `lanes` lanes of a warp share an instance while rows are read: 8, 16 or 32. In the forward pass a
 // warp has a `share` of neighbouring instances, at most most_instances(k), which it reads one after the other and then
-// decomposes together, one in each lane.
+// decomposes together, one in each lane. Or else a block has `rounds` of such shares: all its warps but the last one read
+// the next while that one decomposes the one before.
 struct Batch {
   int64_t B;
-  int d, lanes, share;
+  int d, lanes, share, rounds;
   Settings settings;               // tau where `temperature` is null
   const void* temperature;         // 0-d, float32, or float64 if the next says so
   bool temperature_is_float64;

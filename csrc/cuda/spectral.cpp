@@ -94,6 +94,11 @@ struct Call {
   int k() const { return batch.settings.k; }
   unsigned warps() const { return static_cast<unsigned>(warps_of_block(k())); }
 
+  // Blocks of the forward pass.
+  unsigned forward_blocks() const {
+    const int64_t instances = int64_t(batch.share) * (batch.rounds ? batch.rounds : warps());
+    return static_cast<unsigned>((batch.B + instances - 1) / instances);
+  }
   // Blocks of warps that have so many instances each.
   unsigned blocks(int64_t instances) const {
     return static_cast<unsigned>((batch.B + warps() * instances - 1) / (warps() * instances));
@@ -102,9 +107,16 @@ struct Call {
     const char* dtypes[] = {"float32", "float64", "bfloat16", "float16", "mixed"};
     return std::string(kernel) + "_" + std::to_string(k()) + "_" + dtypes[static_cast<int>(dtype)];
   }
+  // Whether some batches' forward pass is in rounds.
+  bool may_stream() const { return batch.whole && has_rounds(k(), static_cast<int>(element)); }
   template <class... Arguments>
   void run(const std::string& kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) const {
-    launch(device, cuda::kernel(k(), kernel.c_str(), stream), {blocks, threads, 0}, stream, arguments...);
+    run_with(0, kernel, blocks, threads, arguments...);
+  }
+  template <class... Arguments>
+  void run_with(unsigned shared, const std::string& kernel, unsigned blocks, unsigned threads,
+                const Arguments&... arguments) const {
+    launch(device, cuda::kernel(k(), kernel.c_str(), stream), {blocks, threads, shared}, stream, arguments...);
   }
 };
 
@@ -119,22 +131,35 @@ void set_from_environment(const char*, int&) {}
 // As many lanes for a row as take two packs of it each, so that these are on their way at once.
 int lanes_for(int64_t bytes_of_row) { return bytes_of_row >= 2 * 16 * 32 ? 32 : bytes_of_row >= 2 * 16 * 16 ? 16 : 8; }
 
-// All warps have equal shares: of as many warps as the device holds at once, or twice, three times as many. Where a warp
-// has few instances, fewer blocks for each multiprocessor take less time: the warps of several would wait for one another.
-void choose_layout(Batch& b, int multiprocessors, int64_t element) {
-  constexpr int kFew = 4;
-  const int k = b.settings.k, most = most_instances(k);
-  int blocks = 1;  // for each multiprocessor
-  while (blocks < resident_blocks(k) && b.B > int64_t(multiprocessors) * blocks * warps_of_block(k) * kFew) ++blocks;
-  int64_t warps = std::max(int64_t(multiprocessors) * blocks * warps_of_block(k), int64_t(1));
-  warps *= std::max((b.B + warps * most - 1) / (warps * most), int64_t(1));
-  b.share = static_cast<int>(std::max((b.B + warps - 1) / warps, int64_t(1)));
-  b.lanes = b.share == 1 ? kWarp : lanes_for(b.d * element);
+// All blocks have equal shares, as many as the device holds at once. Where these are not small and rows are made of whole
+// packs, in rounds. Else a warp decomposes what it has read itself; and where it has few instances, fewer blocks for each
+// multiprocessor take less time, as warps of several would wait for one another.
+void choose_layout(Call& call) {
+  constexpr int kFew = 4, kManyOfStream = 24;
+  Batch& b = call.batch;
+  const int k = b.settings.k, most = most_instances(k), multiprocessors = properties(call.device).multiprocessors;
+  const auto shared_by = [&](int64_t several) { return (b.B + several - 1) / std::max(several, int64_t(1)); };
+  const int64_t of_block = shared_by(int64_t(multiprocessors) * resident_streams(k));
+  const int64_t rounds = std::max((of_block + most - 1) / most, int64_t(2));
+  b.rounds = call.may_stream() && of_block > kManyOfStream ? static_cast<int>(rounds) : 0;
+  if (b.rounds) {
+    b.share = static_cast<int>((of_block + b.rounds - 1) / b.rounds);
+    b.lanes = kStreamLanes;
+  } else {
+    int blocks = 1;  // for each multiprocessor
+    while (blocks < resident_blocks(k) && b.B > int64_t(multiprocessors) * blocks * warps_of_block(k) * kFew) ++blocks;
+    int64_t warps = std::max(int64_t(multiprocessors) * blocks * warps_of_block(k), int64_t(1));
+    warps *= std::max(shared_by(warps * most), int64_t(1));
+    b.share = static_cast<int>(std::max(shared_by(warps), int64_t(1)));
+    b.lanes = b.share == 1 ? kWarp : lanes_for(b.d * call.element);
+  }
   set_from_environment("PMRL_LANES", b.lanes);
   const int at_once = kWarp / b.lanes;
-  b.share = (b.share + at_once - 1) / at_once * at_once;
+  if (!b.rounds) b.share = (b.share + at_once - 1) / at_once * at_once;
   set_from_environment("PMRL_SHARE", b.share);
+  set_from_environment("PMRL_ROUNDS", b.rounds);
   b.share = std::min(b.share, most);
+  if (!call.may_stream()) b.rounds = 0;
 }
 
 // Where rows are read with an instance for each group of lanes at once.
@@ -232,15 +257,23 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   for (int64_t m = 0; m < k && wanted & kZ; ++m) v.z[m] = add({B, d});
   for (int64_t m = 0; m < k && wanted & kW; ++m) v.w[m] = add({B, d});
 
-  choose_layout(b, properties(call.device).multiprocessors, call.element);
-  const unsigned blocks = call.blocks(b.share), threads = kWarp * call.warps();
+  choose_layout(call);
+  const unsigned blocks = call.forward_blocks(), threads = kWarp * call.warps();
   std::optional<Tensor> parts;
   if (f.total && blocks != 1) {
     parts = make(like, {3 * int64_t(blocks)}, ScalarType::Double);
     f.parts = static_cast<Sums*>(parts->mutable_data_ptr());
   }
   f.batch = b;
-  call.run(call.name("forward"), blocks, threads, f);
+  // Both are loaded by the first call, of whatever size: another may come while a graph is captured.
+  if (call.may_stream()) {
+    const std::string other = call.name(b.rounds ? "forward" : "stream");
+    load(call.device, kernel(call.k(), other.c_str(), call.stream), call.stream);
+  }
+  if (b.rounds)
+    call.run_with((kStreamWarps - 1) * bytes_ahead(call.k()), call.name("stream"), blocks, kWarp * kStreamWarps, f);
+  else
+    call.run(call.name("forward"), blocks, threads, f);
   if (f.total && blocks != 1) call.run("total", 1, kReducers, f, static_cast<int>(blocks));
   if (v.u || v.z[0] || v.w[0]) {
     choose_readers(b, call.element);

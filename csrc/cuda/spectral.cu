@@ -3,6 +3,7 @@
 //
 //   forward_K_T    reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
 //                    G = X^T X, `lanes` lanes an instance; then decompositions and C, an instance in each lane
+//   stream_K_T     the same, for many instances: warps that read, and one that decomposes
 //   vectors_K_T    reads X, mask, the state; writes u_1 = Z v_1 / sigma_1, z_m, w_m = y_m/||y_m||
 //   backward_K_T   reads X, mask, C of the state, the alignment term's incoming gradient; writes dX = X C, and dL/d tau
 //                  of each instance
@@ -147,6 +148,17 @@ PMRL_ON_DEVICE void find_exponents(const Instance<K, T>& rows, int part, bool ex
   PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = e;
 }
 
+// The sums over all lanes of a warp, to column r.
+template <int K>
+PMRL_ON_DEVICE void keep_spread(const double (&sum)[triangle_size(K)], int lane, double (*to)[kApart], int r) {
+  using Sums = Spread<triangle_size(K)>;
+  double spread[Sums::kPadded];
+  PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) spread[t] = sum[t];
+  Sums::add_up(spread, lane);
+  PMRL_EVERY for (int t = 0; t < Sums::kOfLane; ++t)
+    if (Sums::place(lane) + t < triangle_size(K)) to[Sums::place(lane) + t][r] = spread[t];
+}
+
 // Gram matrices of a warp's `count` instances from `first` on into shared memory, and exponents into the state.
 template <int K, class T>
 PMRL_ON_DEVICE void read_grams(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
@@ -168,12 +180,7 @@ PMRL_ON_DEVICE void read_grams(const Batch& b, int64_t first, int count, double 
     if constexpr (!scales) {
       begin_next();
       if (b.lanes == kWarp) {
-        using Sums = Spread<triangle_size(K)>;
-        double spread[Sums::kPadded];
-        PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) spread[t] = sum[t];
-        Sums::add_up(spread, lane.part);
-        PMRL_EVERY for (int t = 0; t < Sums::kOfLane; ++t)
-          if (Sums::place(lane.part) + t < triangle_size(K)) to[Sums::place(lane.part) + t][r] = spread[t];
+        keep_spread<K>(sum, lane.part, to, r);
         continue;
       }
     }
@@ -236,7 +243,7 @@ PMRL_ON_DEVICE Sums solve(const Forward& f, int64_t i, double (*at)[kApart], int
   Eigenpairs<K, double> E;
   Vector<K, double> v;
   read_columns<K>(b, s, i, false, columns);
-  Sums found{0.0, 0.0, number_present(columns, K) >= 2.0 ? 1.0 : 0.0};
+  Sums found{0.0, 0.0, 0.0};
   {
     Matrix<K, double> G;
     PMRL_EVERY for (int j = 0; j < K; ++j)
@@ -309,6 +316,7 @@ PMRL_ON_DEVICE Sums solve(const Forward& f, int64_t i, double (*at)[kApart], int
   else
     coefficients(in, Through{true, false, false}, top, E, diagonal, v, columns, s, out);
   found.slope = out.slope;
+  found.number = number_present(columns, K) >= 2.0 ? 1.0 : 0.0;
   keep(b.at.slope, 0, out.slope);
   PMRL_EVERY for (int j = 0; j < K; ++j)
     PMRL_EVERY for (int m = 0; m <= j; ++m) keep(b.at.C, triangle(m, j), out.C.at[m][j]);
@@ -372,6 +380,7 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
   __syncwarp();
   Sums found{0.0, 0.0, 0.0};
   if (lane < here) found = solve<K, Instance<K, T>::kScales>(f, i + lane, kept[warp], lane);
+  __syncwarp();
   if (!f.total) return;
   found = sum_of_block<kWarps>(found, sums);
   if (threadIdx.x) return;
@@ -380,6 +389,133 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
   else
     finish(f, found);
 }
+
+// ---- forward, in rounds -------------------------------------------------------------------------
+
+// Threads of a block wait for one another. They may come from different places of the program.
+PMRL_ON_DEVICE void meet() {
+  asm volatile("barrier.sync 1, %0;" ::"n"(kStreamWarps * kWarp) : "memory");
+}
+
+// What a block reads in rounds: `count` neighbouring instances from `first` on, in each round a share of them.
+struct Rounds {
+  int64_t first;
+  int count, share;
+  __device__ __forceinline__ int in_round(int before) const { return share < count - before ? share : count - before; }
+};
+
+// Gram matrices of a round's instances into shared memory, kept[0] and kept[1] in turns, by all warps of a block but the
+// last one. Of each row that a lane reads, kPacksAhead - 1 packs are always on their way to `ring`, past the ends of
+// instances and rounds: a lane reads there what it has copied itself.
+template <int K, class T>
+PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept)[Kept<K>::size][kApart], char* ring) {
+  constexpr int N = 16 / static_cast<int>(sizeof(T)), kPacks = kPacksAhead;
+  const Lane lane = lane_of(b.lanes);
+  const int begin = this_thread() / kWarp * lane.at_once, by = (kStreamWarps - 1) * lane.at_once, step = b.lanes * N;
+  const auto at = [&](int slot, int m) { return ring + ((slot * K + m) * kWarp + this_thread() % kWarp) * 16; };
+  // Where the next copies are from. The same for all lanes, whether they have an instance there or not.
+  int before = 0, r = begin, c = 0;
+  Instance<K, T> rows(b, all.first);
+  bool exists = false;
+  const auto move = [&] {
+    exists = before < all.count && r + lane.mine < all.in_round(before);
+    if (exists) rows.move_to(all.first + before + r + lane.mine);
+  };
+  const auto copy_next = [&](int slot) {
+    if (before < all.count) {
+      const int mine = c + lane.part * N;
+      PMRL_EVERY for (int m = 0; m < K; ++m)
+        copy_ahead(at(slot, m), rows.row[m] + static_cast<int64_t>(mine) * static_cast<int>(sizeof(T)),
+                   exists && rows.here[m] && mine < b.d);
+      c += step;
+      if (c >= b.d) {
+        c = 0;
+        r += by;
+        if (r >= all.in_round(before)) {
+          before += all.share;
+          r = begin;
+          if (before < all.count && begin >= all.in_round(before)) before = all.count;
+        }
+        move();
+      }
+    }
+    commit_copies();
+  };
+  if (begin >= all.in_round(0)) before = all.count;
+  move();
+  PMRL_EVERY for (int slot = 0; slot < kPacks - 1; ++slot) copy_next(slot);
+  int slot = 0;
+#pragma unroll 1
+  for (int round = 0, done = 0; done < all.count; ++round, done += all.share) {
+    double(*const to)[kApart] = kept[round & 1];
+#pragma unroll 1
+    for (int i = begin; i < all.in_round(done); i += by) {
+      double sum[triangle_size(K)];
+      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = 0.0;
+#pragma unroll 1
+      for (int at_c = 0; at_c < b.d; at_c += step) {
+        wait_for_copies<kPacks - 2>();
+        Pack<T, N> packs[K];
+        PMRL_EVERY for (int m = 0; m < K; ++m) packs[m].load_shared(at(slot, m));
+        copy_next((slot + kPacks - 1) % kPacks);  // where the packs before these were
+        slot = (slot + 1) % kPacks;
+        PMRL_EVERY for (int e = 0; e < N; ++e) {
+          double x[K];
+          PMRL_EVERY for (int m = 0; m < K; ++m) x[m] = packs[m].get(e);
+          PMRL_EVERY for (int q = 0; q < K; ++q)
+            PMRL_EVERY for (int p = 0; p <= q; ++p) sum[triangle(p, q)] = fma(x[p], x[q], sum[triangle(p, q)]);
+        }
+      }
+      if (b.lanes == kWarp) {
+        keep_spread<K>(sum, lane.part, to, i);
+      } else {
+        add_up(sum, b.lanes);
+        PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t)
+          if (lane.part == (t & (b.lanes - 1)) && i + lane.mine < all.in_round(done)) to[t][i + lane.mine] = sum[t];
+      }
+    }
+    meet();
+  }
+}
+
+// The last warp of a block decomposes a round's instances, one in each lane, while the others read the next ones.
+template <int K, class T>
+PMRL_ON_DEVICE void stream(const Forward& f) {
+  const Batch& b = f.batch;
+  __shared__ double kept[2][Kept<K>::size][kApart];
+  __shared__ Sums total;
+  extern __shared__ __align__(16) char ring[];
+  const auto all = [&] {
+    const int64_t instances = static_cast<int64_t>(b.rounds) * b.share, first = blockIdx.x * instances;
+    return Rounds{first, static_cast<int>(b.B - first < instances ? b.B - first : instances), b.share};
+  };
+  const int warp = this_thread() / kWarp;
+  if (warp < kStreamWarps - 1) {
+    read_rounds<K, T>(b, all(), kept, ring + warp * bytes_ahead(K));
+    return;
+  }
+  if (this_thread() % kWarp == 0) total = {0.0, 0.0, 0.0};
+#pragma unroll 1
+  for (int round = 0; round * b.share < all().count; ++round) {
+    meet();
+    const Forward* again = &f;  // what follows from its parameters is not to be in registers all the while
+    asm volatile("" : "+l"(again));
+    const int lane = this_thread() % kWarp, before = round * again->batch.share;
+    Sums found{0.0, 0.0, 0.0};
+    if (lane < all().in_round(before))
+      found = solve<K, false>(*again, all().first + before + lane, kept[round & 1], lane);
+    __syncwarp();
+    found = sum_of_warp(found);
+    if (this_thread() % kWarp == 0) add(total, found);
+  }
+  if (!f.total || this_thread() % kWarp) return;
+  if (f.parts)
+    f.parts[blockIdx.x] = total;
+  else
+    finish(f, total);
+}
+
+// ---- vectors ------------------------------------------------------------------------------------
 
 template <int K, class T>
 PMRL_ON_DEVICE void vectors(const Vectors& f) {
@@ -722,6 +858,7 @@ using namespace pmrl::cuda;
 
 #define PMRL_KERNEL extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
 #define PMRL_FORWARD extern "C" __global__ void __launch_bounds__(kWarps* kWarp, pmrl::cuda::resident_blocks(PMRL_K))
+#define PMRL_STREAM extern "C" __global__ void __launch_bounds__(kStreamWarps* kWarp, resident_streams(PMRL_K))
 
 // What several blocks have found, added up.
 extern "C" __global__ void __launch_bounds__(kReducers) total(const __grid_constant__ Forward f, int blocks) {
@@ -756,6 +893,8 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   PMRL_KERNEL backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
   PMRL_KERNEL dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \
   PMRL_KERNEL apply_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, true>(g); }
+#define PMRL_STREAM_OF(K, T, name) \
+  PMRL_STREAM stream_##K##_##name(const __grid_constant__ Forward f) { stream<K, T>(f); }
 #define PMRL_KERNELS_OF(K)                                                                                     \
   PMRL_KERNELS(K, float, float32)                                                                              \
   PMRL_KERNELS(K, double, float64)                                                                             \
@@ -765,5 +904,12 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   PMRL_KERNEL decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
   PMRL_KERNEL coefficients_##K(const __grid_constant__ Backward g) { coefficients<K, false>(g); }              \
   PMRL_KERNEL coefficients_##K##_float64(const __grid_constant__ Backward g) { coefficients<K, true>(g); }
-#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K)
+#if PMRL_K == 4
+#define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32) PMRL_STREAM_OF(K, BFloat16, bfloat16) PMRL_STREAM_OF(K, Float16, float16)
+#elif PMRL_K == 5
+#define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32)
+#else
+#define PMRL_STREAMS(K)
+#endif
+#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K) PMRL_STREAMS(K)
 PMRL_EXPANDED(PMRL_K)

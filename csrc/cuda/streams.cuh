@@ -122,6 +122,11 @@ struct Pack {
       words[0] = __ldg(reinterpret_cast<const unsigned*>(at));
     }
   }
+  __device__ __forceinline__ void load_shared(const char* at) {
+    static_assert(kWords == 4);
+    const uint4 v = *reinterpret_cast<const uint4*>(at);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  }
   // Nobody reads gradients again soon: they need not stay in cache.
   __device__ __forceinline__ void store(char* at) const {
     if constexpr (kWords == 4)
@@ -319,6 +324,19 @@ struct Along {
     }
   }
 };
+// 16 bytes from memory to shared memory, without passing through registers; zeros, and nothing is read, unless `wanted`.
+PMRL_ON_DEVICE void copy_ahead(char* to, const char* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(wanted ? 16 : 0)
+               : "memory");
+}
+PMRL_ON_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all of this thread's copies have come but those of the last `Groups` commits.
+template <int Groups>
+PMRL_ON_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+}
+
 template <int K, int N, bool Pairs>
 struct Along<K, Mixed, N, Pairs> {
   __device__ __forceinline__ void begin(const Instance<K, Mixed>&, int) {}

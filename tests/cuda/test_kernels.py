@@ -43,10 +43,15 @@ CASES = {
     "rows of no whole packs": (9, 7, FLOAT16, spec.ALIGNMENT | spec.U | spec.Z, False, False, True, False),
     "units": (9, 8, FLOAT32, spec.Z, True, True, True, False),
     "directions": (9, 9, BFLOAT16, spec.U | spec.W, True, True, True, False),
+    "long rows": (9, 200, FLOAT32, spec.ALIGNMENT_MEAN | spec.SIGMA, True, True, True, True),
     "nobody": (0, 8, FLOAT32, spec.ALIGNMENT_MEAN | spec.U, True, True, False, True),
 }
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-LAYOUTS = {"throughput": (8, 12), "rows": (32, 7), "latency": (32, 1)}
+LAYOUTS = {
+    "throughput": (8, 12),
+    "rows": (32, 7),
+    "latency": (32, 1),
+}
 
 
 def batch(k: int, B: int, d: int, dtypes: Sequence[torch.dtype], scale: float = 1.0) -> list[Tensor]:
@@ -106,6 +111,34 @@ def test_kernels_agree_with_the_reference(name, layout):
     check(cuda.door(*LAYOUTS[layout]), 3, name)
 
 
+@pytest.mark.parametrize(
+    ("k", "name", "layout"),
+    [
+        (4, "alignment", (8, 7, 3)),  # a share that no number of readers divides
+        (4, "alignment, each", (16, 2, 2)),
+        (4, "alignment, leading", (8, 32, 2)),
+        (4, "everything", (32, 4, 2)),
+        (4, "everything, as it is", (8, 2, 5)),
+        (4, "long rows", (8, 3, 2)),
+        (5, "long rows", (8, 1, 20)),
+        (5, "alignment", (8, 31, 2)),
+    ],
+)
+def test_one_warp_decomposes_what_others_read(k, name, layout):
+    door = cuda.door(*layout)
+    check(door, k, name)
+    assert any(kernel.startswith("stream") for kernel, *_ in door.launches)
+
+
+@pytest.mark.parametrize(
+    ("k", "name"), [(4, "everything, float64"), (4, "rows of no whole packs"), (5, "alignment, each"), (3, "alignment")]
+)
+def test_what_does_not_come_in_rounds(k, name):
+    door = cuda.door(8, 7, 3)
+    check(door, k, name)
+    assert not any(kernel.startswith("stream") for kernel, *_ in door.launches)
+
+
 @pytest.mark.parametrize("scale", [1e180, 1e-180])
 @pytest.mark.parametrize("name", ["everything, float64", "everything, mixed with float64"])
 def test_float64_rows_whose_squares_leave_the_range(name, scale):
@@ -126,14 +159,14 @@ def test_kernels_of_every_k(k, taken):
         for layout in LAYOUTS.values():
             for name in CASES:
                 if taken(k, layout, name):
-                    check(cuda.door(*layout, architecture), k, name)
+                    check(cuda.door(*layout, architecture=architecture), k, name)
 
 
-@pytest.mark.parametrize("k", [3])
+@pytest.mark.parametrize("k", [3, 4])
 def test_the_same_bits_whoever_is_beside(k):
     """An instance alone, in a batch, by either layout's order of sums: lanes do not read one another's instances."""
     xs = batch(k, 33, 24, FLOAT32)
-    for layout in ((8, 4), (8, 16), (16, 6), (32, 9), (32, 1)):
+    for layout in ((8, 4), (8, 16), (8, 3, 2), (16, 6), (16, 17, 2), (32, 9), (32, 2, 20), (32, 1)):
         door = cuda.door(*layout)
         options = None, None, 0.3, True, True, spec.ALIGNMENT | spec.SIGMA | spec.U
         together, _ = door.forward(xs, *options)
@@ -157,13 +190,23 @@ MISTAKES = {
         ptx.MemoryFaultError,
     ),
 }
+MISTAKES_OF_ROUNDS = {
+    "a round that is not waited for": ("    meet();\n    const Forward", "    const Forward", ptx.RaceError),
+    "one place for all rounds": ("[kApart] = kept[round & 1]", "[kApart] = kept[0]", ptx.RaceError),
+    "copies that are not waited for": ("wait_for_copies<kPacks - 2>", "wait_for_copies<kPacks - 1>", AssertionError),
+    "a place that copies come to too soon": (
+        "        copy_next((slot + kPacks - 1) % kPacks);  // where the packs before these were\n",
+        "        copy_next((slot + 1) % kPacks);\n",
+        AssertionError,
+    ),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", [*MISTAKES, *MISTAKES_OF_ROUNDS])
 def test_mistakes_raise(name, tmp_path, monkeypatch):
     """What the agreement above is worth: with a barrier or a bound left out there is none."""
-    old, new, error = MISTAKES[name]
+    old, new, error = (MISTAKES | MISTAKES_OF_ROUNDS)[name]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     source = tmp_path / "csrc" / "cuda" / "spectral.cu"
     text = source.read_text()
@@ -171,13 +214,14 @@ def test_mistakes_raise(name, tmp_path, monkeypatch):
     source.write_text(text.replace(old, new))
     monkeypatch.setattr(cuda, "CSRC", tmp_path / "csrc")
     monkeypatch.setattr(cuda, "compiled", functools.cache(cuda.compiled.__wrapped__))
+    door, k, case = (cuda.door(8, 4), 3, "everything") if name in MISTAKES else (cuda.door(8, 4, 2), 4, "long rows")
     with pytest.raises(error):
-        check(cuda.door(8, 4), 3, "everything")
+        check(door, k, case)
 
 
 KERNELS = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
 # Those whose registers hold all but a few numbers up to k = 7: ptxas spills up to 24 bytes for the sake of occupancy.
-WITHOUT_SPILLS = ("forward", "vectors", "backward", "dots", "decompose")
+WITHOUT_SPILLS = ("forward", "stream", "vectors", "backward", "dots", "decompose")
 
 
 @pytest.mark.slow
@@ -193,7 +237,7 @@ def test_kernels_compile(k, tmp_path, taken):
         assert done.returncode == 0, done.stderr
         assert "warning" not in done.stderr
         found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores", done.stderr, re.DOTALL)
-        assert {name.split("_")[0] for name, _ in found} == KERNELS
+        assert {name.split("_")[0] for name, _ in found} == KERNELS | ({"stream"} if k in (4, 5) else set())
         spilling = [name for name, spilled in found if int(spilled) > 24 and name.startswith(WITHOUT_SPILLS)]
         assert k == 8 or not spilling, spilling
 

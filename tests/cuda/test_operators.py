@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from pmrl_kernels import compilation
 from pmrl_kernels.ops.spectral import spec
+from tests import ROOT
 from tests.tools import cuda
 from tests.tools.installation import COMPILER
 
@@ -60,7 +63,7 @@ def launched(door: cuda.Door, B: int, k: int, dtype: torch.dtype, *options: Any)
     return {name for name, *_ in door.launches}
 
 
-@pytest.mark.parametrize("k", [3, 8])
+@pytest.mark.parametrize("k", [3, 8])  # of 4 and 5 see below
 def test_warm_up_launches_every_kernel_of_any_batch(k):
     """What has not been loaded when a CUDA graph is captured is an error there."""
     door, tau = cuda.door(runs=False), torch.tensor(0.5)
@@ -69,6 +72,60 @@ def test_warm_up_launches_every_kernel_of_any_batch(k):
         ready = set().union(*(launched(door, B, k, torch.float32, *options) for B in compilation._BATCHES))
         for B in (1, 5, 33, 150, 4225, 20000):
             assert launched(door, B, k, torch.float32, *options) <= ready
+
+
+CAPTURED = """
+from ctypes import c_int
+import torch
+from pmrl_kernels import compilation
+from pmrl_kernels.ops.spectral import spec
+from tests import ROOT
+from tests.tools import cuda
+door = cuda.door(runs=False)
+capturing = c_int.in_dll(door.driver, "capturing")
+for k in (4, 5):
+    def forward(B, d):
+        return door.forward([torch.empty(B, d)] * k, None, None, 0.3, True, True, spec.ALIGNMENT_MEAN)
+    door.launches.clear()
+    forward(9, 64)
+    capturing.value = 1
+    for B in (5, 5000, 20000):
+        forward(B, 64)
+    print(sorted({name for name, *_ in door.launches}))
+    capturing.value = 0
+"""
+
+
+def test_one_call_loads_what_others_launch():
+    """In a process of its own: here all kernels may have been loaded."""
+    done = subprocess.run([sys.executable, "-c", CAPTURED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str([f"forward_{k}_float32", f"stream_{k}_float32", "total"]) for k in (4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("B", "k", "d", "dtype", "kernel"),
+    [
+        (65536, 4, 8, torch.float32, "stream_4_float32"),
+        (65536, 4, 8, torch.bfloat16, "stream_4_bfloat16"),
+        (65536, 4, 8, torch.float16, "stream_4_float16"),
+        (65536, 5, 8, torch.float32, "stream_5_float32"),
+        (12672, 4, 8, torch.float32, "forward_4_float32"),  # 24 for each of four blocks of 132 multiprocessors
+        (12673, 4, 8, torch.float32, "stream_4_float32"),
+        (65536, 5, 8, torch.bfloat16, "forward_5_bfloat16"),
+        (65536, 4, 7, torch.float32, "forward_4_float32"),  # rows of no whole packs
+        (65536, 4, 8, torch.float64, "forward_4_float64"),
+        (65536, 3, 8, torch.float32, "forward_3_float32"),
+        (65536, 6, 8, torch.float32, "forward_6_float32"),
+    ],
+)
+def test_large_batches_come_in_rounds(B, k, d, dtype, kernel):
+    door = cuda.door(runs=False)
+    door.forward([torch.empty(B, d, dtype=dtype)] * k, None, None, 0.3, True, True, spec.ALIGNMENT)
+    ((name, blocks, threads),) = door.launches
+    assert (name, threads) == (kernel, 64 if k == 6 else 128)
+    if kernel.startswith("stream"):
+        assert blocks <= 132 * (4 if k == 4 else 2)  # as many as there is room for at once
 
 
 def test_which_kernels_run():

@@ -120,7 +120,8 @@ class Door:
         name, k = self.driver.name_of(function).decode(), ctypes.string_at(self.driver.image_of(function), 1)[0]
         try:
             g = grid.contents
-            assert (g.Y, g.Z, g.y, g.z, g.shared, g.stream) == (1, 1, 1, 1, 0, driver.STREAM), name
+            assert (g.Y, g.Z, g.y, g.z, g.stream) == (1, 1, 1, 1, driver.STREAM), name
+            assert bool(g.shared) == name.startswith("stream"), name
             self.launches.append((name, g.X, g.x))
             if self.runs:
                 text = compiled(k, self.architecture)
@@ -159,9 +160,17 @@ def forward_shapes(embeddings: Sequence[Tensor], mask: Any, temperature: Any, fi
 _door = functools.cache(Door)  # names of operators are the process's
 
 
-def door(lanes: int | None = None, share: int | None = None, architecture: str = "sm_90", runs: bool = True) -> Door:
-    """The process's, set to so many lanes for an instance and instances for a warp (without them, as it chooses)."""
-    for name, value in {"PMRL_LANES": lanes, "PMRL_READERS": lanes, "PMRL_SHARE": share}.items():
+def door(
+    lanes: int | None = None,
+    share: int | None = None,
+    rounds: int | None = None,
+    architecture: str = "sm_90",
+    runs: bool = True,
+) -> Door:
+    """The process's, set to so many lanes for an instance, instances that are decomposed at once, and rounds of these
+    (without them, as it chooses)."""
+    settings = {"PMRL_LANES": lanes, "PMRL_READERS": lanes, "PMRL_SHARE": share, "PMRL_ROUNDS": rounds}
+    for name, value in settings.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = str(value)
