@@ -30,7 +30,7 @@ DEFAULT = ("facts", "gpu", "benchmark", "contract")
 SHOWN = 60  # last lines of a step that are printed; all of them are in the log
 SANITIZED = "agrees_with_the_reference or layouts_and_sums_agree or the_same_bits"
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-OUR_KERNELS = "regex:(gram|solve|vectors|forward|reduce|backward)_kernel"
+OUR_KERNELS = r"regex:(gram|solve|vectors|forward|reduce|backward)_(kernel|\d_\w+)|stream_\d_\w+|total"
 
 
 class Step(NamedTuple):
@@ -52,7 +52,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=10"]
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
-    selected = ["-k", f"triton and {where} and not oracle", "--one-in", str(share)]
+    selected = ["-k", f"(triton or cuda-cuda) and {where} and not oracle", "--one-in", str(share)]
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)

@@ -279,9 +279,10 @@ def test_memory_is_that_of_the_gradients(backend, B):
     step(backend, "softmax", xs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: of large blocks that it keeps, the allocator lends up to a megabyte more.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     grads = step(backend, "softmax", xs)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     state = 8 * record.state_size(B, record.layout(k, True, True, True, False))
     assert peak <= sum(g.numel() * g.element_size() for g in grads) + state + (1 << 16)
 
