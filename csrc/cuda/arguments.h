@@ -21,7 +21,9 @@ PMRL_INLINE constexpr int resident_blocks(int k) { return k == 5 ? 2 : k == 4 ? 
 // that every warp does both: not where k is small, and it is soon done, nor where one warp does not keep up. Blocks that
 // a multiprocessor has registers for; of each row, how many packs of a lane are in shared memory or on their way to it;
 // and the bytes of that memory a warp takes.
-PMRL_INLINE constexpr bool has_rounds(int k, int element_size) { return k == 4 ? element_size <= 4 : k == 5 && element_size == 4; }
+PMRL_INLINE constexpr bool has_rounds(int k, int element_size) {
+  return k == 4 ? element_size <= 4 : k == 5 && element_size == 4;
+}
 PMRL_INLINE constexpr int resident_streams(int k) { return k > 4 ? 2 : 4; }
 constexpr int kStreamWarps = 4, kStreamLanes = 8, kPacksAhead = 8;
 PMRL_INLINE constexpr unsigned bytes_ahead(int k) { return kPacksAhead * k * kWarp * 16; }

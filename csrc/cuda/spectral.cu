@@ -904,8 +904,11 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   PMRL_KERNEL decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
   PMRL_KERNEL coefficients_##K(const __grid_constant__ Backward g) { coefficients<K, false>(g); }              \
   PMRL_KERNEL coefficients_##K##_float64(const __grid_constant__ Backward g) { coefficients<K, true>(g); }
-#if PMRL_K == 4
-#define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32) PMRL_STREAM_OF(K, BFloat16, bfloat16) PMRL_STREAM_OF(K, Float16, float16)
+#if PMRL_K == 4  // as has_rounds
+#define PMRL_STREAMS(K)               \
+  PMRL_STREAM_OF(K, float, float32)   \
+  PMRL_STREAM_OF(K, BFloat16, bfloat16) \
+  PMRL_STREAM_OF(K, Float16, float16)
 #elif PMRL_K == 5
 #define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32)
 #else
