@@ -9,7 +9,7 @@
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
 #   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
-#   make resources what the Triton kernels take on seven architectures, compiled anew, to tests/data
+#   make resources what the kernels for GPUs take on each architecture, compiled anew, to tests/data
 #   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-contrast   the contrasts and the whole objective beside their matrix products
@@ -84,8 +84,9 @@ wheel: $(BUILT)
 sanitize: $(STAMP)
 	$(WITH_TOOLS) $(BIN)/python tests/tools/sanitize.py --every $(SAMPLE) --seed=$(SEED)
 
-resources: $(STAMP)
+resources: $(BUILT)
 	$(BIN)/python tests/tools/resources.py --write
+	$(if $(shell command -v nvcc),$(BIN)/python tests/tools/cuda_resources.py --write)
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)

@@ -14,13 +14,16 @@ longer where other processes want the processor too.
 
 *triton*: the Python path up to the launch, without a GPU. A call goes through everything that it goes through on a
 GPU, arguments, autograd, allocations and the choice of kernels, except that the compiled kernel at its end does
-nothing. Beside it F.mse_loss on the same tensors and the native backend, whose times contain their arithmetic.
+nothing. Beside it F.mse_loss on the same tensors and the native backend, whose times contain their arithmetic, and
+where there is a C++ compiler the CUDA backend up to its launches, which are calls of a driver that does nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -218,6 +221,31 @@ class _Driver:
         get_current_target = staticmethod(lambda: None)
 
 
+def cuda_without_a_gpu(xs: Sequence[Tensor]) -> int | None:
+    """The host's half of csrc/cuda for tensors of a CPU, as the backend "cuda". Returns how many launches a call takes,
+    or None where there is no C++ compiler."""
+    sys.path.insert(0, str(run.BENCHMARKS.parent))
+    from tests.tools.installation import COMPILER
+
+    if not COMPILER:
+        return None
+    os.environ["PMRL_DOOR_FLAGS"] = "-O2 -UPMRL_TUNING"
+    from tests.tools import cuda
+
+    door = cuda.door(runs=False)
+
+    def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
+        return None
+
+    operators = door.operators
+    both = operators.spectral_forward.default, operators.spectral_backward.default
+    pairs = {"spectral": Pair("cuda", *both, rejects)}
+    ops.available["cuda"] = ops.Backend("cuda", rejects, pairs, {})
+    loss("cuda")(xs)
+    door.driver.on_launch(ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p))  # takes any arguments, does nothing
+    return len(door.launches)
+
+
 def loss(backend: str) -> Callable[[Sequence[Tensor]], Any]:
     return lambda xs: torch.autograd.grad(dominant_sv_loss(*xs, backend=backend), xs)
 
@@ -238,13 +266,15 @@ CALLS = {
 
 def launch_rows(seconds: float) -> list[Row]:
     without_a_gpu()
-    xs, counts = cases.embeddings(cases.OVERHEAD), {}
-    for name, call in CALLS.items():
+    xs, counts, calls = cases.embeddings(cases.OVERHEAD), {}, dict(CALLS)
+    for name, call in calls.items():
         call(xs)
         before = launches
         call(xs)
         counts[name] = launches - before
-    timings = measure.interleaved({name: functools.partial(call, xs) for name, call in CALLS.items()}, seconds)
+    if of_cuda := cuda_without_a_gpu(xs):
+        calls["alignment, cuda"], counts["alignment, cuda"] = loss("cuda"), of_cuda
+    timings = measure.interleaved({name: functools.partial(call, xs) for name, call in calls.items()}, seconds)
     return [
         {"call": name, "median": 1e3 * t.median_ms, "low": 1e3 * t.low_ms, "launches": counts[name]}
         for name, t in timings.items()

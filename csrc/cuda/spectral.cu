@@ -393,7 +393,7 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
 // ---- forward, in rounds -------------------------------------------------------------------------
 
 // Threads of a block wait for one another. They may come from different places of the program.
-PMRL_ON_DEVICE void meet() {
+[[maybe_unused]] PMRL_ON_DEVICE void meet() {
   asm volatile("barrier.sync 1, %0;" ::"n"(kStreamWarps * kWarp) : "memory");
 }
 
@@ -401,8 +401,11 @@ PMRL_ON_DEVICE void meet() {
 struct Rounds {
   int64_t first;
   int count, share;
-  __device__ __forceinline__ int in_round(int before) const { return share < count - before ? share : count - before; }
 };
+// How many there are in the round after `before` of them.
+[[maybe_unused]] PMRL_ON_DEVICE int in_round(const Rounds& all, int before) {
+  return all.share < all.count - before ? all.share : all.count - before;
+}
 
 // Gram matrices of a round's instances into shared memory, kept[0] and kept[1] in turns, by all warps of a block but the
 // last one. Of each row that a lane reads, kPacksAhead - 1 packs are always on their way to `ring`, past the ends of
@@ -418,7 +421,7 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
   Instance<K, T> rows(b, all.first);
   bool exists = false;
   const auto move = [&] {
-    exists = before < all.count && r + lane.mine < all.in_round(before);
+    exists = before < all.count && r + lane.mine < in_round(all, before);
     if (exists) rows.move_to(all.first + before + r + lane.mine);
   };
   const auto copy_next = [&](int slot) {
@@ -431,17 +434,17 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
       if (c >= b.d) {
         c = 0;
         r += by;
-        if (r >= all.in_round(before)) {
+        if (r >= in_round(all, before)) {
           before += all.share;
           r = begin;
-          if (before < all.count && begin >= all.in_round(before)) before = all.count;
+          if (before < all.count && begin >= in_round(all, before)) before = all.count;
         }
         move();
       }
     }
     commit_copies();
   };
-  if (begin >= all.in_round(0)) before = all.count;
+  if (begin >= in_round(all, 0)) before = all.count;
   move();
   PMRL_EVERY for (int slot = 0; slot < kPacks - 1; ++slot) copy_next(slot);
   int slot = 0;
@@ -449,7 +452,7 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
   for (int round = 0, done = 0; done < all.count; ++round, done += all.share) {
     double(*const to)[kApart] = kept[round & 1];
 #pragma unroll 1
-    for (int i = begin; i < all.in_round(done); i += by) {
+    for (int i = begin; i < in_round(all, done); i += by) {
       double sum[triangle_size(K)];
       PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = 0.0;
 #pragma unroll 1
@@ -471,7 +474,7 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
       } else {
         add_up(sum, b.lanes);
         PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t)
-          if (lane.part == (t & (b.lanes - 1)) && i + lane.mine < all.in_round(done)) to[t][i + lane.mine] = sum[t];
+          if (lane.part == (t & (b.lanes - 1)) && i + lane.mine < in_round(all, done)) to[t][i + lane.mine] = sum[t];
       }
     }
     meet();
@@ -502,7 +505,7 @@ PMRL_ON_DEVICE void stream(const Forward& f) {
     asm volatile("" : "+l"(again));
     const int lane = this_thread() % kWarp, before = round * again->batch.share;
     Sums found{0.0, 0.0, 0.0};
-    if (lane < all().in_round(before))
+    if (lane < in_round(all(), before))
       found = solve<K, false>(*again, all().first + before + lane, kept[round & 1], lane);
     __syncwarp();
     found = sum_of_warp(found);

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pmrl_kernels import ops
 from pmrl_kernels.ops.spectral import spec
-from tests.tools import cuda, ptx
+from tests.tools import cuda, cuda_resources, ptx
 from tests.tools.installation import COMPILER
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +139,13 @@ def test_what_does_not_come_in_rounds(k, name):
     assert not any(kernel.startswith("stream") for kernel, *_ in door.launches)
 
 
+@pytest.mark.parametrize("name", ["everything, float64", "everything, leading", "alignment"])
+def test_what_hardware_approximates_is_made_exact(name):
+    """Of reciprocals and roots it gives 20 bits, of angles fewer than float32 has."""
+    with ptx.approximating(2.0**-20):
+        check(cuda.door(), 4, name)
+
+
 @pytest.mark.parametrize("scale", [1e180, 1e-180])
 @pytest.mark.parametrize("name", ["everything, float64", "everything, mixed with float64"])
 def test_float64_rows_whose_squares_leave_the_range(name, scale):
@@ -219,27 +226,34 @@ def test_mistakes_raise(name, tmp_path, monkeypatch):
         check(door, k, case)
 
 
-KERNELS = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
-# Those whose registers hold all but a few numbers up to k = 7: ptxas spills up to 24 bytes for the sake of occupancy.
-WITHOUT_SPILLS = ("forward", "stream", "vectors", "backward", "dots", "decompose")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 7, 8])
-def test_kernels_compile(k, tmp_path, taken):
-    """For every architecture, with nothing to be warned of; and which of them spill registers."""
-    for architecture in ARCHITECTURES:
-        if not taken(k, architecture):
-            continue
-        output = str(tmp_path / f"{architecture}.cubin")
-        command = cuda.command(k, architecture, "-cubin", "-Xptxas", "-v", "-o", output)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr
-        found = re.findall(r"entry function '(\w+)'.*?(\d+) bytes spill stores", done.stderr, re.DOTALL)
-        assert {name.split("_")[0] for name, _ in found} == KERNELS | ({"stream"} if k in (4, 5) else set())
-        spilling = [name for name, spilled in found if int(spilled) > 24 and name.startswith(WITHOUT_SPILLS)]
-        assert k == 8 or not spilling, spilling
+def test_resources_are_those_of_the_table(k, taken):
+    """For every architecture: a kernel that takes more than it did is seen where it is reviewed (`make resources`)."""
+    written = cuda_resources.TABLE.read_text()
+    assert cuda_resources.table([]).splitlines()[0] == written.splitlines()[0], "another nvcc: rewrite the table"
+    table = cuda_resources.rows_of(written)
+    kinds = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
+    for architecture in (x for x in cuda_resources.ARCHITECTURES if taken(k, x)):
+        rows = [*cuda_resources.compiled(architecture, k)]
+        assert {row.kernel.split("_")[0] for row in rows} == kinds | ({"stream"} if k in (4, 5) else set())
+        assert rows == [row for row in table.values() if (row.target, row.k) == (architecture, k)]
+        assert not [told for row in rows for told in cuda_resources.faults(row)]
+
+
+def test_a_table_reads_as_it_was_written():
+    rows = cuda_resources.rows_of(cuda_resources.TABLE.read_text())
+    assert cuda_resources.rows_of(cuda_resources.table(rows.values())) == rows
+    assert {(target, k) for target, k, _ in rows} == {(x, k) for x in cuda_resources.ARCHITECTURES for k in cuda.KS}
+
+
+def test_faults_of_kernels_are_found():
+    row = cuda_resources.Row("sm_90", 7, "forward_7_float32", 255, 0, 0, 48 << 10, None)
+    assert not cuda_resources.faults(row)
+    for fault in ({"spilled": 32}, {"shared": (48 << 10) + 8}, {"registers": 256}):
+        assert len(cuda_resources.faults(row._replace(**fault))) == 1
+    assert not cuda_resources.faults(row._replace(spilled=32, k=8))
+    assert not cuda_resources.faults(row._replace(spilled=32, kernel="apply_7_float32"))
 
 
 @pytest.mark.slow

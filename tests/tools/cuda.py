@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class Door:
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, int, int]] = []
+        self.executed: Counter[str] = Counter()  # instructions of warps, by kernel
         self.errors: list[Exception] = []
         with tempfile.TemporaryDirectory() as folder:
             compile_door(Path(folder))
@@ -129,7 +131,9 @@ class Door:
                 given = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
                 places = self.operators.allocations()
                 owned = list(zip(places[::2], places[1::2], strict=True))
-                ptx.execute(text, g.shared, g.X, given, name, threads=g.x, owned=owned)
+                with ptx.counting() as kinds:
+                    ptx.execute(text, g.shared, g.X, given, name, threads=g.x, owned=owned)
+                self.executed[name] += sum(kinds.values())
         except Exception as error:  # which C would not pass on
             traceback.print_exception(error)
             self.errors.append(error)
@@ -177,6 +181,7 @@ def door(
     found = _door()
     found.architecture, found.runs = architecture, runs
     found.launches.clear()
+    found.executed.clear()
     found.errors.clear()
     return found
 
