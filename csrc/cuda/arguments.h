@@ -10,6 +10,7 @@ namespace cuda {
 
 constexpr int kMostK = kTemplatedModalities;
 constexpr int kWarp = 32;
+constexpr int kMostColumns = 1 << 30;  // places in a row, and some steps beyond, are ints
 
 // Warps of a block: what they keep in shared memory fits into 48 KB.
 PMRL_INLINE constexpr int warps_of_block(int k) { return k > 5 ? 2 : 4; }
@@ -27,6 +28,11 @@ PMRL_INLINE constexpr bool has_rounds(int k, int element_size) {
 PMRL_INLINE constexpr int resident_streams(int k) { return k > 4 ? 2 : 4; }
 constexpr int kStreamWarps = 4, kStreamLanes = 8, kPacksAhead = 8;
 PMRL_INLINE constexpr unsigned bytes_ahead(int k) { return kPacksAhead * k * kWarp * 16; }
+// Of a block: dynamic; and in all, with two shares' numbers and what the driver takes.
+PMRL_INLINE constexpr unsigned dynamic_of_stream(int k) { return (kStreamWarps - 1) * bytes_ahead(k); }
+PMRL_INLINE constexpr unsigned shared_of_stream(int k) {
+  return dynamic_of_stream(k) + 2 * (triangle_size(k) + k) * (kWarp + 1) * 8 + 1024 + 128;
+}
 
 constexpr int kReducers = 256;       // threads that add up what blocks have found
 

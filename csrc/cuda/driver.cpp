@@ -19,6 +19,7 @@ using Context = void*;
 constexpr Result kNotFound = 500;
 constexpr int kRelaxed = 2;                      // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kMultiprocessors = 16;             // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kShared = 81;                      // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
 constexpr int kMajor = 75, kMinor = 76;          // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr int kMostSharedAttribute = 8;          // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kMostDevices = 128;                // PyTorch's indices are of 8 bits
@@ -124,6 +125,7 @@ struct KnownDevice {
     if (!error) error = d.cuDeviceGetAttribute(&properties.multiprocessors, kMultiprocessors, ordinal);
     if (!error) error = d.cuDeviceGetAttribute(&major, kMajor, ordinal);
     if (!error) error = d.cuDeviceGetAttribute(&minor, kMinor, ordinal);
+    if (!error) error = d.cuDeviceGetAttribute(&properties.shared, kShared, ordinal);
     if (error) {
       reason = "cuda:" + std::to_string(device) + " cannot be asked for its properties: " + d.text(error);
       return;
@@ -298,11 +300,11 @@ Stream current_stream(int device) {
   return stream;
 }
 
-void load(int device, Kernel kernel, Stream stream) {
+void load(int device, Kernel kernel, unsigned shared, Stream stream) {
   const Driver& d = driver();
   KnownDevice& found = usable(d, device);
   const OnDevice here(d, found);
-  kernel->prepared(d, device, found.ordinal, 0, stream);
+  kernel->prepared(d, device, found.ordinal, shared, stream);
 }
 
 void launch_with(int device, Kernel kernel, const Grid& grid, Stream stream, const void* const* arguments) {

@@ -46,6 +46,7 @@ const char* unavailable(int device);
 struct Device {
   int multiprocessors;
   int capability;  // 90 for 9.0
+  int shared;      // bytes of a multiprocessor's shared memory
 };
 const Device& properties(int device);
 
@@ -56,8 +57,8 @@ Stream current_stream(int device);
 // for, and stays.
 Kernel kernel(int k, const char* name, Stream stream);
 
-// Loads what a later launch may need: while a graph is captured none can.
-void load(int device, Kernel kernel, Stream stream);
+// Loads what a later launch with so many bytes of dynamic shared memory may need: while a graph is captured none can.
+void load(int device, Kernel kernel, unsigned shared, Stream stream);
 
 struct Grid {
   unsigned blocks;   // none: nothing is launched

@@ -192,7 +192,7 @@ else()
     get_filename_component(stem ${source} NAME_WE)
     foreach(k IN LISTS PMRL_CUDA_MODALITIES)
       set(warnings "")
-      if(k LESS 8) # up to here all of an instance is to fit into registers
+      if(k LESS 8) # up to here all of an instance is to fit into registers, or nearly
         set(warnings -warn-spills -warn-lmem-usage)
       endif()
       set(objects "")

@@ -107,8 +107,12 @@ struct Call {
     const char* dtypes[] = {"float32", "float64", "bfloat16", "float16", "mixed"};
     return std::string(kernel) + "_" + std::to_string(k()) + "_" + dtypes[static_cast<int>(dtype)];
   }
-  // Whether some batches' forward pass is in rounds.
-  bool may_stream() const { return batch.whole && has_rounds(k(), static_cast<int>(element)); }
+  // Whether some batches' forward pass is in rounds: on cards that hold as many blocks as it was measured with, 4 x 57 KB.
+  bool may_stream() const {
+    const Device& card = properties(device);
+    return batch.whole && has_rounds(k(), static_cast<int>(element)) && card.capability >= 80 &&
+           card.shared >= resident_streams(k()) * static_cast<int>(shared_of_stream(k()));
+  }
   template <class... Arguments>
   void run(const std::string& kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) const {
     run_with(0, kernel, blocks, threads, arguments...);
@@ -175,6 +179,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   const Embeddings all = check_embeddings(embeddings);
   STD_TORCH_CHECK(all.k >= 2 && all.k <= kMostK, "pmrl_kernels: kernels for CUDA are for k in 2..", kMostK, ", got ",
                   all.k);
+  STD_TORCH_CHECK(all.d < kMostColumns, "pmrl_kernels: kernels for CUDA are for d < ", kMostColumns, ", got ", all.d);
   Call call;
   Batch& b = call.batch;
   call.device = device_of(embeddings[0]);
@@ -268,10 +273,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   // Both are loaded by the first call, of whatever size: another may come while a graph is captured.
   if (call.may_stream()) {
     const std::string other = call.name(b.rounds ? "forward" : "stream");
-    load(call.device, kernel(call.k(), other.c_str(), call.stream), call.stream);
+    load(call.device, kernel(call.k(), other.c_str(), call.stream), b.rounds ? 0 : dynamic_of_stream(call.k()),
+         call.stream);
   }
   if (b.rounds)
-    call.run_with((kStreamWarps - 1) * bytes_ahead(call.k()), call.name("stream"), blocks, kWarp * kStreamWarps, f);
+    call.run_with(dynamic_of_stream(call.k()), call.name("stream"), blocks, kWarp * kStreamWarps, f);
   else
     call.run(call.name("forward"), blocks, threads, f);
   if (f.total && blocks != 1) call.run("total", 1, kReducers, f, static_cast<int>(blocks));

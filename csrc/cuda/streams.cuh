@@ -326,15 +326,23 @@ struct Along {
 };
 // 16 bytes from memory to shared memory, without passing through registers; zeros, and nothing is read, unless `wanted`.
 PMRL_ON_DEVICE void copy_ahead(char* to, const char* from, bool wanted) {
+#if __CUDA_ARCH__ >= 800  // nor is `stream` launched on what is older
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
                "l"(from), "r"(wanted ? 16 : 0)
                : "memory");
+#endif
 }
-PMRL_ON_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+PMRL_ON_DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 // Until all of this thread's copies have come but those of the last `Groups` commits.
 template <int Groups>
 PMRL_ON_DEVICE void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+#endif
 }
 
 template <int K, int N, bool Pairs>

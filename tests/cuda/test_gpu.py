@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmrl_kernels import dominant_singular_triplet, ops, pmrl_loss
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops, pmrl_loss, warm_up
 from tests import ROOT
 
 if not torch.cuda.is_available():
@@ -64,6 +64,24 @@ print("captured")
     told, captured = done.stdout.splitlines()
     assert "forward_3_float32 is not loaded yet, and cannot be while a CUDA graph is captured" in told
     assert captured == "captured", done.stderr
+
+
+def test_large_batches_come_in_rounds_whatever_came_before():
+    """From 24 instances for each of four blocks of a multiprocessor on; captured after a small batch alone has run."""
+    B = 25 * 4 * torch.cuda.get_device_properties(0).multi_processor_count + 3
+    small, large = modalities(8), modalities(B)
+    step = lambda xs: torch.autograd.grad(dominant_sv_loss(xs, backend="cuda"), xs)  # noqa: E731
+    warm_up(lambda *xs: dominant_sv_loss(xs, backend="cuda"), *small)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(large)
+    graph.replay()
+    found = step(large)
+    assert all(map(torch.equal, captured, found))
+    assert all(map(torch.equal, found, step(large)))
+    expected = torch.autograd.grad(dominant_sv_loss(large, backend="reference"), large)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6 * y.abs().max().item())
 
 
 def test_operators_refuse_tensors_of_several_devices():

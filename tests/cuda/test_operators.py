@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,18 @@ def test_one_call_loads_what_others_launch():
     assert done.stdout.splitlines() == [str([f"forward_{k}_float32", f"stream_{k}_float32", "total"]) for k in (4, 5)]
 
 
+@pytest.mark.parametrize(("kilobytes", "streams"), [(228, (4, 5)), (164, (5,)), (100, ())])
+def test_rounds_are_for_cards_that_hold_their_blocks(kilobytes, streams):
+    """Of capability 9.0 and 10.0, 8.0, 8.6. In a process of its own, which asks its card once."""
+    environment = {**os.environ, "PMRL_SHARED_KB": str(kilobytes)}
+    done = subprocess.run(
+        [sys.executable, "-c", CAPTURED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for k, line in zip((4, 5), done.stdout.splitlines(), strict=True):
+        assert (f"stream_{k}_float32" in line) == (k in streams)
+
+
 @pytest.mark.parametrize(
     ("B", "k", "d", "dtype", "kernel"),
     [
@@ -157,6 +170,7 @@ NONSENSE: dict[str, dict[str, Any]] = {
     "a stack beside a matrix": {"xs": [torch.ones(B, 3, D), torch.ones(B, D)]},
     "one dimension": {"xs": [torch.ones(D)] * 3},
     "four dimensions": {"xs": [torch.ones(2, 2, 2, 2)]},
+    "rows of 2^30": {"xs": [torch.ones(1).expand(1, 1 << 30)] * 3},
     "integers": {"xs": [torch.ones(B, D, dtype=torch.int64)] * 3},
     "eight bits": {"xs": [torch.ones(B, D).to(torch.float8_e4m3fn)] * 3},
     "a mask of floats": {"mask": torch.ones(B, 3)},
