@@ -1539,6 +1539,19 @@ def install() -> None:
     backend = ops.available["triton"]
     pairs = {name: pair._replace(rejects=rejects) for name, pair in backend.pairs.items()}
     ops.available["triton"] = backend._replace(rejects=rejects, pairs=pairs)
+    # Where somebody looks on, a negated view say, the operators are called, which are for GPUs.
+    from pmrl_kernels.ops.spectral import triton as kernels
+
+    for operator, function in (
+        (kernels.forward_operator, kernels._forward),
+        (kernels.backward_operator, kernels._backward),
+    ):
+        library = torch.library.Library(operator.namespace, "FRAGMENT")
+        library.impl(operator._schema.name.partition("::")[2], function, "CPU")
+        _libraries.append(library)  # whose end would be that of what it has registered
+
+
+_libraries: list[torch.library.Library] = []
 
 
 class _Grid(ctypes.Structure):

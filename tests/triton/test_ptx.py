@@ -170,5 +170,12 @@ def test_compiled_kernels_agree_with_the_reference(sampled, request):
 
 
 @pytest.mark.slow
+def test_operators_run_here_too():
+    """They are called where a tensor is not what its memory holds."""
+    selected = "negated_views and triton-throughput-cpu-dominant_singular_value"
+    assert run_compiled("tests/contract/test_shapes.py", "-k", selected) == 1
+
+
+@pytest.mark.slow
 def test_a_sample_of_the_contract(sampled):
     assert run_compiled("tests/contract", "-k", "triton and cpu and not oracle", *sampled(150)) >= 3
