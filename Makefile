@@ -66,11 +66,12 @@ study: $(STUDY)
 
 # Two threads in each of two processes would wait for one another. What several threads compute has tests of its own,
 # and `make sanitize` runs with them.
+PYTEST = $(if $(filter 0,$(JOBS)),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(JOBS)
 test: $(BUILT)
-	$(if $(filter 0,$(JOBS)),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile --benchmark-disable $(ARGS)
+	$(PYTEST) -m 'not slow' --dist loadfile --benchmark-disable $(ARGS)
 
 test-slow: $(BUILT)
-	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --seed=$(SEED) $(ARGS)
+	$(PYTEST) -m slow --dist load --sample $(SAMPLE) --seed=$(SEED) $(ARGS)
 
 test-all: test test-slow
 	$(if $(filter 1,$(PMRL_KERNELS_NATIVE)),$(MAKE) sanitize)

@@ -306,16 +306,16 @@ PMRL_FUNCTION void oriented(const Eigenpairs<K, Real>& E, Vector<K, Real>& v, in
   }
   if (any(nowhere)) {
     Matrix<K, Real> P;
-    PMRL_EVERY for (int i = 0; i < k; ++i)
-      PMRL_EVERY for (int m = i; m < k; ++m) {
-        Real sum(0.0);
-        PMRL_EVERY for (int j = 0; j < k; ++j)
-          sum = sum + select(is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input)),
-                             E.V.at[i][j] * E.V.at[m][j], Real(0.0));
-        P.at[i][m] = sum;
-      }
-    const Real share = quotient(noise, gap);
     Vector<K, Real> row;
+    PMRL_EVERY for (int i = 0; i < k; ++i) {
+      PMRL_EVERY for (int j = 0; j < k; ++j)
+        row.at[j] = select(is_tied(top, E.values.at[j], eigenvalue_gap(k, float64_input)), E.V.at[i][j], Real(0.0));
+      PMRL_EVERY for (int m = i; m < k; ++m) {
+        P.at[i][m] = Real(0.0);
+        PMRL_EVERY for (int j = 0; j < k; ++j) P.at[i][m] = P.at[i][m] + row.at[j] * E.V.at[m][j];
+      }
+    }
+    const Real share = quotient(noise, gap);
     peak_row(P, max(Real(kPeakTie), select(share < Real(0.5), share, Real(0.5))), row, k);
     PMRL_EVERY for (int m = 0; m < k; ++m) v.at[m] = select(nowhere, row.at[m], v.at[m]);
   }

@@ -27,17 +27,17 @@ struct Settings {
   bool others;         // the w are asked for
 };
 
-// One instance's (or pack's) normalisation and mask.
-template <int K, class Real>
+// One instance's (or pack's) normalisation and mask. Numbers may be a vector that is elsewhere than in registers.
+template <int K, class Real, class Numbers = Vector<K, Real>>
 struct Columns {
-  Vector<K, Real> inverse_norms;  // 1/n, 0 for zero vectors; with `normalize`
-  Vector<K, Real> exponents;      // e: column m was scaled by 2^-e before G was formed; with `float64_input`
-  Vector<K, Real> present;        // 1 or 0
-  Vector<K, Real> others;         // 1/||y_m||, see inverse_norms_of_others; with `others`
+  Numbers inverse_norms;  // 1/n, 0 for zero vectors; with `normalize`
+  Numbers exponents;      // e: column m was scaled by 2^-e before G was formed; with `float64_input`
+  Numbers present;        // 1 or 0
+  Numbers others;         // 1/||y_m||, see inverse_norms_of_others; with `others`
 };
 
-template <int K, class Real>
-PMRL_INLINE Real number_present(const Columns<K, Real>& c, int k) {
+template <int K, class Real, class Numbers>
+PMRL_INLINE Real number_present(const Columns<K, Real, Numbers>& c, int k) {
   Real sum(0.0);
   PMRL_EVERY for (int m = 0; m < k; ++m) sum = sum + c.present.at[m];
   return sum;
@@ -68,8 +68,8 @@ PMRL_INLINE void drop_surplus(Vector<K, Real>& values, const Columns<K, Real>& c
 
 // Gaps (sigma_1 - sigma_j) / tau and weights exp(-gap), which are 0 at j = 0 and where there is no logit. Returns the
 // sum of the weights.
-template <int K, class Real>
-PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, Real>& c, const Settings& s,
+template <int K, class Real, class Numbers>
+PMRL_INLINE Real softmax_weights(const Vector<K, Real>& sigma, const Columns<K, Real, Numbers>& c, const Settings& s,
                                  Vector<K, Real>& gaps, Vector<K, Real>& weights) {
   const Real present = number_present(c, s.k);
   const bool rescale = s.float64_input && !s.normalize;
@@ -129,25 +129,25 @@ PMRL_FUNCTION void inverse_norms_of_others(const Matrix<K, Real>& G, const Vecto
 }
 
 // Incoming gradients of one instance (or pack), and what they become.
-template <int K, class Real>
+template <int K, class Real, class Numbers = Vector<K, Real>>
 struct Incoming {
-  Real alignment;          // dL/d alignment
-  Vector<K, Real> sigma;   // dL/d sigma_j
-  Vector<K, Real> w;       // Z^T dL/du_1, Z having normalised columns where X is normalised (X^T dL/du_1 on entry)
-  Vector<K, Real> q;       // dL/dv_1
-  Vector<K, Real> direct;  // z_m . dL/dz_m (x_m . dL/dz_m on entry)
-  Vector<K, Real> others;  // z_j . sum_{m != j} g_m/||y_m|| (x_j instead on entry)
-  Vector<K, Real> along;   // w_m . g_m
+  Real alignment;  // dL/d alignment
+  Numbers sigma;   // dL/d sigma_j
+  Numbers w;       // Z^T dL/du_1, Z having normalised columns where X is normalised (X^T dL/du_1 on entry)
+  Numbers q;       // dL/dv_1
+  Numbers direct;  // z_m . dL/dz_m (x_m . dL/dz_m on entry)
+  Numbers others;  // z_j . sum_{m != j} g_m/||y_m|| (x_j instead on entry)
+  Numbers along;   // w_m . g_m
 };
 
-template <int K, class Real, class Entries = Matrix<K, Real>>
+template <int K, class Real, class Entries = Matrix<K, Real>, class Numbers = Vector<K, Real>>
 struct Coefficients {
-  Entries C;                 // symmetric, upper triangle; Entries may keep them elsewhere
-  Vector<K, Real> c;         // of dL/du_1
-  Vector<K, Real> shared;    // of R
-  Vector<K, Real> own;       // of g_m
-  Vector<K, Real> exponent;  // e: dX's column m is 2^e times what C and c give; with `float64_input`
-  Real slope;                // dL/d tau
+  Entries C;         // symmetric, upper triangle; Entries may keep them elsewhere
+  Numbers c;         // of dL/du_1
+  Numbers shared;    // of R
+  Numbers own;       // of g_m
+  Numbers exponent;  // e: dX's column m is 2^e times what C and c give; with `float64_input`
+  Real slope;        // dL/d tau
 };
 
 // Gradient of a function of the singular values, from g_j = dL/d sigma_j: M = V diag(g_j / sigma_j) V^T, and the
@@ -193,8 +193,8 @@ PMRL_FUNCTION void through_spectrum(const Vector<K, Real>& g, const Pairs& E, co
 // Gradient through u_1 and v_1, from w = Z^T dL/du_1 and q = dL/dv_1:
 //   N = y v^T + v y^T - (v.w) / sigma_1^3 v v^T,  y = sum_j v_j v_j^T (w / sigma_1 + q) / (lambda_1 - lambda_j)
 // over the eigenvectors that are not tied with the first. Finds y and (v.w) / sigma_1^3, and adds diag(G N) to `radial`.
-template <int K, class Real, class Pairs>
-PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Pairs& E, const Vector<K, Real>& v,
+template <int K, class Real, class Pairs, class Numbers>
+PMRL_FUNCTION void through_vectors(const Incoming<K, Real, Numbers>& in, const Pairs& E, const Vector<K, Real>& v,
                                  Real inverse_sigma, const Settings& s, Vector<K, Real>& y, Real& along,
                                  Vector<K, Real>& radial) {
   const Real top = E.value(0);
@@ -225,9 +225,9 @@ PMRL_FUNCTION void through_vectors(const Incoming<K, Real>& in, const Pairs& E, 
 //   dL/da_j = z_j . sum_{m != j} h_m = others_j - b_j (T - t_j) + (G (t a))_j - G_jj t_j a_j,  b = G a
 //   dL/dz_j = a_j sum_{m != j} h_m = a_j (R - r_j g_j) + [Z A]_j,  A_jl = -a_j a_l (T - t_j - t_l), A_jj = -a_j^2 (T - t_j)
 // Finds t and T, adds sign(v) dL/da to q and z_j . dL/dz_j to `radial`. At v_j = 0, as far as that can be told, |v_j| has slope 0.
-template <int K, class Real, class Pairs>
-PMRL_FUNCTION void through_others(Incoming<K, Real>& in, const Pairs& E, const Vector<K, Real>& v,
-                                const Columns<K, Real>& c, const Settings& s, Vector<K, Real>& t, Real& T,
+template <int K, class Real, class Pairs, class Numbers>
+PMRL_FUNCTION void through_others(Incoming<K, Real, Numbers>& in, const Pairs& E, const Vector<K, Real>& v,
+                                const Columns<K, Real, Numbers>& c, const Settings& s, Vector<K, Real>& t, Real& T,
                                 Vector<K, Real>& radial) {
   const Real top = E.value(0);
   Vector<K, Real> b, p, diagonal;
@@ -281,10 +281,11 @@ PMRL_INLINE bool takes_eigenpairs(Through through, const Settings& s) {
 // From all incoming gradients to the coefficients. `top` is lambda_1. E, Eigenpairs or what reads them from elsewhere,
 // holds all eigenpairs with `spectrum` and where takes_eigenpairs says so, else nothing. `diagonal` is that of the Gram
 // matrix; not read with `spectrum`.
-template <int K, class Real, class Pairs, class Entries>
-PMRL_INLINE void coefficients(Incoming<K, Real>& in, Through through, Real top, const Pairs& E,
-                              const Vector<K, Real>& diagonal, const Vector<K, Real>& v, const Columns<K, Real>& c,
-                              const Settings& s, Coefficients<K, Real, Entries>& out) {
+template <int K, class Real, class Pairs, class Numbers, class Entries, class Found>
+PMRL_INLINE void coefficients(Incoming<K, Real, Numbers>& in, Through through, Real top, const Pairs& E,
+                              const Vector<K, Real>& diagonal, const Vector<K, Real>& v,
+                              const Columns<K, Real, Numbers>& c,
+                              const Settings& s, Coefficients<K, Real, Entries, Found>& out) {
   const int k = s.k;
   const bool rescale = s.float64_input && !s.normalize, vectors = through.leading || through.others;
   const Real inverse_sigma = reciprocal(sqrt(top));

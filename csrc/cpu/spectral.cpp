@@ -183,22 +183,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   incoming.finish();
 
   std::vector<Tensor> found;  // gradients
-  bool any_needed = false;
-  for (size_t j = 0; j < embeddings.size(); ++j) {
-    const Tensor& x = held.embeddings[j];
-    const ScalarType dtype = x.scalar_type();
-    const int64_t element = x.element_size();
-    const bool stacked = x.dim() == 3;
-    if (!needed[j]) {
-      found.push_back(make(x, {0}, dtype));
-      continue;
-    }
-    any_needed = true;
-    found.push_back(stacked ? make(x, {B, k, d}, dtype) : make(x, {B, d}, dtype));
-    char* data = static_cast<char*>(found.back().mutable_data_ptr());
-    for (int64_t m = 0; m < (stacked ? k : 1); ++m)
-      g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
-  }
+  const bool any_needed = make_gradients(held.embeddings, needed, g.out, found);
 
   if (any_needed || temperature) {
     std::vector<double> slopes(temperature ? count : 0);

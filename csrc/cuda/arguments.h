@@ -73,6 +73,7 @@ PMRL_INLINE State state_of(const Settings& s, bool aligned, bool vectors) {
 // the next while that one decomposes the one before.
 struct Batch {
   int64_t B;
+  Dtype dtype;                     // of all embeddings, or kMixed
   int d, lanes, share, rounds;
   Settings settings;               // tau where `temperature` is null
   const void* temperature;         // 0-d, float32, or float64 if the next says so

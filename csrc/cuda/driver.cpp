@@ -43,7 +43,6 @@ struct Driver {
   Result (*cuKernelSetAttribute)(int, int, void*, int);
   Result (*cuLaunchKernel)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**,
                            void**);
-  Result (*cuMemsetD32Async)(uint64_t, unsigned, size_t, Stream);
   int32_t (*current_stream)(int32_t, void**);  // PyTorch's
   int version = 0;
   std::string reason;  // why there is none of all that
@@ -73,7 +72,7 @@ struct Driver {
     PMRL_WANT(cuDeviceGetAttribute), PMRL_WANT(cuDevicePrimaryCtxRetain), PMRL_WANT(cuCtxGetCurrent);
     PMRL_WANT(cuCtxSetCurrent), PMRL_WANT(cuThreadExchangeStreamCaptureMode), PMRL_WANT(cuStreamIsCapturing);
     PMRL_WANT(cuLibraryLoadData), PMRL_WANT(cuLibraryGetKernel), PMRL_WANT(cuKernelGetFunction);
-    PMRL_WANT(cuKernelSetAttribute), PMRL_WANT(cuLaunchKernel), PMRL_WANT(cuMemsetD32Async);
+    PMRL_WANT(cuKernelSetAttribute), PMRL_WANT(cuLaunchKernel);
 #undef PMRL_WANT
     if (lacking) return std::string("the CUDA driver is too old: wanted one of CUDA 12.0 or newer, this has no ") + lacking;
     if (const Result error = cuInit(0)) return "CUDA cannot be started: " + text(error);
@@ -133,8 +132,12 @@ struct KnownDevice {
     properties.capability = 10 * major + minor;
     // Code for an older minor number runs on a newer one.
     bool object = false;
-    for (const int* code = kBuilt.architectures; *code; ++code)
-      object = object || (*code / 10 == major && *code <= properties.capability);
+    properties.code = kBuilt.ptx;
+    for (const int* code = kBuilt.architectures; *code; ++code) {
+      if (*code / 10 != major || *code > properties.capability || (object && *code < properties.code)) continue;
+      object = true;
+      properties.code = *code;
+    }
     const int needed = object ? kBuilt.object_driver : kBuilt.ptx_driver;
     const std::string card = "compute capability " + std::to_string(major) + "." + std::to_string(minor);
     if (!object && properties.capability < kBuilt.ptx)
@@ -317,14 +320,6 @@ void launch_with(int device, Kernel kernel, const Grid& grid, Stream stream, con
   d.check(d.cuLaunchKernel(handle, grid.blocks, 1, 1, grid.threads, 1, 1, grid.shared, stream,
                            const_cast<void**>(arguments), nullptr),
           "launching ", kernel->name());
-}
-
-void fill(int device, void* address, uint32_t value, size_t count, Stream stream) {
-  if (!count) return;
-  const Driver& d = driver();
-  KnownDevice& found = usable(d, device);
-  const OnDevice here(d, found);
-  d.check(d.cuMemsetD32Async(reinterpret_cast<uint64_t>(address), value, count, stream), "filling memory");
 }
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
 // What the kernels for CUDA take to run: the driver, found when it is first asked for. The library has no CUDA library
 // as a dependency, loads where there is none, and starts nothing before the first call: processes fork after imports.
 //
-// While a stream is captured into a graph, launches and memsets are recorded. A kernel cannot be loaded there (a driver may
+// While a stream is captured into a graph, launches are recorded. A kernel cannot be loaded there (a driver may
 // allocate or wait for it): that raises, and what is to be captured has to have run before, which warm_up is for. Another
 // thread may load one meanwhile.
 #pragma once
@@ -46,6 +46,7 @@ const char* unavailable(int device);
 struct Device {
   int multiprocessors;
   int capability;  // 90 for 9.0
+  int code;        // that of what runs there: of an object, or of the PTX
   int shared;      // bytes of a multiprocessor's shared memory
 };
 const Device& properties(int device);
@@ -74,9 +75,6 @@ void launch(int device, Kernel kernel, const Grid& grid, Stream stream, const Ar
   const void* const addresses[] = {static_cast<const void*>(&arguments)...};
   launch_with(device, kernel, grid, stream, addresses);
 }
-
-// `count` words of 32 bits at a device's address become `value`, in the order of the stream.
-void fill(int device, void* address, uint32_t value, size_t count, Stream stream);
 
 }  // namespace cuda
 }  // namespace pmrl

@@ -2,7 +2,6 @@
 // states are allocated, kernels launched on PyTorch's stream. spectral.cu says what they compute, read and write. Nothing
 // here waits for the device.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -10,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "arguments.h"
 #include "driver.h"
 
@@ -19,48 +18,12 @@ namespace cuda {
 namespace {
 
 #ifdef PMRL_DOOR
-// For tests: tensors are the CPU's, as if they were of device 0, and memory that is allocated here is told of.
-int device_of(const Tensor&) { return 0; }
-void note(const Tensor& x);
+int device_of(const Tensor&) { return 0; }  // for tests: tensors are the CPU's
 #else
 int device_of(const Tensor& x) { return x.get_device_index(); }
-void note(const Tensor&) {}
 #endif
 
 // ---- tensors ------------------------------------------------------------------------------------
-
-int32_t code_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-// A contiguous tensor where `like` is, not yet written.
-Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int32_t code = code_of(dtype), layout = aoti_torch_layout_strided();
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &code,
-                                            &layout, nullptr, 0, nullptr, &handle) == AOTI_TORCH_SUCCESS,
-                  "pmrl_kernels: out of memory");
-  Tensor made(handle);
-  note(made);
-  return made;
-}
-
-Tensor copied(const Tensor& x) {
-  Tensor made = torch::stable::contiguous(x);
-  note(made);
-  return made;
-}
-
-// Kernels need rows that are contiguous.
-Tensor with_rows(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : copied(x);
-}
 
 // What kernels read has to be where they run.
 void check_device(const Tensor& x, const Tensor& like) {
@@ -86,7 +49,6 @@ struct Call {
   Batch batch{};
   int device;
   Stream stream;
-  Dtype dtype;                 // of all embeddings, or kMixed
   int64_t element;             // bytes of one of theirs
   std::vector<Tensor> held;    // what the batch points into
   std::vector<Tensor> embeddings;
@@ -103,14 +65,17 @@ struct Call {
   unsigned blocks(int64_t instances) const {
     return static_cast<unsigned>((batch.B + warps() * instances - 1) / (warps() * instances));
   }
-  std::string name(const char* kernel) const {
-    const char* dtypes[] = {"float32", "float64", "bfloat16", "float16", "mixed"};
-    return std::string(kernel) + "_" + std::to_string(k()) + "_" + dtypes[static_cast<int>(dtype)];
+  std::string name(const char* kernel) const { return std::string(kernel) + "_" + std::to_string(k()); }
+  // Of a kernel for this dtype alone.
+  std::string name_of_dtype(const char* kernel) const {
+    const char* dtypes[] = {"_float32", "_float64", "_bfloat16", "_float16", "_mixed"};
+    return name(kernel) + dtypes[static_cast<int>(batch.dtype)];
   }
-  // Whether some batches' forward pass is in rounds: on cards that hold as many blocks as it was measured with, 4 x 57 KB.
+  // Whether some batches' forward pass is in rounds: on cards that hold as many blocks as it was measured with, 4 x 57 KB,
+  // by code that has it.
   bool may_stream() const {
     const Device& card = properties(device);
-    return batch.whole && has_rounds(k(), static_cast<int>(element)) && card.capability >= 80 &&
+    return batch.whole && has_rounds(k(), static_cast<int>(element)) && has_fast_float64(card.code) &&
            card.shared >= resident_streams(k()) * static_cast<int>(shared_of_stream(k()));
   }
   template <class... Arguments>
@@ -184,7 +149,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   Batch& b = call.batch;
   call.device = device_of(embeddings[0]);
   call.stream = current_stream(call.device);
-  call.dtype = all.dtype;
+  b.dtype = all.dtype;
   b.B = all.B;
   b.d = static_cast<int>(all.d);
   b.whole = all.dtype != Dtype::kMixed;
@@ -203,7 +168,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
   if (mask) {
     check_mask(*mask, all.B, all.k);
     check_device(*mask, embeddings[0]);
-    call.held.push_back(mask->is_contiguous() ? *mask : copied(*mask));
+    call.held.push_back(made_contiguous(*mask));
     b.mask = static_cast<const uint8_t*>(call.held.back().const_data_ptr());
   }
   if (temperature) {
@@ -225,7 +190,7 @@ Call read(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& ma
                 (wanted & ~int64_t(kZ)) != 0,
                 (wanted & kW) != 0};
   b.at = state_of(b.settings, (wanted & kAnyAlignment) != 0, (wanted & ~int64_t(kAnyAlignment)) != 0);
-  call.element = element_size(call.dtype == Dtype::kMixed ? Dtype::kFloat32 : call.dtype);
+  call.element = element_size(b.dtype == Dtype::kMixed ? Dtype::kFloat32 : b.dtype);
   return call;
 }
 
@@ -284,7 +249,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   if (v.u || v.z[0] || v.w[0]) {
     choose_readers(b, call.element);
     v.batch = b;
-    call.run(call.name("vectors"), call.blocks(kWarp / b.lanes), threads, v);
+    call.run(call.name_of_dtype("vectors"), call.blocks(kWarp / b.lanes), threads, v);
   }
   return {outputs, {state, sums}};
 }
@@ -338,22 +303,7 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
   incoming.finish();
 
   std::vector<Tensor> found;  // gradients
-  bool any_needed = false;
-  for (size_t j = 0; j < embeddings.size(); ++j) {
-    const Tensor& x = call.embeddings[j];
-    const ScalarType dtype = x.scalar_type();
-    const int64_t element = x.element_size();
-    const bool stacked = x.dim() == 3;
-    if (!needed[j]) {
-      found.push_back(make(x, {0}, dtype));
-      continue;
-    }
-    any_needed = true;
-    found.push_back(stacked ? make(x, {B, k, d}, dtype) : make(x, {B, d}, dtype));
-    char* data = static_cast<char*>(found.back().mutable_data_ptr());
-    for (int64_t m = 0; m < (stacked ? k : 1); ++m)
-      g.out[stacked ? m : j] = {data + m * d * element, (stacked ? k : 1) * d * element, dtype_of(x)};
-  }
+  const bool any_needed = make_gradients(call.embeddings, needed, g.out, found);
   choose_readers(b, call.element);
   const unsigned threads = kWarp * call.warps(), readers = call.blocks(kWarp / b.lanes);
   const bool all = g.sigma.data || g.v.data || rows;
@@ -374,15 +324,15 @@ std::vector<Tensor> spectral_backward(std::vector<Tensor> embeddings, std::optio
       if (takes_eigenpairs({true, g.u.data || g.v.data, others}, s)) {
         pairs = make(like, {k + k * k, B}, ScalarType::Double);
         g.pairs = static_cast<const double*>(pairs->const_data_ptr());
-        call.run("decompose_" + std::to_string(k), call.blocks(kWarp), threads, b, g.pairs);
+        call.run(call.name("decompose"), call.blocks(kWarp), threads, b, g.pairs);
       }
       g.batch = b;
-      if (rows) call.run(call.name("dots"), readers, threads, g);
-      call.run("coefficients_" + std::to_string(k) + (s.float64_input ? "_float64" : ""), call.blocks(kWarp), threads, g);
-      if (any_needed) call.run(call.name("apply"), readers, threads, g);
+      if (rows) call.run(call.name_of_dtype("dots"), readers, threads, g);
+      call.run(call.name("coefficients"), call.blocks(kWarp), threads, g);
+      if (any_needed) call.run(call.name_of_dtype("apply"), readers, threads, g);
     } else {
       g.batch = b;
-      call.run(call.name("backward"), readers, threads, g);
+      call.run(call.name_of_dtype("backward"), readers, threads, g);
     }
   } else {
     for (Tensor& x : found) torch::stable::zero_(x);

@@ -1,9 +1,9 @@
 // The spectral operators on a device: X (d, k) of each instance, Z its columns over their norms (or X itself). For one
-// k = K and one dtype T of the embeddings each:
+// k = K, and some of them for one dtype T of the embeddings:
 //
-//   forward_K_T    reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
+//   forward_K      reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
 //                    G = X^T X, `lanes` lanes an instance; then decompositions and C, an instance in each lane
-//   stream_K_T     the same, for many instances: warps that read, and one that decomposes
+//   stream_K       the same, for many instances: warps that read, and one that decomposes
 //   vectors_K_T    reads X, mask, the state; writes u_1 = Z v_1 / sigma_1, z_m, w_m = y_m/||y_m||
 //   backward_K_T   reads X, mask, C of the state, the alignment term's incoming gradient; writes dX = X C, and dL/d tau
 //                  of each instance
@@ -16,7 +16,8 @@
 // and
 //   total, slope   add up, in a fixed order
 //
-// The algebra is common/kspace.h, for one number a lane. Sums run in float64.
+// All but those that name a dtype are for all of them. The algebra is common/kspace.h, for one number a lane, in float64;
+// sums.cuh says what sums over rows are in.
 #include "streams.cuh"
 
 namespace pmrl {
@@ -28,15 +29,16 @@ constexpr int kWarps = warps_of_block(PMRL_K), kMostInstances = most_instances(P
 // Elements of a row that a lane takes at once: 16 bytes, or 8 where k rows of them would take more registers than there
 // are.
 template <int K, class T>
-constexpr int kPack = sizeof(T) == 1 ? 1 : (sizeof(T) == 2 && K > 5 ? 8 : 16) / static_cast<int>(sizeof(T));
+constexpr int kPack = kIsMixed<T> ? 1 : (sizeof(T) == 2 && K > 5 ? 8 : 16) / static_cast<int>(sizeof(T));
 
 // The same where a row of incoming gradients comes with each row.
 template <int K, class T>
-constexpr int kSmallPack = sizeof(T) == 1 ? 1 : (K > 4 || sizeof(T) == 2 ? 8 : 16) / static_cast<int>(sizeof(T));
+constexpr int kSmallPack =
+    kIsMixed<T> ? 1 : (sizeof(T) == 2 && K > 6 ? 4 : K > 4 || sizeof(T) == 2 ? 8 : 16) / static_cast<int>(sizeof(T));
 
 // Whether registers hold two packs of each row.
 template <int K>
-constexpr bool kPairs = K < 7;
+constexpr bool kTwoPacks = K < 7;
 
 PMRL_ON_DEVICE double temperature(const Batch& b) {
   if (!b.temperature) return b.settings.tau;
@@ -45,16 +47,12 @@ PMRL_ON_DEVICE double temperature(const Batch& b) {
 }
 
 // With what the compiler is to know: k, and that there are no float64 rows unless `Float64` says that there may be.
-template <int K, bool Float64>
+template <int K, bool Float64 = true>
 PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
   Settings s = b.settings;
   s.k = K;
   s.float64_input = Float64 && s.float64_input;
   return s;
-}
-template <int K, class T>
-PMRL_ON_DEVICE Settings settings_of(const Batch& b) {
-  return settings_of<K, Instance<K, T>::kScales>(b);
 }
 
 // The instance of this lane where a warp reads as many at once as it has lanes for.
@@ -74,6 +72,11 @@ struct Kept {
   static constexpr int G = 0, inverse_norms = triangle_size(K), V = inverse_norms + K, size = V + (kVectors ? K * K : 0);
 };
 
+// Whether so much is needed at once that registers do not hold the places in memory of it all, too, as compilers like them
+// to: places are then hidden from these where they are used, and computed again.
+template <int K>
+constexpr bool kForgets = K > 6;
+
 // Compilers do not carry what was read before this in registers to what is read after it.
 PMRL_ON_DEVICE void forget() { asm volatile("" ::: "memory"); }
 // Nor do they keep what follows from this in registers, where it is cheaper to compute that once more.
@@ -88,15 +91,25 @@ PMRL_ON_DEVICE int this_thread() {
 template <int K, class T>
 using AlongGram = Along<K, T, kPack<K, T>, (K < 6)>;
 
-template <int K, class T>
+// x x^T of one place in all rows.
+template <int K, class S, class Number>
+PMRL_ON_DEVICE void add_products(const Number (&x)[K], S (&sum)[triangle_size(K)]) {
+  PMRL_EVERY for (int j = 0; j < K; ++j)
+    PMRL_EVERY for (int i = 0; i <= j; ++i) add_product(sum[triangle(i, j)], x[i], x[j]);
+}
+
+template <int K, class T, class S>
 PMRL_ON_DEVICE void gram(AlongGram<K, T>& along, const Instance<K, T>& rows, int part, bool exists,
-                         double (&sum)[triangle_size(K)]) {
-  PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = 0.0;
+                         S (&sum)[triangle_size(K)]) {
+  PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) sum[t] = S{};
   if (exists)
-    along.go(rows, part, [&](int, const auto& x) {
-      PMRL_EVERY for (int e = 0; e < kOfEach<decltype(x)>; ++e)
-        PMRL_EVERY for (int j = 0; j < K; ++j)
-          PMRL_EVERY for (int i = 0; i <= j; ++i) sum[triangle(i, j)] = fma(x[i][e], x[j][e], sum[triangle(i, j)]);
+    along.template go<Entry<S>>(rows, part, [&](int, const auto& x) {
+      PMRL_EVERY for (int e = 0; e < kOfEach<decltype(x)>; ++e) {
+        Entry<S> place[K];
+        PMRL_EVERY for (int m = 0; m < K; ++m) place[m] = x[m][e];
+        add_products(place, sum);
+      }
+      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) settle(sum[t]);
     });
 }
 
@@ -113,6 +126,25 @@ PMRL_ON_DEVICE bool out_of_range(const double (&sum)[triangle_size(K)], const bo
     small = small && (square < kLargestSquare || !here[m]);
   }
   return normalize ? !all : !(one && small);
+}
+
+// For sums in pairs, whether all that they are made of is in float32's range. A 0 may be what is too small for it.
+template <int K>
+PMRL_ON_DEVICE bool norms_in_reach(const Pair (&sum)[triangle_size(K)], const bool (&here)[K]) {
+  bool all = true;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    const float square = sum[triangle(m, m)].high;
+    all = all && ((square > kLeastSquareOfPairs && square < kLargestSquareOfPairs) || !here[m]);
+  }
+  return all;
+}
+
+// e with 2^-e x in [1/2, 1), or 0 for 0; but such that pow2 has 2^-e, whereby x beyond 2^1022 comes to less than 4, and
+// below 2^-1022 to less than 1/2.
+PMRL_ON_DEVICE double exponent_of(double x) {
+  int e = 0;
+  if (x > 0.0) ::frexp(x, &e);
+  return e > 1022 ? 1022 : e < -1022 ? -1022 : e;
 }
 
 // e with 2^-e x of order 1 for the largest entry x of each row, or of all rows if they are not normalised. A row that is
@@ -137,15 +169,11 @@ PMRL_ON_DEVICE void find_exponents(const Instance<K, T>& rows, int part, bool ex
       peak = other > peak ? other : peak;
       finite = (__shfl_xor_sync(~0u, static_cast<int>(finite), by) != 0) && finite;
     }
-    int e = 0;
-    if (finite && peak > 0.0) ::frexp(peak, &e);
-    exponent[m] = e;
+    exponent[m] = finite ? exponent_of(peak) : 0.0;
     if (finite && peak > shared) shared = peak;
   }
   if (rows.b.settings.normalize) return;
-  int e = 0;
-  if (shared > 0.0) ::frexp(shared, &e);
-  PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = e;
+  PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = exponent_of(shared);
 }
 
 // The sums over all lanes of a warp, to column r.
@@ -159,44 +187,52 @@ PMRL_ON_DEVICE void keep_spread(const double (&sum)[triangle_size(K)], int lane,
     if (Sums::place(lane) + t < triangle_size(K)) to[Sums::place(lane) + t][r] = spread[t];
 }
 
-// Gram matrices of a warp's `count` instances from `first` on into shared memory, and exponents into the state.
+// Gram matrices of a warp's `count` instances from `first` on into shared memory, and exponents into the state; of those
+// that have a bit in `wanted`. Returns the bits of those that were out of pairs' reach.
 template <int K, class T>
-PMRL_ON_DEVICE void read_grams(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
+PMRL_ON_DEVICE unsigned read_grams(const Batch& b, int64_t first, int count, double (*to)[kApart],
+                                   unsigned wanted = ~0u) {
   constexpr bool scales = Instance<K, T>::kScales;
   const Lane lane = lane_of(b.lanes);
+  unsigned out = 0;
   Instance<K, T> rows(b, first + (lane.mine < count ? lane.mine : 0));
   AlongGram<K, T> along;
   if (lane.mine < count) along.begin(rows, lane.part);
 #pragma unroll 1
   for (int r = lane.mine; r - lane.mine < count; r += lane.at_once) {
-    const bool exists = r < count;
+    const bool exists = r < count && wanted >> r & 1;
     const auto begin_next = [&] {
       if (r + lane.at_once >= count) return;
       rows.move_to(first + r + lane.at_once);
       along.begin(rows, lane.part);
     };
-    double sum[triangle_size(K)];
-    gram(along, rows, lane.part, exists, sum);
+    Sum<T> sum[triangle_size(K)];
+    gram<K, T>(along, rows, lane.part, exists, sum);
+    bool here[K];
+    PMRL_EVERY for (int m = 0; m < K; ++m) here[m] = rows.here[m];
     if constexpr (!scales) {
       begin_next();
-      if (b.lanes == kWarp) {
-        keep_spread<K>(sum, lane.part, to, r);
-        continue;
+      if constexpr (!kInPairs<T>) {
+        if (b.lanes == kWarp) {
+          keep_spread<K>(sum, lane.part, to, r);
+          continue;
+        }
       }
     }
     add_up(sum, b.lanes);
+    if constexpr (kInPairs<T>) out |= exists && !norms_in_reach<K>(sum, here) ? 1u << r : 0u;
     if constexpr (scales) {
       double exponent[K];
       PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = 0.0;
       if (b.settings.float64_input) {
-        const bool out = exists && out_of_range<K>(sum, rows.here, b.settings.normalize);
-        if (__any_sync(~0u, out)) {
+        const bool scaled = exists && out_of_range<K>(sum, here, b.settings.normalize);
+        if (__any_sync(~0u, scaled)) {
           double found[K];
           find_exponents(rows, lane.part, exists, found);
-          PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = out ? found[m] : 0.0;
+          PMRL_EVERY for (int m = 0; m < K; ++m) exponent[m] = scaled ? found[m] : 0.0;
           rows.scale(exponent, 1);
           if (exists) along.begin(rows, lane.part);
-          gram(along, rows, lane.part, exists, sum);
+          gram<K, T>(along, rows, lane.part, exists, sum);
           add_up(sum, b.lanes);
         }
         if (exists && lane.part == 0) {
@@ -205,14 +241,19 @@ PMRL_ON_DEVICE void read_grams(const Batch& b, int64_t first, int count, double 
       }
     }
     PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t)
-      if (lane.part == (t & (b.lanes - 1)) && exists) to[t][r] = sum[t];
+      if (lane.part == (t & (b.lanes - 1)) && exists) to[t][r] = value(sum[t]);
     if constexpr (scales) begin_next();
   }
+  if constexpr (kInPairs<T>) {
+#pragma unroll 1
+    for (int by = kWarp / 2; by; by /= 2) out |= __shfl_xor_sync(~0u, out, by);
+  }
+  return out;
 }
 
-template <int K>
+template <int K, class Numbers>
 PMRL_ON_DEVICE void read_columns(const Batch& b, const Settings& s, int64_t i, bool vectors,
-                                 Columns<K, double>& columns) {
+                                 Columns<K, double, Numbers>& columns) {
   const auto get = [&](int at, int m) { return b.state[(at + m) * b.B + i]; };
   PMRL_EVERY for (int m = 0; m < K; ++m) {
     columns.present.at[m] = is_present(b.mask, i * K + m) ? 1.0 : 0.0;
@@ -367,7 +408,22 @@ PMRL_ON_DEVICE void finish(const Forward& f, Sums total) {
   *f.sums = total;
 }
 
-template <int K, class T>
+// Of one dtype each the reading alone: most of a kernel is what follows. Instances that are out of pairs' reach, and no
+// others, whose bits must not depend on them, are read as if dtypes were mixed, in float64.
+template <int K>
+PMRL_ON_DEVICE void read_grams_of_dtype(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
+  unsigned left = 0;
+  switch (b.dtype) {
+    case Dtype::kFloat32: left = read_grams<K, float>(b, first, count, to); break;
+    case Dtype::kBFloat16: left = read_grams<K, BFloat16>(b, first, count, to); break;
+    case Dtype::kFloat16: left = read_grams<K, Float16>(b, first, count, to); break;
+    case Dtype::kFloat64: left = read_grams<K, double>(b, first, count, to); break;
+    case Dtype::kMixed: left = ~0u; break;
+  }
+  if (left) read_grams<K, Mixed>(b, first, count, to, left);
+}
+
+template <int K>
 PMRL_ON_DEVICE void forward(const Forward& f) {
   const Batch& b = f.batch;
   __shared__ double kept[kWarps][Kept<K>::size][kApart];
@@ -376,10 +432,10 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * b.share;
   int here = b.share;
   if (here > b.B - i) here = b.B > i ? static_cast<int>(b.B - i) : 0;
-  if (here) read_grams<K, T>(b, i, here, kept[warp]);
+  if (here) read_grams_of_dtype<K>(b, i, here, kept[warp]);
   __syncwarp();
   Sums found{0.0, 0.0, 0.0};
-  if (lane < here) found = solve<K, Instance<K, T>::kScales>(f, i + lane, kept[warp], lane);
+  if (lane < here) found = solve<K, true>(f, i + lane, kept[warp], lane);
   __syncwarp();
   if (!f.total) return;
   found = sum_of_block<kWarps>(found, sums);
@@ -465,8 +521,7 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
         PMRL_EVERY for (int e = 0; e < N; ++e) {
           double x[K];
           PMRL_EVERY for (int m = 0; m < K; ++m) x[m] = packs[m].get(e);
-          PMRL_EVERY for (int q = 0; q < K; ++q)
-            PMRL_EVERY for (int p = 0; p <= q; ++p) sum[triangle(p, q)] = fma(x[p], x[q], sum[triangle(p, q)]);
+          add_products(x, sum);
         }
       }
       if (b.lanes == kWarp) {
@@ -482,8 +537,9 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
 }
 
 // The last warp of a block decomposes a round's instances, one in each lane, while the others read the next ones.
-template <int K, class T>
+template <int K>
 PMRL_ON_DEVICE void stream(const Forward& f) {
+  if constexpr (!kFastFloat64) return;  // cards that never run it
   const Batch& b = f.batch;
   __shared__ double kept[2][Kept<K>::size][kApart];
   __shared__ Sums total;
@@ -494,8 +550,12 @@ PMRL_ON_DEVICE void stream(const Forward& f) {
   };
   const int warp = this_thread() / kWarp;
   if (warp < kStreamWarps - 1) {
-    read_rounds<K, T>(b, all(), kept, ring + warp * bytes_ahead(K));
-    return;
+    char* const mine = ring + warp * bytes_ahead(K);
+    if constexpr (has_rounds(K, 2)) {
+      if (b.dtype == Dtype::kBFloat16) return read_rounds<K, BFloat16>(b, all(), kept, mine);
+      if (b.dtype == Dtype::kFloat16) return read_rounds<K, Float16>(b, all(), kept, mine);
+    }
+    return read_rounds<K, float>(b, all(), kept, mine);
   }
   if (this_thread() % kWarp == 0) total = {0.0, 0.0, 0.0};
 #pragma unroll 1
@@ -520,30 +580,46 @@ PMRL_ON_DEVICE void stream(const Forward& f) {
 
 // ---- vectors ------------------------------------------------------------------------------------
 
-template <int K, class T>
-PMRL_ON_DEVICE void vectors(const Vectors& f) {
+// Whether all of some numbers are in reach of such sums.
+template <class S, class... Numbers>
+PMRL_ON_DEVICE bool all_in_reach(const Numbers&... numbers) {
+  if constexpr (std::is_same<S, double>::value) {
+    return true;
+  } else {
+    bool all = true;
+    const auto look = [&](const auto& some) {
+      for (const double x : some) all = all && in_reach(x);
+    };
+    (look(numbers), ...);
+    return all;
+  }
+}
+
+template <class S, int N>
+PMRL_ON_DEVICE void as_sums(const double (&from)[N], S (&to)[N]) {
+  PMRL_EVERY for (int m = 0; m < N; ++m) to[m] = as_sum<S>(from[m]);
+}
+
+// What u_1, z_m and w_m are multiples of rows by.
+template <int K, class Number>
+struct Multiples {
+  Number of_u[K], of_z[K], of_w[K], r[K];
+};
+
+template <int K, class T, class S>
+PMRL_ON_DEVICE void vectors_in(const Vectors& f, const Settings& s, const Lane& lane, int64_t i,
+                               const Instance<K, T>& rows, const Multiples<K, double>& by_number) {
   constexpr int N = kPack<K, T>;
   const Batch& b = f.batch;
-  const Settings s = settings_of<K, T>(b);
-  const Lane lane = lane_of(b.lanes);
-  const int64_t i = instance_of(lane);
-  if (i >= b.B) return;
-  const auto kept = [&](int at, int m) { return b.state[(at + m) * b.B + i]; };
-  Instance<K, T> rows(b, i);
-  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
-  double of_u[K], of_z[K], of_w[K], r[K];
-  const double inverse_sigma = s.decompose ? reciprocal(sqrt(kept(b.at.values, 0))) : 0.0;
-  PMRL_EVERY for (int m = 0; m < K; ++m) {
-    const double v = s.decompose ? kept(b.at.v, m) : 0.0, one = s.normalize ? kept(b.at.inverse_norms, m) : 1.0;
-    of_u[m] = v * inverse_sigma * one;
-    of_z[m] = one;
-    of_w[m] = s.others ? ::fabs(v) * one : 0.0;
-    r[m] = s.others ? kept(b.at.others, m) : 0.0;
-  }
+  Multiples<K, S> by;
+  as_sums(by_number.of_u, by.of_u);
+  as_sums(by_number.of_z, by.of_z);
+  as_sums(by_number.of_w, by.of_w);
+  as_sums(by_number.r, by.r);
   const int64_t bytes = static_cast<int64_t>(b.d) * (s.float64_input ? 8 : 4);
-  along_rows<N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
+  along_rows<Entry<S>, N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
     constexpr int M = kOfEach<decltype(x)>;
-    double y[M] = {}, sum[M];
+    Entry<S> y[M] = {};
     const auto put = [&](void* out) {
       char* row = static_cast<char*>(out) + i * bytes;
       if constexpr (M > 1)
@@ -553,31 +629,62 @@ PMRL_ON_DEVICE void vectors(const Vectors& f) {
     };
     if (f.u) {
       PMRL_EVERY for (int e = 0; e < M; ++e) {
-        y[e] = 0.0;
-        PMRL_EVERY for (int m = 0; m < K; ++m) y[e] = fma(of_u[m], x[m][e], y[e]);
+        S sum{};
+        PMRL_EVERY for (int m = 0; m < K; ++m) add_multiple(sum, by.of_u[m], x[m][e]);
+        y[e] = rounded(sum);
       }
       put(f.u);
     }
     PMRL_EVERY for (int m = 0; m < K; ++m) {
       if (!f.z[m]) continue;
       PMRL_EVERY for (int e = 0; e < M; ++e) {
-        y[e] = of_z[m] * x[m][e];
+        y[e] = rounded(multiple(by.of_z[m], x[m][e]));
         if constexpr (Instance<K, T>::kScales) {
-          if (s.float64_input && !s.normalize) y[e] = scaled(y[e], kept(b.at.exponents, m));
+          if (s.float64_input && !s.normalize) y[e] = scaled(y[e], b.state[(b.at.exponents + m) * b.B + i]);
         }
       }
       put(f.z[m]);
     }
     if (!f.w[0]) return;
+    S sum[M];
     PMRL_EVERY for (int e = 0; e < M; ++e) {
-      sum[e] = 0.0;
-      PMRL_EVERY for (int m = 0; m < K; ++m) sum[e] = fma(of_w[m], x[m][e], sum[e]);
+      sum[e] = S{};
+      PMRL_EVERY for (int m = 0; m < K; ++m) add_multiple(sum[e], by.of_w[m], x[m][e]);
     }
     PMRL_EVERY for (int m = 0; m < K; ++m) {
-      PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = (sum[e] - of_w[m] * x[m][e]) * r[m];
+      PMRL_EVERY for (int e = 0; e < M; ++e) {
+        S others = sum[e];
+        add_multiple(others, opposite(by.of_w[m]), x[m][e]);
+        y[e] = rounded(multiple(by.r[m], others));
+      }
       put(f.w[m]);
     }
   });
+}
+
+template <int K, class T>
+PMRL_ON_DEVICE void vectors(const Vectors& f) {
+  const Batch& b = f.batch;
+  const Settings s = settings_of<K, Instance<K, T>::kScales>(b);
+  const Lane lane = lane_of(b.lanes);
+  const int64_t i = instance_of(lane);
+  if (i >= b.B) return;
+  const auto kept = [&](int at, int m) { return b.state[(at + m) * b.B + i]; };
+  Instance<K, T> rows(b, i);
+  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
+  Multiples<K, double> by;
+  const double inverse_sigma = s.decompose ? reciprocal(sqrt(kept(b.at.values, 0))) : 0.0;
+  PMRL_EVERY for (int m = 0; m < K; ++m) {
+    const double v = s.decompose ? kept(b.at.v, m) : 0.0, one = s.normalize ? kept(b.at.inverse_norms, m) : 1.0;
+    by.of_u[m] = v * inverse_sigma * one;
+    by.of_z[m] = one;
+    by.of_w[m] = s.others ? ::fabs(v) * one : 0.0;
+    by.r[m] = s.others ? kept(b.at.others, m) : 0.0;
+  }
+  if (all_in_reach<Sum<T>>(by.of_u, by.of_z, by.of_w, by.r))
+    vectors_in<K, T, Sum<T>>(f, s, lane, i, rows, by);
+  else
+    vectors_in<K, T, double>(f, s, lane, i, rows, by);
 }
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -596,8 +703,8 @@ PMRL_ON_DEVICE Through through_of(const Backward& g, int k) {
 }
 
 // N numbers of an incoming gradient's row from c on.
-template <class T, int N>
-PMRL_ON_DEVICE void load_incoming(const Rows& from, int64_t i, int c, bool is_float64, double (&x)[N]) {
+template <class T, class Number, int N>
+PMRL_ON_DEVICE void load_incoming(const Rows& from, int64_t i, int c, bool is_float64, Number (&x)[N]) {
   const char* row = from.data + i * from.stride;
   if constexpr (N > 1)
     load_wide<T>(row, c, x);
@@ -605,12 +712,105 @@ PMRL_ON_DEVICE void load_incoming(const Rows& from, int64_t i, int c, bool is_fl
     x[0] = number(row, c, is_float64);
 }
 
+// What comes in for the w_m: r_m = 1/||y_m|| and |v_m|, over the norm of x_m where embeddings are normalised.
+template <int K, class Number>
+struct Others {
+  Number r[K], weight[K];
+};
+
+// Inner products of rows and what comes in for them, of one lane or, in the end, of all.
+template <int K, class S>
+struct Dots {
+  S w[K], direct[K], with_shared[K], with_own[K], with_sum[K];
+};
+
+// Of what comes in, row by row, a bit each: whether anything is not 0, and whether anything is at least `least`. Pairs
+// have to know.
+struct Seen {
+  float least;
+  unsigned some, enough;
+
+  template <class Number, int N>
+  __device__ __forceinline__ void look(int row, const Number (&x)[N]) {
+    if constexpr (std::is_same<Number, float>::value) {
+      PMRL_EVERY for (int e = 0; e < N; ++e) {
+        some |= x[e] != 0.0f ? 1u << row : 0u;
+        enough |= fabsf(x[e]) >= least ? 1u << row : 0u;
+      }
+    }
+  }
+  // Whether all that is not 0 of some row is less, over all lanes of an instance.
+  __device__ __forceinline__ bool too_little(int lanes) {
+#pragma unroll 1
+    for (int by = lanes / 2; by; by /= 2) {
+      some |= __shfl_xor_sync(~0u, some, by);
+      enough |= __shfl_xor_sync(~0u, enough, by);
+    }
+    return some & ~enough;
+  }
+};
+
+template <int K, class T, class S>
+PMRL_ON_DEVICE void dots_in(const Backward& g, const Settings& s, const Lane& lane, int64_t i,
+                            const Instance<K, T>& rows, bool others, const Others<K, double>& by_number, Dots<K, S>& of,
+                            Seen& seen) {
+  constexpr int N = kSmallPack<K, T>;
+  Others<K, S> by;
+  as_sums(by_number.r, by.r);
+  as_sums(by_number.weight, by.weight);
+  along_rows<Entry<S>, N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
+    constexpr int M = kOfEach<decltype(x)>;
+    Entry<S> y[M];
+    if (g.u.data) {
+      load_incoming<T>(g.u, i, c, s.float64_input, y);
+      seen.look(0, y);
+      PMRL_EVERY for (int m = 0; m < K; ++m)
+        PMRL_EVERY for (int e = 0; e < M; ++e) add_product(of.w[m], x[m][e], y[e]);
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      if (!g.z[m].data || !rows.here[m]) continue;
+      load_incoming<T>(g.z[m], i, c, s.float64_input, y);
+      seen.look(1 + m, y);
+      PMRL_EVERY for (int e = 0; e < M; ++e) add_product(of.direct[m], x[m][e], y[e]);
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) settle(of.w[m]), settle(of.direct[m]);
+    if (!others) return;
+    S R[M], Y[M];
+    PMRL_EVERY for (int e = 0; e < M; ++e) R[e] = Y[e] = S{};
+    PMRL_EVERY for (int m = 0; m < K; ++m)
+      PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(Y[e], by.weight[m], x[m][e]);
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      if (!g.w[m].data) continue;
+      load_incoming<T>(g.w[m], i, c, s.float64_input, y);
+      seen.look(1 + K + m, y);
+      PMRL_EVERY for (int e = 0; e < M; ++e) {
+        add_multiple(R[e], by.r[m], y[e]);
+        add_product(of.with_own[m], x[m][e], y[e]);
+        add_product(of.with_sum[m], y[e], Y[e]);
+      }
+    }
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      PMRL_EVERY for (int e = 0; e < M; ++e) add_product(of.with_shared[m], x[m][e], R[e]);
+      settle(of.with_own[m]), settle(of.with_sum[m]), settle(of.with_shared[m]);
+    }
+  });
+}
+
+template <int K, class S>
+PMRL_ON_DEVICE void add_up_dots(Dots<K, S>& of, bool others, int lanes) {
+  add_up(of.w, lanes);
+  add_up(of.direct, lanes);
+  if (!others) return;
+  add_up(of.with_shared, lanes);
+  add_up(of.with_own, lanes);
+  add_up(of.with_sum, lanes);
+}
+
 template <int K, class T>
 PMRL_ON_DEVICE void dots(const Backward& g) {
   using At = Places<K>;
-  constexpr int N = kSmallPack<K, T>;
   const Batch& b = g.batch;
-  const Settings s = settings_of<K, T>(b);
+  const Settings s = settings_of<K, Instance<K, T>::kScales>(b);
   const bool others = through_of(g, K).others;
   const Lane lane = lane_of(b.lanes);
   const int64_t at = instance_of(lane);
@@ -619,93 +819,109 @@ PMRL_ON_DEVICE void dots(const Backward& g) {
   const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
   Instance<K, T> rows(b, i);
   if (s.float64_input && exists) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
-  double w[K], direct[K], with_shared[K], with_own[K], with_sum[K], r[K], weight[K];
+  Others<K, double> by;
   PMRL_EVERY for (int m = 0; m < K; ++m) {
-    w[m] = direct[m] = with_shared[m] = with_own[m] = with_sum[m] = 0.0;
-    r[m] = others && exists ? kept(b.at.others, m) : 0.0;
-    weight[m] = others && exists ? ::fabs(kept(b.at.v, m)) * (s.normalize ? kept(b.at.inverse_norms, m) : 1.0) : 0.0;
+    by.r[m] = others && exists ? kept(b.at.others, m) : 0.0;
+    by.weight[m] = others && exists ? ::fabs(kept(b.at.v, m)) * (s.normalize ? kept(b.at.inverse_norms, m) : 1.0) : 0.0;
   }
-  if (exists)
-    along_rows<N, false>(rows, lane.part, [] {}, [&](int c, const auto& x) {
-      constexpr int M = kOfEach<decltype(x)>;
-      double y[M];
-      if (g.u.data) {
-        load_incoming<T>(g.u, i, c, s.float64_input, y);
-        PMRL_EVERY for (int m = 0; m < K; ++m)
-          PMRL_EVERY for (int e = 0; e < M; ++e) w[m] = fma(x[m][e], y[e], w[m]);
-      }
+  const auto put = [&](const auto& of) {
+    if (!exists || lane.part != 0) return;
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
+      const auto put = [&](int row, double x) { g.scratch[(row + m) * b.B + i] = x; };
+      put(At::w, rows.here[m] ? value(of.w[m]) : 0.0);
+      put(At::direct, value(of.direct[m]));
+      put(At::others, rows.here[m] ? value(of.with_shared[m]) - by.r[m] * value(of.with_own[m]) : 0.0);
+      put(At::along, by.r[m] * (value(of.with_sum[m]) - by.weight[m] * value(of.with_own[m])));
+    }
+  };
+  Dots<K, Sum<T>> of{};
+  Seen seen{};
+  [[maybe_unused]] bool out = false;
+  if constexpr (kInPairs<T>) {
+    // Of rows of norm n, products with entries below kLeastProductOfPairs / n may become 0. Where rows are not divided by
+    // norms, sigma_1 takes their place.
+    double inverse_norm = 0.0;
+    if (exists) {
+      if (!s.normalize && s.decompose) inverse_norm = reciprocal(sqrt(kept(b.at.values, 0)));
       PMRL_EVERY for (int m = 0; m < K; ++m) {
-        if (!g.z[m].data || !rows.here[m]) continue;
-        load_incoming<T>(g.z[m], i, c, s.float64_input, y);
-        PMRL_EVERY for (int e = 0; e < M; ++e) direct[m] = fma(x[m][e], y[e], direct[m]);
+        if (s.normalize) inverse_norm = max(inverse_norm, kept(b.at.inverse_norms, m));
+        out = out || !in_reach(s.normalize ? kept(b.at.inverse_norms, m) : inverse_norm);
       }
-      if (!others) return;
-      double R[M], Y[M];
-      PMRL_EVERY for (int e = 0; e < M; ++e) R[e] = Y[e] = 0.0;
-      PMRL_EVERY for (int m = 0; m < K; ++m)
-        PMRL_EVERY for (int e = 0; e < M; ++e) Y[e] = fma(weight[m], x[m][e], Y[e]);
-      PMRL_EVERY for (int m = 0; m < K; ++m) {
-        if (!g.w[m].data) continue;
-        load_incoming<T>(g.w[m], i, c, s.float64_input, y);
-        PMRL_EVERY for (int e = 0; e < M; ++e) {
-          R[e] = fma(r[m], y[e], R[e]);
-          with_own[m] = fma(x[m][e], y[e], with_own[m]);
-          with_sum[m] = fma(y[e], Y[e], with_sum[m]);
-        }
-      }
-      PMRL_EVERY for (int m = 0; m < K; ++m)
-        PMRL_EVERY for (int e = 0; e < M; ++e) with_shared[m] = fma(x[m][e], R[e], with_shared[m]);
-    });
-  add_up(w, b.lanes);
-  add_up(direct, b.lanes);
-  if (others) {
-    add_up(with_shared, b.lanes);
-    add_up(with_own, b.lanes);
-    add_up(with_sum, b.lanes);
+    }
+    out = out || !all_in_reach<Sum<T>>(by.r, by.weight);
+    seen.least = static_cast<float>(inverse_norm * kLeastProductOfPairs);
   }
-  if (!exists || lane.part != 0) return;
-  PMRL_EVERY for (int m = 0; m < K; ++m) {
-    const auto put = [&](int row, double x) { g.scratch[(row + m) * b.B + i] = x; };
-    put(At::w, rows.here[m] ? w[m] : 0.0);
-    put(At::direct, direct[m]);
-    put(At::others, rows.here[m] ? with_shared[m] - r[m] * with_own[m] : 0.0);
-    put(At::along, r[m] * (with_sum[m] - weight[m] * with_own[m]));
+  if (exists) dots_in(g, s, lane, i, rows, others, by, of, seen);
+  add_up_dots(of, others, b.lanes);
+  put(of);
+  if constexpr (kInPairs<T>) {
+    out = seen.too_little(b.lanes) || out;
+    PMRL_EVERY for (int m = 0; m < K; ++m) {  // what was too large has become infinite
+      out = out || !is_finite(of.w[m]) || !is_finite(of.direct[m]) || !is_finite(of.with_shared[m]) ||
+            !is_finite(of.with_own[m]) || !is_finite(of.with_sum[m]);
+    }
+    if (!__any_sync(~0u, out)) return;
+    Dots<K, double> exact{};
+    if (exists) dots_in(g, s, lane, i, rows, others, by, exact, seen);
+    add_up_dots(exact, others, b.lanes);
+    if (out) put(exact);
   }
 }
 
 // Eigenpairs in memory, those of one instance. Read anew for each use: registers do not hold them beside all else.
+template <int K>
 struct Saved {
   const volatile double *values, *vectors;
   int64_t B;
-  int k;
   __device__ __forceinline__ double value(int j) const { return values[j * B]; }
-  __device__ __forceinline__ double entry(int m, int j) const { return vectors[(m * k + j) * B]; }
+  __device__ __forceinline__ double entry(int m, int j) const {
+    int64_t apart = B;
+    if constexpr (kForgets<K>) asm volatile("" : "+l"(apart));
+    return vectors[(m * K + j) * apart];
+  }
 };
 
-// C in memory, that of one instance.
+// A vector, or the triangle of a symmetric matrix, that is in memory, its numbers so far apart.
 template <int K>
 struct InMemory {
-  double* C;
-  int64_t B;
-  __device__ __forceinline__ double& entry(int i, int j) { return C[triangle(i, j) * B]; }
+  struct Numbers {
+    double* first;
+    int64_t apart;
+    __device__ __forceinline__ double& operator[](int m) const { return first[m * apart]; }
+  } at;
+  __device__ __forceinline__ double& entry(int i, int j) { return at[triangle(i, j)]; }
 };
 
-template <int K, bool Float64>
+template <int K>
 PMRL_ON_DEVICE void coefficients(const Backward& g) {
   using At = Places<K>;
   const Batch& b = g.batch;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + threadIdx.x;
   if (i >= b.B) return;
   const Through through = through_of(g, K);
-  Settings s = settings_of<K, Float64>(b);
+  Settings s = settings_of<K>(b);
   s.tau = temperature(b);
   const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
   const auto got = [&](int row, int m) { return g.scratch[(row + m) * b.B + i]; };
   const auto put = [&](int row, int m, double x) { g.scratch[(row + m) * b.B + i] = x; };
-  Columns<K, double> columns;
-  Incoming<K, double> in;
-  Coefficients<K, double, typename std::conditional<(K > 5), InMemory<K>, Matrix<K, double>>::type> out;
-  if constexpr (K > 5) out.C = {g.scratch + At::C * b.B + i, b.B};
+  // Where k is so large that registers do not hold everything, what comes in is in shared memory, and what is found where
+  // it goes to.
+  constexpr bool large = K > 5;
+  using Numbers = std::conditional_t<large, InMemory<K>, Vector<K, double>>;
+  Columns<K, double, Numbers> columns;
+  Incoming<K, double, Numbers> in;
+  Coefficients<K, double, std::conditional_t<large, InMemory<K>, Matrix<K, double>>, Numbers> out;
+  if constexpr (large) {
+    constexpr int threads = kWarps * kWarp;
+    __shared__ double held[10][K][threads];
+    static_assert(sizeof held <= 48 << 10);
+    int next = 0;
+    for (Numbers* x : {&columns.inverse_norms, &columns.exponents, &columns.present, &columns.others, &in.sigma, &in.w,
+                       &in.q, &in.direct, &in.others, &in.along})
+      *x = {{&held[next++][0][threadIdx.x], threads}};
+    const auto place = [&](int row) { return Numbers{{g.scratch + row * b.B + i, b.B}}; };
+    out = {place(At::C), place(At::w), place(At::others), place(At::along), place(At::exponent), 0.0};
+  }
   Vector<K, double> v, diagonal;
   read_columns<K>(b, s, i, true, columns);
   PMRL_EVERY for (int m = 0; m < K; ++m) {
@@ -720,109 +936,160 @@ PMRL_ON_DEVICE void coefficients(const Backward& g) {
   }
   in.alignment = incoming_alignment(g, i);
   const double* pairs = g.pairs ? g.pairs : b.state + b.at.values * b.B;
-  const Saved E{pairs + i, pairs + K * b.B + i, b.B, K};
+  const Saved<K> E{pairs + i, pairs + K * b.B + i, b.B};
   pmrl::coefficients(in, through, s.decompose ? kept(b.at.values, 0) : 0.0, E, diagonal, v, columns, s, out);
-  PMRL_EVERY for (int m = 0; m < K; ++m) {
-    if constexpr (K <= 5) {
+  if constexpr (!large) {
+    PMRL_EVERY for (int m = 0; m < K; ++m) {
       PMRL_EVERY for (int j = 0; j <= m; ++j) put(At::C, triangle(j, m), out.C.at[j][m]);
+      put(At::w, m, out.c.at[m]);
+      if (through.others) {
+        put(At::others, m, out.shared.at[m]);
+        put(At::along, m, out.own.at[m]);
+      }
+      if (s.float64_input) put(At::exponent, m, out.exponent.at[m]);
     }
-    put(At::w, m, out.c.at[m]);
-    if (through.others) {
-      put(At::others, m, out.shared.at[m]);
-      put(At::along, m, out.own.at[m]);
-    }
-    if (s.float64_input) put(At::exponent, m, out.exponent.at[m]);
   }
   if (g.slopes) g.slopes[i] = out.slope;
 }
 
-// dX. Where `All` is false, all that comes in is for the alignment term, whose coefficients are the state's.
-template <int K, class T, bool All>
-PMRL_ON_DEVICE void apply(const Backward& g) {
+// What rows and incoming gradients are multiplied by, to be added up to dX: x_j; h; R; g_m; and dL/dz_m. And r_m, by which
+// g_m is multiplied in R.
+template <int K, class S>
+struct Shares {
+  S C[triangle_size(K)], of_h[K], of_R[K], of_own[K], of_z[K], r[K];
+};
+
+// The same where the kernels before have left them, each read when it is asked for.
+template <int K, bool All>
+struct SharesOf {
   using At = Places<K>;
-  constexpr int N = All ? kSmallPack<K, T> : kPack<K, T>;
-  const Batch& b = g.batch;
-  const Settings s = settings_of<K, T>(b);
-  const Lane lane = lane_of(b.lanes);
-  const int64_t i = instance_of(lane);
-  if (i >= b.B) return;
-  const auto kept = [&](int row, int m) { return b.state[(row + m) * b.B + i]; };
-  const auto got = [&](int row, int m) { return g.scratch[(row + m) * b.B + i]; };
-  const bool others = All && through_of(g, K).others;
-  Instance<K, T> rows(b, i);
-  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
-  double C[triangle_size(K)];
-  const auto read_coefficients = [&] {
-    if constexpr (All) {
-      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = got(At::C, t);
-    } else {
-      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] = kept(b.at.C, t);
+  const Backward& g;
+  int64_t i;
+  const bool others;
+  double come = 0.0;  // for the alignment term
+
+  // Before C. In float64 this comes after the first loads of rows; pairs have to know beforehand whether C is in reach.
+  __device__ __forceinline__ void read_alignment(const bool (&here)[K]) {
+    if constexpr (!All) {
       int present = 0;
-      PMRL_EVERY for (int m = 0; m < K; ++m) present += rows.here[m];
+      PMRL_EVERY for (int m = 0; m < K; ++m) present += here[m];
       // Where there is nothing to align all of C is 0, which no infinity that comes in for it must turn into NaN.
-      const double come = present >= 2 ? incoming_alignment(g, i) : 0.0;
-      if (g.slopes && lane.part == 0) g.slopes[i] = come * kept(b.at.slope, 0);
-      PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) C[t] *= come;
+      come = present >= 2 ? incoming_alignment(g, i) : 0.0;
+    }
+  }
+  __device__ __forceinline__ void put_slope() const {
+    if (!All && g.slopes) g.slopes[i] = come * kept(g.batch.at.slope, 0);
+  }
+
+  // Places are not to be in registers from here on, of which there are too few.
+  __device__ __forceinline__ void forget_places() { asm volatile("" : "+l"(i)); }
+  __device__ __forceinline__ double kept(int row, int m) const { return g.batch.state[(row + m) * g.batch.B + i]; }
+  __device__ __forceinline__ double got(int row, int m) const { return g.scratch[(row + m) * g.batch.B + i]; }
+  __device__ __forceinline__ double C(int t) const { return All ? got(At::C, t) : kept(g.batch.at.C, t) * come; }
+  __device__ __forceinline__ double of_h(int m) const { return g.u.data ? got(At::w, m) : 0.0; }
+  __device__ __forceinline__ double of_R(int m) const { return others ? got(At::others, m) : 0.0; }
+  __device__ __forceinline__ double of_own(int m) const { return others ? got(At::along, m) : 0.0; }
+  __device__ __forceinline__ double of_z(int m) const {
+    return g.batch.settings.normalize ? kept(g.batch.at.inverse_norms, m) : 0.0;
+  }
+  __device__ __forceinline__ double r(int m) const { return others ? kept(g.batch.at.others, m) : 0.0; }
+
+  __device__ __forceinline__ bool in_reach() const {
+    bool all = true;
+    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) all = all && cuda::in_reach(C(t));
+    if constexpr (All) {
+      PMRL_EVERY for (int m = 0; m < K; ++m) {
+        all = all && cuda::in_reach(of_h(m)) && cuda::in_reach(of_R(m)) && cuda::in_reach(of_own(m));
+        all = all && cuda::in_reach(of_z(m)) && cuda::in_reach(r(m));
+      }
+    }
+    return all;
+  }
+};
+
+template <int K, class T, bool All, class S>
+PMRL_ON_DEVICE void apply_in(const Backward& g, const Settings& s, const Lane& lane, const Instance<K, T>& rows,
+                             SharesOf<K, All>& from) {
+  constexpr int N = All ? kSmallPack<K, T> : kPack<K, T>;
+  constexpr bool in_pairs = std::is_same<S, Pair>::value;
+  const int64_t i = from.i;
+  Shares<K, S> by;
+  const auto read = [&] {
+    if constexpr (!kInPairs<T>) from.read_alignment(rows.here);
+    if (lane.part == 0) from.put_slope();
+    PMRL_EVERY for (int t = 0; t < triangle_size(K); ++t) by.C[t] = as_sum<S>(from.C(t));
+    // In float64 registers do not hold the others: they are read again where they are used.
+    if constexpr (All && in_pairs) {
+      PMRL_EVERY for (int m = 0; m < K; ++m) {
+        by.of_h[m] = as_sum<S>(from.of_h(m));
+        by.of_R[m] = as_sum<S>(from.of_R(m));
+        by.of_own[m] = as_sum<S>(from.of_own(m));
+        by.of_z[m] = as_sum<S>(from.of_z(m));
+        by.r[m] = as_sum<S>(from.r(m));
+      }
     }
   };
-  along_rows<N, !All && kPairs<K>>(rows, lane.part, read_coefficients, [&](int c, const auto& x) {
+// One of them, from registers or from where they are.
+#define PMRL_SHARE(what, m) ([&] { if constexpr (in_pairs) return by.what[m]; else return from.what(m); }())
+  along_rows<Entry<S>, N, !All && kTwoPacks<K>>(rows, lane.part, read, [&](int c, const auto& x) {
     constexpr int M = kOfEach<decltype(x)>;
-    [[maybe_unused]] double h[M], R[M], own[M];
+    if constexpr (All && !in_pairs && kForgets<K>) from.forget_places();
+    [[maybe_unused]] Entry<S> h[M], own[M];
+    [[maybe_unused]] S R[M];
     if constexpr (All) {
-      PMRL_EVERY for (int e = 0; e < M; ++e) h[e] = R[e] = 0.0;
+      PMRL_EVERY for (int e = 0; e < M; ++e) h[e] = 0, R[e] = S{};
       if (g.u.data) load_incoming<T>(g.u, i, c, s.float64_input, h);
-      if (others) {
+      if (from.others) {
         PMRL_EVERY for (int m = 0; m < K; ++m) {
           if (!g.w[m].data) continue;
           load_incoming<T>(g.w[m], i, c, s.float64_input, own);
-          const double r = kept(b.at.others, m);
-          PMRL_EVERY for (int e = 0; e < M; ++e) R[e] = fma(r, own[e], R[e]);
+          const S r = PMRL_SHARE(r, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(R[e], r, own[e]);
         }
       }
     }
     PMRL_EVERY for (int m = 0; m < K; ++m) {
       if (!g.out[m].data) continue;
-      double y[M];
+      S sum[M];
       PMRL_EVERY for (int e = 0; e < M; ++e) {
-        y[e] = 0.0;
-        PMRL_EVERY for (int j = 0; j < K; ++j) y[e] = fma(C[triangle_any(j, m)], x[j][e], y[e]);
+        sum[e] = S{};
+        PMRL_EVERY for (int j = 0; j < K; ++j) add_multiple(sum[e], by.C[triangle_any(j, m)], x[j][e]);
       }
       if constexpr (All) {
         if (g.u.data) {
-          const double of_h = got(At::w, m);
-          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_h, h[e], y[e]);
+          const S of_h = PMRL_SHARE(of_h, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(sum[e], of_h, h[e]);
         }
-        if (others) {
-          const double of_R = got(At::others, m);
-          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_R, R[e], y[e]);
+        if (from.others) {
+          const S of_R = PMRL_SHARE(of_R, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(sum[e], of_R, R[e]);
           if (g.w[m].data) {
             load_incoming<T>(g.w[m], i, c, s.float64_input, own);
-            const double of_own = got(At::along, m);
-            PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_own, own[e], y[e]);
+            const S of_own = PMRL_SHARE(of_own, m);
+            PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(sum[e], of_own, own[e]);
           }
         }
         if (g.z[m].data) {
           load_incoming<T>(g.z[m], i, c, s.float64_input, own);
-          const double of_z = s.normalize ? kept(b.at.inverse_norms, m) : 0.0;
+          const S of_z = PMRL_SHARE(of_z, m);
           if (s.normalize) {
-            PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = fma(of_z, own[e], y[e]);
+            PMRL_EVERY for (int e = 0; e < M; ++e) add_multiple(sum[e], of_z, own[e]);
           }
         }
       }
       if constexpr (Instance<K, T>::kScales) {
         if (s.float64_input && (All || s.normalize)) {
-          const double exponent = All ? got(At::exponent, m) : -kept(b.at.exponents, m);
-          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = scaled(y[e], exponent);
+          const double exponent = All ? from.got(Places<K>::exponent, m) : -from.kept(g.batch.at.exponents, m);
+          PMRL_EVERY for (int e = 0; e < M; ++e) sum[e] = scaled(sum[e], exponent);
         }
       }
       if constexpr (All) {
         if (g.z[m].data && !s.normalize) {
-          PMRL_EVERY for (int e = 0; e < M; ++e) y[e] += own[e];
+          PMRL_EVERY for (int e = 0; e < M; ++e) add_entry(sum[e], own[e]);
         }
       }
-      if (!rows.here[m]) {
-        PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = 0.0;
-      }
+      Entry<S> y[M];
+      PMRL_EVERY for (int e = 0; e < M; ++e) y[e] = rows.here[m] ? rounded(sum[e]) : Entry<S>(0);
       char* row = g.out[m].data + i * g.out[m].stride;
       if constexpr (M > 1) {
         Pack<T, M> pack;
@@ -833,6 +1100,25 @@ PMRL_ON_DEVICE void apply(const Backward& g) {
       }
     }
   });
+#undef PMRL_SHARE
+}
+
+// dX. Where `All` is false, all that comes in is for the alignment term, whose coefficients are the state's.
+template <int K, class T, bool All>
+PMRL_ON_DEVICE void apply(const Backward& g) {
+  const Batch& b = g.batch;
+  const Settings s = settings_of<K, Instance<K, T>::kScales>(b);
+  const Lane lane = lane_of(b.lanes);
+  const int64_t i = instance_of(lane);
+  if (i >= b.B) return;
+  Instance<K, T> rows(b, i);
+  SharesOf<K, All> from{g, i, All && through_of(g, K).others};
+  if (s.float64_input) rows.scale(b.state + b.at.exponents * b.B + i, b.B);
+  if constexpr (kInPairs<T>) from.read_alignment(rows.here);
+  if (!kInPairs<T> || from.in_reach())
+    apply_in<K, T, All, Sum<T>>(g, s, lane, rows, from);
+  else
+    apply_in<K, T, All, double>(g, s, lane, rows, from);
 }
 
 // All eigenpairs (k + k^2, B) of the state's Gram matrices.
@@ -858,8 +1144,19 @@ PMRL_ON_DEVICE void decompose(const Batch& b, double* pairs) {
 // ---- entries ------------------------------------------------------------------------------------
 
 using namespace pmrl::cuda;
+using pmrl::kFastFloat64;
 
-#define PMRL_KERNEL extern "C" __global__ void __launch_bounds__(kWarps* kWarp)
+// Blocks that are to fit on a multiprocessor at once. 1 tells compilers to use all registers there are; 0 lets them do
+// with fewer to have one block more, which is right for passes that wait for memory and for nothing else.
+template <class T>
+constexpr bool kCommon = kFastFloat64 && !std::is_same<T, double>::value && !kIsMixed<T>;
+template <class T>
+constexpr int kReading = kCommon<T> ? 0 : 1;  // vectors, backward
+template <class T>
+constexpr int kAdding = kCommon<T> && PMRL_K < 6 ? 0 : 1;  // dots, apply
+constexpr int kAlgebra = PMRL_K < 6 ? 0 : 1;  // decompose, coefficients
+
+#define PMRL_KERNEL(blocks) extern "C" __global__ void __launch_bounds__(kWarps* kWarp, blocks)
 #define PMRL_FORWARD extern "C" __global__ void __launch_bounds__(kWarps* kWarp, pmrl::cuda::resident_blocks(PMRL_K))
 #define PMRL_STREAM extern "C" __global__ void __launch_bounds__(kStreamWarps* kWarp, resident_streams(PMRL_K))
 
@@ -890,32 +1187,24 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   *g.out = x;
 }
 
-#define PMRL_KERNELS(K, T, name)                                                                  \
-  PMRL_FORWARD forward_##K##_##name(const __grid_constant__ Forward f) { forward<K, T>(f); }       \
-  PMRL_KERNEL vectors_##K##_##name(const __grid_constant__ Vectors f) { vectors<K, T>(f); }       \
-  PMRL_KERNEL backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
-  PMRL_KERNEL dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \
-  PMRL_KERNEL apply_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, true>(g); }
-#define PMRL_STREAM_OF(K, T, name) \
-  PMRL_STREAM stream_##K##_##name(const __grid_constant__ Forward f) { stream<K, T>(f); }
+#define PMRL_PASSES(K, T, name)                                                                   \
+  PMRL_KERNEL(kReading<T>) vectors_##K##_##name(const __grid_constant__ Vectors f) { vectors<K, T>(f); }       \
+  PMRL_KERNEL(kReading<T>) backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
+  PMRL_KERNEL(kAdding<T>) dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \
+  PMRL_KERNEL(kAdding<T>) apply_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, true>(g); }
 #define PMRL_KERNELS_OF(K)                                                                                     \
-  PMRL_KERNELS(K, float, float32)                                                                              \
-  PMRL_KERNELS(K, double, float64)                                                                             \
-  PMRL_KERNELS(K, BFloat16, bfloat16)                                                                          \
-  PMRL_KERNELS(K, Float16, float16)                                                                            \
-  PMRL_KERNELS(K, Mixed, mixed)                                                                                \
-  PMRL_KERNEL decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
-  PMRL_KERNEL coefficients_##K(const __grid_constant__ Backward g) { coefficients<K, false>(g); }              \
-  PMRL_KERNEL coefficients_##K##_float64(const __grid_constant__ Backward g) { coefficients<K, true>(g); }
-#if PMRL_K == 4  // as has_rounds
-#define PMRL_STREAMS(K)               \
-  PMRL_STREAM_OF(K, float, float32)   \
-  PMRL_STREAM_OF(K, BFloat16, bfloat16) \
-  PMRL_STREAM_OF(K, Float16, float16)
-#elif PMRL_K == 5
-#define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32)
+  PMRL_PASSES(K, float, float32)                                                                               \
+  PMRL_PASSES(K, double, float64)                                                                              \
+  PMRL_PASSES(K, BFloat16, bfloat16)                                                                           \
+  PMRL_PASSES(K, Float16, float16)                                                                             \
+  PMRL_PASSES(K, Mixed, mixed)                                                                                 \
+  PMRL_FORWARD forward_##K(const __grid_constant__ Forward f) { forward<K>(f); }                               \
+  PMRL_KERNEL(kAlgebra) decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
+  PMRL_KERNEL(kAlgebra) coefficients_##K(const __grid_constant__ Backward g) { coefficients<K>(g); }
+#if PMRL_K == 4 || PMRL_K == 5  // as has_rounds
+#define PMRL_STREAM_OF(K) PMRL_STREAM stream_##K(const __grid_constant__ Forward f) { stream<K>(f); }
 #else
-#define PMRL_STREAMS(K)
+#define PMRL_STREAM_OF(K)
 #endif
-#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K) PMRL_STREAMS(K)
+#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K) PMRL_STREAM_OF(K)
 PMRL_EXPANDED(PMRL_K)

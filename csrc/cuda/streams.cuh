@@ -1,59 +1,50 @@
-// Rows of embeddings and gradients as float64, on a device: packs of up to 16 bytes, one for each lane, and single
-// elements for rows that are not made of whole packs. And sums over the lanes of an instance.
+// Rows of embeddings and gradients as entries of sums (sums.cuh), on a device: packs of up to 16 bytes, one for each lane,
+// and single elements for rows that are not made of whole packs. And sums over the lanes of an instance.
 #pragma once
 
 #include <type_traits>
 
-#include "arguments.h"
+#include "sums.cuh"
 
 namespace pmrl {
 namespace cuda {
 
-#define PMRL_ON_DEVICE static __device__ __forceinline__
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-struct Mixed {};  // each embedding has its own dtype
-
 // ---- single elements ----------------------------------------------------------------------------
 
-PMRL_ON_DEVICE double widen(float x) { return x; }
+PMRL_ON_DEVICE float widen(float x) { return x; }
 PMRL_ON_DEVICE double widen(double x) { return x; }
-PMRL_ON_DEVICE double widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
-PMRL_ON_DEVICE double widen(Float16 x) {
+PMRL_ON_DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+PMRL_ON_DEVICE float widen(Float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
 
+// From float64 by way of float32, as hardware does it. The second rounding of a number half way between two matters once
+// in 65536.
 template <class T>
-PMRL_ON_DEVICE T narrowed(double x);
+PMRL_ON_DEVICE T narrowed(std::conditional_t<std::is_same<T, double>::value, double, float> x);
 template <>
-__device__ __forceinline__ float narrowed<float>(double x) {
-  return static_cast<float>(x);
+__device__ __forceinline__ float narrowed<float>(float x) {
+  return x;
 }
 template <>
 __device__ __forceinline__ double narrowed<double>(double x) {
   return x;
 }
-// By way of float32, as hardware does it. The second rounding of a number half way between two matters once in 65536.
 template <>
-__device__ __forceinline__ Float16 narrowed<Float16>(double x) {
+__device__ __forceinline__ Float16 narrowed<Float16>(float x) {
   Float16 y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
 }
 template <>
-__device__ __forceinline__ BFloat16 narrowed<BFloat16>(double x) {
+__device__ __forceinline__ BFloat16 narrowed<BFloat16>(float x) {
   BFloat16 y;
 #if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(static_cast<float>(x)));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
 #else
-  const unsigned bits = __float_as_uint(static_cast<float>(x));
+  const unsigned bits = __float_as_uint(x);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   y.bits = static_cast<uint16_t>(is_nan ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 #endif
@@ -61,30 +52,30 @@ __device__ __forceinline__ BFloat16 narrowed<BFloat16>(double x) {
 }
 
 template <class T>
-PMRL_ON_DEVICE double element(const Rows&, const char* row, int c) {
-  return widen(reinterpret_cast<const T*>(row)[c]);
-}
-template <>
-__device__ __forceinline__ double element<Mixed>(const Rows& x, const char* row, int c) {
-  switch (x.dtype) {
-    case Dtype::kFloat64: return reinterpret_cast<const double*>(row)[c];
-    case Dtype::kBFloat16: return widen(reinterpret_cast<const BFloat16*>(row)[c]);
-    case Dtype::kFloat16: return widen(reinterpret_cast<const Float16*>(row)[c]);
-    default: return reinterpret_cast<const float*>(row)[c];
+PMRL_ON_DEVICE auto element(const Rows& x, const char* row, int c) {
+  if constexpr (!kIsMixed<T>) {
+    return widen(reinterpret_cast<const T*>(row)[c]);
+  } else {
+    switch (x.dtype) {
+      case Dtype::kFloat64: return reinterpret_cast<const double*>(row)[c];
+      case Dtype::kBFloat16: return static_cast<double>(widen(reinterpret_cast<const BFloat16*>(row)[c]));
+      case Dtype::kFloat16: return static_cast<double>(widen(reinterpret_cast<const Float16*>(row)[c]));
+      default: return static_cast<double>(reinterpret_cast<const float*>(row)[c]);
+    }
   }
 }
 
-template <class T>
-PMRL_ON_DEVICE void put_element(const Rows&, char* row, int c, double y) {
-  reinterpret_cast<T*>(row)[c] = narrowed<T>(y);
-}
-template <>
-__device__ __forceinline__ void put_element<Mixed>(const Rows& x, char* row, int c, double y) {
-  switch (x.dtype) {
-    case Dtype::kFloat64: reinterpret_cast<double*>(row)[c] = y; break;
-    case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(row)[c] = narrowed<BFloat16>(y); break;
-    case Dtype::kFloat16: reinterpret_cast<Float16*>(row)[c] = narrowed<Float16>(y); break;
-    default: reinterpret_cast<float*>(row)[c] = narrowed<float>(y);
+template <class T, class Number>
+PMRL_ON_DEVICE void put_element(const Rows& x, char* row, int c, Number y) {
+  if constexpr (!kIsMixed<T>) {
+    reinterpret_cast<T*>(row)[c] = narrowed<T>(y);
+  } else {
+    switch (x.dtype) {
+      case Dtype::kFloat64: reinterpret_cast<double*>(row)[c] = y; break;
+      case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(row)[c] = narrowed<BFloat16>(y); break;
+      case Dtype::kFloat16: reinterpret_cast<Float16*>(row)[c] = narrowed<Float16>(y); break;
+      default: reinterpret_cast<float*>(row)[c] = narrowed<float>(y);
+    }
   }
 }
 
@@ -92,7 +83,8 @@ __device__ __forceinline__ void put_element<Mixed>(const Rows& x, char* row, int
 PMRL_ON_DEVICE double number(const void* data, int64_t at, bool is_float64) {
   return is_float64 ? static_cast<const double*>(data)[at] : static_cast<const float*>(data)[at];
 }
-PMRL_ON_DEVICE void put_number(void* data, int64_t at, double x, bool is_float64) {
+template <class Number>
+PMRL_ON_DEVICE void put_number(void* data, int64_t at, Number x, bool is_float64) {
   if (is_float64)
     static_cast<double*>(data)[at] = x;
   else
@@ -139,7 +131,7 @@ struct Pack {
   __device__ __forceinline__ void clear() {
     PMRL_EVERY for (int w = 0; w < kWords; ++w) words[w] = 0;
   }
-  __device__ __forceinline__ double get(int e) const {
+  __device__ __forceinline__ auto get(int e) const {
     if constexpr (sizeof(T) == 8) {
       return __hiloint2double(static_cast<int>(words[2 * e + 1]), static_cast<int>(words[2 * e]));
     } else if constexpr (sizeof(T) == 4) {
@@ -148,7 +140,8 @@ struct Pack {
       return widen(T{static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2))});
     }
   }
-  __device__ __forceinline__ void set(const double* x) {
+  template <class Number>
+  __device__ __forceinline__ void set(const Number* x) {
     PMRL_EVERY for (int e = 0; e < N; ++e) {
       if constexpr (sizeof(T) == 8) {
         words[2 * e] = static_cast<unsigned>(__double2loint(x[e]));
@@ -169,8 +162,8 @@ struct Pack<Mixed, 1> {};
 template <class T>
 using Wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
 
-template <class T, int N>
-PMRL_ON_DEVICE void load_wide(const char* row, int c, double (&x)[N]) {
+template <class T, class Number, int N>
+PMRL_ON_DEVICE void load_wide(const char* row, int c, Number (&x)[N]) {
   constexpr int M = N < 16 / static_cast<int>(sizeof(Wide<T>)) ? N : 16 / static_cast<int>(sizeof(Wide<T>));
   PMRL_EVERY for (int first = 0; first < N; first += M) {
     Pack<Wide<T>, M> pack;
@@ -178,8 +171,8 @@ PMRL_ON_DEVICE void load_wide(const char* row, int c, double (&x)[N]) {
     PMRL_EVERY for (int e = 0; e < M; ++e) x[first + e] = pack.get(e);
   }
 }
-template <class T, int N>
-PMRL_ON_DEVICE void store_wide(char* row, int c, const double (&x)[N]) {
+template <class T, class Number, int N>
+PMRL_ON_DEVICE void store_wide(char* row, int c, const Number (&x)[N]) {
   constexpr int M = N < 16 / static_cast<int>(sizeof(Wide<T>)) ? N : 16 / static_cast<int>(sizeof(Wide<T>));
   PMRL_EVERY for (int first = 0; first < N; first += M) {
     Pack<Wide<T>, M> pack;
@@ -201,38 +194,39 @@ PMRL_ON_DEVICE Lane lane_of(int lanes) {
 }
 
 // Everybody's sum over the lanes of an instance, in the same order for each.
-template <int N>
-PMRL_ON_DEVICE void add_up(double (&sums)[N], int lanes) {
+template <class S, int N>
+PMRL_ON_DEVICE void add_up(S (&sums)[N], int lanes) {
 #pragma unroll 1
   for (int by = lanes / 2; by; by /= 2)
-    PMRL_EVERY for (int t = 0; t < N; ++t) sums[t] += __shfl_xor_sync(~0u, sums[t], by);
+    PMRL_EVERY for (int t = 0; t < N; ++t) add(sums[t], from_lane(sums[t], by));
 }
 
 // The k rows of an instance. Absent ones are zeros whatever is in their place, which is not read. Times 2^-exponent
-// where there are float64 rows.
+// where there are float64 rows; that is a float64, too (see exponent_of).
 template <int K, class T>
 struct Instance {
   static constexpr bool kScales = std::is_same<T, double>::value || std::is_same<T, Mixed>::value;
   const Batch& b;
   const char* row[K];
   bool here[K];
-  PowerOfTwo<double> factor[kScales ? K : 1];
+  double factor[kScales ? K : 1];
 
   __device__ __forceinline__ Instance(const Batch& b, int64_t i) : b(b) { move_to(i); }
   __device__ __forceinline__ void move_to(int64_t i) {
     PMRL_EVERY for (int m = 0; m < K; ++m) {
       row[m] = b.x[m].data + i * b.x[m].stride;
       here[m] = is_present(b.mask, i * K + m);
-      if constexpr (kScales) factor[m] = {1.0, 1.0};
+      if constexpr (kScales) factor[m] = 1.0;
     }
   }
   __device__ __forceinline__ void scale(const double* exponents, int64_t stride) {
     if constexpr (kScales) {
-      PMRL_EVERY for (int m = 0; m < K; ++m) factor[m] = power_of_two(-exponents[m * stride]);
+      PMRL_EVERY for (int m = 0; m < K; ++m) factor[m] = pow2(-exponents[m * stride]);
     }
   }
-  __device__ __forceinline__ double scaled_by(int m, double x) const {
-    if constexpr (kScales) return x * factor[m].first * factor[m].second;
+  template <class Number>
+  __device__ __forceinline__ Number scaled_by(int m, Number x) const {
+    if constexpr (kScales) return x * factor[m];
     return x;
   }
   // A pack of each row from c on.
@@ -243,14 +237,15 @@ struct Instance {
       if (here[m]) packs[m].load(row[m] + static_cast<int64_t>(c) * static_cast<int>(sizeof(T)));
     }
   }
-  template <int N>
-  __device__ __forceinline__ void widen(const Pack<T, N> (&packs)[K], double (&x)[K][N]) const {
+  template <class Number, int N>
+  __device__ __forceinline__ void widen(const Pack<T, N> (&packs)[K], Number (&x)[K][N]) const {
     PMRL_EVERY for (int m = 0; m < K; ++m)
-      PMRL_EVERY for (int e = 0; e < N; ++e) x[m][e] = scaled_by(m, packs[m].get(e));
+      PMRL_EVERY for (int e = 0; e < N; ++e) x[m][e] = scaled_by<Number>(m, packs[m].get(e));
   }
   // An element of row m.
-  __device__ __forceinline__ void load(int m, int c, double (&x)[1]) const {
-    x[0] = here[m] ? scaled_by(m, element<T>(b.x[m], row[m], c)) : 0.0;
+  template <class Number>
+  __device__ __forceinline__ void load(int m, int c, Number (&x)[1]) const {
+    x[0] = here[m] ? scaled_by<Number>(m, element<T>(b.x[m], row[m], c)) : Number(0.0);
   }
 };
 
@@ -278,48 +273,56 @@ struct Spread {
   }
 };
 
-template <int K, class T, class Body>
+template <class Number, int K, class T, class Body>
 PMRL_ON_DEVICE void by_elements(const Instance<K, T>& rows, int part, Body body) {
 #pragma unroll 1
   for (int c = part; c < rows.b.d; c += rows.b.lanes) {
-    double x[K][1];
+    Number x[K][1];
     PMRL_EVERY for (int m = 0; m < K; ++m) rows.load(m, c, x[m]);
     body(c, x);
   }
 }
 
 // How a lane goes along the rows of an instance: by whole packs of N elements, the first of which are on their way from
-// `begin` on, and the next ones while others are computed with, of each row two if `Pairs`; or by single elements.
-template <int K, class T, int N, bool Pairs>
+// `begin` on, and the next ones while others are computed with, of each row two if `Two`; or by single elements.
+template <int K, class T, int N, bool Two>
 struct Along {
-  Pack<T, N> first[K], second[Pairs ? K : 1];
+  Pack<T, N> first[K], second[Two ? K : 1];
 
   __device__ __forceinline__ void begin(const Instance<K, T>& rows, int part) {
     const int d = rows.b.d, step = rows.b.lanes * N, c = part * N;
     if (!rows.b.whole) return;
     if (c < d) rows.fetch(c, first);
-    if constexpr (Pairs) {
+    if constexpr (Two) {
       if (c + step < d) rows.fetch(c + step, second);
     }
   }
-  template <class Body>
+  template <class Number, class Body>
   __device__ __forceinline__ void use(const Instance<K, T>& rows, int c, Pack<T, N> (&packs)[K], int next, Body body) {
-    double x[K][N];
+    Number x[K][N];
     rows.widen(packs, x);
     if (next < rows.b.d) rows.fetch(next, packs);
     body(c, x);
   }
-  // body(c, x) for all places c at which this lane takes elements, x (K, M) of them.
-  template <class Body>
+  // body(c, x) for all places c at which this lane takes elements, x (K, M) of them as Number.
+  template <class Number, class Body>
   __device__ __forceinline__ void go(const Instance<K, T>& rows, int part, Body body) {
+    // What pairs have no numbers for is rare: no code for packs, too.
+    constexpr bool rare = kInPairs<T> && std::is_same<Number, double>::value;
+    if constexpr (!rare) {
+      if (rows.b.whole) return by_packs<Number>(rows, part, body);
+    }
+    by_elements<Number>(rows, part, body);
+  }
+  template <class Number, class Body>
+  __device__ __forceinline__ void by_packs(const Instance<K, T>& rows, int part, Body body) {
     const int d = rows.b.d, step = rows.b.lanes * N;
-    if (!rows.b.whole) return by_elements(rows, part, body);
 #pragma unroll 1
     for (int c = part * N; c < d; c += step) {
-      use(rows, c, first, c + (Pairs ? 2 : 1) * step, body);
-      if constexpr (Pairs) {
+      use<Number>(rows, c, first, c + (Two ? 2 : 1) * step, body);
+      if constexpr (Two) {
         c += step;
-        if (c < d) use(rows, c, second, c + 2 * step, body);
+        if (c < d) use<Number>(rows, c, second, c + 2 * step, body);
       }
     }
   }
@@ -345,21 +348,21 @@ PMRL_ON_DEVICE void wait_for_copies() {
 #endif
 }
 
-template <int K, int N, bool Pairs>
-struct Along<K, Mixed, N, Pairs> {
+template <int K, int N, bool Two>
+struct Along<K, Mixed, N, Two> {
   __device__ __forceinline__ void begin(const Instance<K, Mixed>&, int) {}
-  template <class Body>
+  template <class Number, class Body>
   __device__ __forceinline__ void go(const Instance<K, Mixed>& rows, int part, Body body) {
-    by_elements(rows, part, body);
+    by_elements<Number>(rows, part, body);
   }
 };
 
-template <int N, bool Pairs, int K, class T, class Begin, class Body>
+template <class Number, int N, bool Two, int K, class T, class Begin, class Body>
 PMRL_ON_DEVICE void along_rows(const Instance<K, T>& rows, int part, Begin meanwhile, Body body) {
-  Along<K, T, N, Pairs> along;
+  Along<K, T, N, Two> along;
   along.begin(rows, part);
   meanwhile();
-  along.go(rows, part, body);
+  along.template go<Number>(rows, part, body);
 }
 
 // M of double (&x)[K][M].

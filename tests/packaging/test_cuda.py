@@ -20,7 +20,7 @@ from tests.tools.installation import COMPILER, PATH, copied
 
 CMAKE, NINJA = shutil.which("cmake", path=PATH), shutil.which("ninja", path=PATH)
 pytestmark = pytest.mark.skipif(not (COMPILER and CMAKE and NINJA), reason="no C++ compiler, no cmake or no ninja")
-ARCHITECTURES = ["80", "90", "100"]
+ARCHITECTURES = ["75", "80", "86", "90", "100", "120"]
 
 NVCC = """#!/bin/sh
 echo "$0 $*" >> {calls}
@@ -178,8 +178,8 @@ def test_without_an_older_assembler_drivers_have_to_be_new(project, tmp_path):
 def test_an_older_nvcc_leaves_out_what_it_does_not_know(project, tmp_path):
     toolkit, here = Toolkit(tmp_path, "12.4.131", known="75 80 86 90"), project()
     assert here.configure(toolkit, PMRL_PTXAS=str(toolkit.older)).returncode == 0
-    names = "sm_80 sm_90 compute_90"
-    numbers = ["80", "90", "90", "12000", "12040"]
+    names = "sm_75 sm_80 sm_86 sm_90 compute_90"
+    numbers = ["75", "80", "86", "90", "90", "12000", "12040"]
     assert here.built() == (names, "nvcc 12.4.131, ptxas 12.4.131", "", numbers)
     assert "--compress-all" in toolkit.calls.read_text()
     assert "--compress-mode" not in toolkit.calls.read_text()
@@ -210,7 +210,7 @@ NONE = {
     "an nvcc of a far future": (
         {"version": "20.0.1", "known": "200"},
         {},
-        r"nvcc 20\.0\.1 compiles for none of 80;90;100",
+        r"nvcc 20\.0\.1 compiles for none of 75;80;86;90;100;120",
     ),
     "not wanted": ({}, {"PMRL_CUDA": "OFF"}, "PMRL_CUDA is OFF"),
     "for a reason": (
@@ -285,7 +285,7 @@ def test_a_real_toolkit(tmp_path):
     assert done.returncode == 0, done.stdout
     here.make()
     names = here.built()[0].split()
-    assert {"sm_80", "sm_90", "sm_100", "compute_90"} <= {*names}
+    assert {*(f"sm_{x}" for x in ARCHITECTURES), "compute_90"} <= {*names}
     (code,) = here.build.rglob("images.cpp.o")
 
     def listed(option: str, file: Path) -> list[str]:

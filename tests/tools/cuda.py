@@ -5,6 +5,8 @@ nvcc makes of them.
 As a pytest plugin it makes that a backend, and the contract runs on it:
 
     python -m pytest -p tests.tools.cuda tests/contract -k cuda --every 20
+
+With PMRL_DOOR_ARCHITECTURE=sm_86, say, of the kernels for another architecture than sm_90.
 """
 
 from __future__ import annotations
@@ -206,7 +208,8 @@ def install() -> None:
 
         return operator
 
-    own, reference = door().operators, ops.available["reference"].pairs[spec.SPECTRAL.name]
+    architecture = os.environ.get("PMRL_DOOR_ARCHITECTURE", "sm_90")
+    own, reference = door(architecture=architecture).operators, ops.available["reference"].pairs[spec.SPECTRAL.name]
     forward = for_k(own.spectral_forward.default, reference.forward)
     backward = for_k(own.spectral_backward.default, reference.backward)
     pairs = {spec.SPECTRAL.name: Pair("cuda", forward, backward, rejects)}

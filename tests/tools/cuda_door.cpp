@@ -41,7 +41,7 @@ DOOR const char* door_unavailable(int device) { return device < 0 ? unavailable(
 DOOR const char* door_properties(int device, int* found) {
   return text_of([&] {
     const Device& x = properties(device);
-    found[0] = x.multiprocessors, found[1] = x.capability;
+    found[0] = x.multiprocessors, found[1] = x.capability, found[2] = x.code;
   });
 }
 DOOR const char* door_kernel(int k, const char* name, Stream stream, Kernel* found) {
@@ -55,7 +55,4 @@ DOOR const char* door_launch(int device, Kernel kernel, unsigned blocks, unsigne
     int n;
   } third{{1.0, 2.0, second}, first};
   return text_of([&] { launch(device, kernel, {blocks, threads, shared}, stream, first, second, third); });
-}
-DOOR const char* door_fill(int device, void* at, unsigned value, size_t count, Stream stream) {
-  return text_of([&] { fill(device, at, value, count, stream); });
 }

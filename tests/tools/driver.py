@@ -65,10 +65,9 @@ def cuda(**facts):
     return library
 
 def door(name="door.so"):
-    names = "unavailable", "properties", "kernel", "stream", "launch", "fill"
+    names = "unavailable", "properties", "kernel", "stream", "launch"
     library = load(name, code_of=c_void_p, **{{f"door_{{name}}": c_char_p for name in names}})
     library.door_launch.argtypes = (c_int, c_void_p, c_uint, c_uint, c_uint, c_void_p, c_int, c_double)
-    library.door_fill.argtypes = (c_int, c_void_p, c_uint, c_size_t, c_void_p)
     return library
 
 def kernel(door, k, name):

@@ -2,7 +2,7 @@
 
    A launch goes to the function that the process gave `on_launch`, with the arguments as the card would get them, in the
    context that cuCtxGetCurrent tells there. Loading a binary gives out numbers, from 1 on, for its functions; `name_of`
-   and `image_of` tell what is behind one. Each address belongs to the device, and may be the host's: `fill` writes there.
+   and `image_of` tell what is behind one.
 
    A process may say what the driver is like by the variables below, and sees in `calls` what was called, in order. */
 
@@ -124,13 +124,6 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuMemsetD32Async(CUdeviceptr at, unsigned value, size_t count, CUstream stream) {
-  if (called("cuMemsetD32Async")) return CUDA_ERROR_UNKNOWN;
-  if (!current) return CUDA_ERROR_INVALID_CONTEXT;
-  for (size_t i = 0; i < count; ++i) ((uint32_t *)at)[i] = value;
-  return CUDA_SUCCESS;
-}
-
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
   *(CUdeviceptr *)data = pointer;
   return CUDA_SUCCESS;
@@ -141,6 +134,12 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
   return CUDA_SUCCESS;
 }
 
+// By an environment variable, where the process has no other way.
+static int capability(int device) {
+  const char *named = getenv("PMRL_CAPABILITY");
+  return named ? atoi(named) : capabilities[device];
+}
+
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
   case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
@@ -149,10 +148,15 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = 48 << 10; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 227 << 10; break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
-    *value = getenv("PMRL_SHARED_KB") ? atoi(getenv("PMRL_SHARED_KB")) << 10 : 228 << 10;
+    switch (capability(device)) {
+    case 75: *value = 64 << 10; break;
+    case 80: case 87: *value = 164 << 10; break;
+    case 90: case 100: case 103: *value = 228 << 10; break;
+    default: *value = 100 << 10;
+    }
     break;
-  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capabilities[device] / 10; break;
-  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capabilities[device] % 10; break;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capability(device) / 10; break;
+  case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capability(device) % 10; break;
   default: *value = 0;
   }
   return CUDA_SUCCESS;

@@ -8,7 +8,7 @@ CPU and runs each of its launches, one program after the other, its threads in s
 folder with a driver compiled from libcuda.c, kernels are launched by Triton itself, through its launcher in C, and run
 here with what would go to the card; else they are called with the arguments that it would be given.
 
-What nvcc makes of CUDA C++ for sm_80, sm_90 and sm_100 runs by ``execute`` with the name of a kernel; a program is then
+What nvcc makes of CUDA C++ runs by ``execute`` with the name of a kernel; a program is then
 a thread block, and launches have one dimension. Whatever is not known raises: calls of functions that were not inlined,
 floating-point atomics (sums without an order), copies in bulk, barriers of some of a program's threads.
 

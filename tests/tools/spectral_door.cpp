@@ -20,15 +20,14 @@ extern "C" void* door_dlopen(const char* name, int) {
 #include "cuda/spectral.cpp"
 
 static const unsigned char codes[7] = {2, 3, 4, 5, 6, 7, 8};
-extern const pmrl::cuda::Built pmrl::cuda::kBuilt{"sm_90 compute_90", "nvcc 13.0.88", "", {90}, 90, 12000, 12080};
+extern const pmrl::cuda::Built pmrl::cuda::kBuilt{
+    "sm_80 sm_86 sm_90 compute_90", "nvcc 13.0.88", "", {80, 86, 90}, 90, 12000, 12080};
 extern const pmrl::cuda::Image pmrl::cuda::kImages[] = {{2, &codes[0]}, {3, &codes[1]}, {4, &codes[2]}, {5, &codes[3]},
                                                         {6, &codes[4]}, {7, &codes[5]}, {8, &codes[6]}, {0, nullptr}};
 
 namespace pmrl {
-namespace cuda {
-namespace {
 
-std::vector<int64_t> known;  // by a single thread
+static std::vector<int64_t> known;  // by a single thread
 
 void note(const Tensor& x) {
   int64_t elements = x.numel() > 0;
@@ -36,6 +35,9 @@ void note(const Tensor& x) {
   known.push_back(reinterpret_cast<int64_t>(x.const_data_ptr()));
   known.push_back(elements * x.element_size());
 }
+
+namespace cuda {
+namespace {
 
 // Arguments, which no object of Python's need hold.
 void begin(const std::vector<Tensor>& embeddings, const std::optional<Tensor>& mask,
