@@ -51,6 +51,7 @@ CASES = {
 }
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 SLOW_FLOAT64 = "sm_86"
+CALLS_OR_STACK = re.compile(r"\bcall\b|\.local\b")
 LAYOUTS = {
     "throughput": (8, 12),
     "rows": (32, 7),
@@ -278,6 +279,7 @@ def test_kernels_of_every_k(k, taken):
             for name in CASES:
                 if taken(k, layout, name):
                     check(cuda.door(*layout, architecture=architecture), k, name)
+        assert k == 8 or not CALLS_OR_STACK.search(cuda.compiled(k, architecture))
 
 
 @pytest.mark.parametrize("k", [3, 4])
@@ -294,9 +296,25 @@ def test_the_same_bits_whoever_is_beside(k):
                 assert torch.equal(x[0].nan_to_num(7.0), y[i].nan_to_num(7.0))
 
 
-def test_ptx_calls_nothing_and_keeps_nothing_in_local_memory():
-    code = cuda.compiled(3, "sm_90")
-    assert not re.search(r"\bcall\b|\.local\b", code)
+@pytest.mark.parametrize("architecture", ["sm_90", SLOW_FLOAT64])
+def test_ptx_calls_nothing_and_keeps_nothing_in_local_memory(architecture):
+    assert not CALLS_OR_STACK.search(cuda.compiled(3, architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda.disassembler() is None, reason="no nvdisasm, neither CUDA's nor Triton's")
+@pytest.mark.parametrize(("dtype", "elements"), [("float32", 4), ("bfloat16", 8), ("float16", 8)])
+def test_what_assemblers_make_of_a_pass(dtype, elements, tmp_path):
+    """16 bytes a load and a store, and one conversion of each element either way: of two packs of each of four rows,
+    and of the four elements at a time that rows of no whole packs come by. Both packs are asked for twice, before the
+    loop and in it."""
+    opcodes = cuda.opcodes(4, "sm_90", f"backward_4_{dtype}", tmp_path)
+    packs, single = 2 * 4, 4
+    assert opcodes["LDG.E.128.CONSTANT"] == 2 * packs
+    assert sum(n for x, n in opcodes.items() if x.startswith("STG") and x.endswith("128")) == packs
+    assert opcodes["F2F.F64.F32"] == packs * elements + single + 1  # and what comes in for the alignment term
+    assert opcodes["F2F.F32.F64"] == packs * elements + single
+    assert not [x for x in opcodes if x.startswith(("LDL", "STL"))]
 
 
 MISTAKES = {

@@ -14,11 +14,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,22 @@ def compiled(k: int, architecture: str) -> str:
         path = Path(folder, "kernels.ptx")
         driver.run_compiler([*command(k, architecture, "-ptx", "-o"), path])
         return path.read_text()
+
+
+def disassembler() -> str | None:
+    """CUDA's, or the one that comes with Triton."""
+    triton = find_spec("triton")
+    beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
+    return shutil.which("nvdisasm") or (beside and shutil.which("nvdisasm", path=str(beside)))
+
+
+def opcodes(k: int, architecture: str, kernel: str, folder: Path) -> Counter[str]:
+    """Of the machine's instructions of a kernel, how many there are."""
+    path = folder / "kernels.cubin"
+    driver.run_compiler([*command(k, architecture, "-cubin", "-o"), path])
+    told = subprocess.run([str(disassembler()), "-c", path], capture_output=True, text=True, check=True).stdout
+    text = told.partition(f".text.{kernel}:")[2].partition(".section")[0]
+    return Counter(re.findall(r"(?m)^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text))
 
 
 def compile_door(folder: Path) -> None:
