@@ -467,8 +467,9 @@ KINDS = {
     "fence": ("membar", "fence"),
     "branch": ("bra", "ret", "exit"),
     "move": ("mov", "selp", "cvta", "prmt"),
-    "matrix": ("mma",),
+    "matrix": ("mma", "wgmma"),
     "matrix load": ("ldmatrix",),
+    "matrix store": ("stmatrix",),
     "copy": ("cp",),
 }
 
@@ -476,6 +477,15 @@ KINDS = {
 # ------------------------------------------------------------------------------------------------
 # Running a program
 # ------------------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """A wgmma on its way: its group, its accumulators and what they held, and what computes it of that."""
+
+    group: int
+    into: tuple[str, ...]
+    before: np.ndarray
+    compute: Callable[[np.ndarray], np.ndarray]
 
 
 class Program:
@@ -504,6 +514,9 @@ class Program:
         # cp.async: how many groups each thread has committed; (threads, their groups, addresses, bytes) on their way
         self.groups = np.zeros(T, np.int64)
         self.copies: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        # wgmma: how many groups were committed, and products on their way, in order
+        self.products_committed = 0
+        self.products: list[Product] = []
 
     def _kind(self, register: str) -> Any:
         kinds = self.code.registers
@@ -1074,8 +1087,10 @@ def _generic(name: str, parts: list[str], args: list[str]) -> Run:
 
 @operation("membar", "fence")
 def _fence(name: str, parts: list[str], args: list[str]) -> Run:
-    if "proxy" in parts:
-        raise NotImplementedError(".".join([name, *parts]))
+    if "proxy" in parts:  # whether wgmma sees what was written is not looked at beyond barriers
+        if parts != ["proxy", "async", "shared"]:
+            raise NotImplementedError(".".join([name, *parts]))
+        return lambda p, m: None
     beyond_the_block = not {"cta"} & set(parts)
     return lambda p, m: p.fence(p.threads(m)) if beyond_the_block else None
 
@@ -1211,20 +1226,43 @@ def _load(name: str, parts: list[str], args: list[str]) -> Run:
     return run
 
 
+def _threads_of_rows(p: Program, m: np.ndarray | None, parts: list[str], count: int) -> np.ndarray:
+    """Which threads have the addresses of rows."""
+    if m is not None or "m8n8" not in parts or parts[-1] != "b16":
+        raise NotImplementedError(f"matrices of {'.'.join(parts)}, by {'some' if m is not None else 'all'} threads")
+    return p.thread % WARP < 8 * count
+
+
 @operation("ldmatrix")
 def _load_matrices(name: str, parts: list[str], args: list[str]) -> Run:
-    """8 x 8 matrices of 16 bits: lane 8 i + r has the address of row r of the i-th, and gets two entries of each."""
+    """8 x 8 matrices of 16 bits: lane 8 i + r has the address of row r of the i-th; lane 4 g + t gets entries 2 t and
+    2 t + 1 of row g of each, or of column g (``trans``)."""
     into, addresses = _split(args[0]), _addressing(args[1])
-    if "trans" in parts or "m8n8" not in parts:
-        raise NotImplementedError(".".join([name, *parts]))
 
     def run(p: Program, m: np.ndarray | None) -> None:
-        if m is not None:
-            raise NotImplementedError(f"{name} by some threads")
-        asked = p.thread % WARP < 8 * len(into)
-        rows = load(p.shared, addresses(p, asked), 16, p.threads(asked)).reshape(-1, len(into), 8, 4, 4)
+        asked = _threads_of_rows(p, m, parts, len(into))
+        rows = load(p.shared, addresses(p, asked), 16, p.threads(asked)).view(np.uint16).reshape(-1, len(into), 8, 8)
+        if "trans" in parts:
+            rows = rows.swapaxes(2, 3)
         for at, register in enumerate(into):
-            p.put(register, np.ascontiguousarray(rows[:, at].reshape(-1, 4)).view(np.uint32)[:, 0], m)
+            p.put(register, np.ascontiguousarray(rows[:, at]).view(np.uint32).reshape(-1), m)
+
+    return run
+
+
+@operation("stmatrix")
+def _store_matrices(name: str, parts: list[str], args: list[str]) -> Run:
+    """The same, the other way round."""
+    origins, addresses = _split(args[1]), _addressing(args[0])
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        asked = _threads_of_rows(p, m, parts, len(origins))
+        held = [np.broadcast_to(p.get(x, TYPES["b32"]), len(p.thread)) for x in origins]
+        rows = np.stack([np.ascontiguousarray(x).view(np.uint16).reshape(-1, 8, 8) for x in held], 1)
+        if "trans" in parts:
+            rows = rows.swapaxes(2, 3)
+        values = np.ascontiguousarray(rows).reshape(-1, 8).view(np.uint8)
+        store(p.shared, addresses(p, asked), values, p.threads(asked))
 
     return run
 
@@ -1358,29 +1396,158 @@ def _reduce(name: str, parts: list[str], args: list[str]) -> Run:
     return run
 
 
+def cut(terms: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """C (...) + Σ terms (..., n), in float32 as tensor cores add: all are aligned to the largest of them, two bits
+    below its last are kept, and their sum is cut, not rounded. (Measured on an H200, see docs/gpu-notes.md.)"""
+    every = np.concatenate([terms, C[..., None]], -1)
+    with np.errstate(all="ignore"):
+        largest = np.abs(every).max(-1, keepdims=True)
+        quantum = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1))) - 25)
+        total = (np.trunc(every / quantum) * quantum).sum(-1)
+        rounded = total.astype(np.float32)
+        beyond = np.abs(rounded.astype(np.float64)) > np.abs(total)
+        rounded = np.where(beyond, np.nextafter(rounded, np.float32(0)), rounded)
+        return np.where(np.isfinite(largest[..., 0]), rounded, every.sum(-1)).astype(np.float32)
+
+
+def product_of_halves(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """A (..., M, K) B (..., K, N) + C of fp16 and float32, 16 columns of A at a time."""
+    for at in range(0, A.shape[-1], 16):
+        a, b = A[..., at : at + 16].astype(np.float64), B[..., at : at + 16, :].astype(np.float64)
+        C = cut(a[..., :, None, :] * b.swapaxes(-1, -2)[..., None, :, :], C.astype(np.float64))
+    return C
+
+
 @operation("mma")
 def _matrix(name: str, parts: list[str], args: list[str]) -> Run:
-    """D = A B + C of float64. Lane 4 g + t of a warp has A's rows g (and g + 8) at columns t, t + 4, ..., B's column g
-    at the same, and of C and D entries 2 t and 2 t + 1 of those rows."""
+    """D = A B + C. Lane 4 g + t of a warp has A's rows g (and g + 8) and B's column g at columns and rows t, t + 4, ...
+    (float64) or 2 t, 2 t + 1, 2 t + 8, 2 t + 9 (fp16), and of C and D entries 2 t and 2 t + 1 of those rows."""
     shape = re.fullmatch(r"m(8|16)n8k(4|8|16)", parts[2])
-    if not shape or parts[-1] != "f64":
+    halves = parts[2:] == ["m16n8k16", "row", "col", "f32", "f16", "f16", "f32"]
+    if not halves and (not shape or parts[-1] != "f64"):
         raise NotImplementedError(".".join([name, *parts]))
     M, K = int(shape[1]), int(shape[2])
+
+    def held(p: Program, operand: str, dtype: str) -> np.ndarray:
+        registers = [np.broadcast_to(p.get(x, TYPES[dtype]), len(p.thread)) for x in _split(operand)]
+        return np.stack(registers, 1)
+
+    def packed(p: Program, operand: str) -> np.ndarray:
+        """(warp, g, t, register, 2) of fp16."""
+        x = np.ascontiguousarray(held(p, operand, "b32")).view(np.float16)
+        return x.reshape(-1, 8, 4, x.shape[1] // 2, 2)
 
     def run(p: Program, m: np.ndarray | None) -> None:
         _lanes(p, m, "0xffffffff")
 
         def matrices(operand: str, order: Sequence[int], *sizes: int) -> np.ndarray:
             """Registers (warp, ..., row or column g, t), the dots in the order of the registers."""
-            held = [np.broadcast_to(p.get(x, TYPES["f64"]), len(p.thread)) for x in _split(operand)]
-            return np.stack(held, 1).reshape(-1, 8, 4, *sizes).transpose(0, *(at + 1 for at in order))
+            found = held(p, operand, "f32" if halves else "f64").reshape(-1, 8, 4, *sizes)
+            return found.transpose(0, *(at + 1 for at in order))
 
-        A = matrices(args[1], (3, 0, 2, 1), K // 4, M // 8).reshape(-1, M, K)  # g, t, block of columns, half
-        B = matrices(args[2], (2, 1, 0), K // 4).reshape(-1, K, 8)
         C = matrices(args[3], (2, 0, 1, 3), M // 8, 2).reshape(-1, M, 8)
-        D = (C + A @ B).reshape(-1, M // 8, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(len(p.thread), -1)
+        if halves:
+            a = packed(p, args[1]).reshape(-1, 8, 4, 2, 2, 2)  # warp, g, t, block of columns, half of rows, entry
+            A = a.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
+            B = packed(p, args[2]).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
+            D = product_of_halves(A, B, C)
+        else:
+            A = matrices(args[1], (3, 0, 2, 1), K // 4, M // 8).reshape(-1, M, K)  # g, t, block of columns, half
+            B = matrices(args[2], (2, 1, 0), K // 4).reshape(-1, K, 8)
+            D = C + A @ B
+        D = D.reshape(-1, M // 8, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(len(p.thread), -1)
         for at, register in enumerate(_split(args[0])):
             p.put(register, D[:, at], m)
+
+    return run
+
+
+SWIZZLES = {1: 128, 2: 64, 3: 32}  # by a descriptor's number: bytes of a row
+
+
+def _chunks(descriptors: np.ndarray, rows: int, across: bool) -> np.ndarray:
+    """Addresses (warpgroup, chunk) of what a descriptor is of: ``rows`` rows of 16 columns, or with ``across`` 16 of so
+    many columns, by chunks of 8 numbers, row by row.
+
+    Bits 0 to 13 are the address, 16 to 29 and 32 to 45 the distances to the next chunks across and to the next eight
+    rows, all over 16; the topmost two say how the chunks of eight rows are permuted.
+    """
+    address, far, eight = ((descriptors >> at & 0x3FFF) * 16 for at in (0, 16, 32))
+    (swizzle,) = set((descriptors >> 62 & 3).tolist())
+    pitch = SWIZZLES.get(swizzle)
+    if pitch is None:
+        raise NotImplementedError("wgmma of a matrix that is not swizzled")
+    row, chunk = np.divmod(np.arange(2 * rows), rows // 8 if across else 2)
+    at = (row % 8) * pitch + 16 * (chunk % (pitch // 16) if across else chunk)
+    places = address[:, None] + at + (row // 8) * eight[:, None]
+    if across:
+        places = places + chunk // (pitch // 16) * far[:, None]
+    return places ^ (places >> 7 & pitch // 16 - 1) << 4
+
+
+@operation("wgmma")
+def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
+    """D = A B + D of four warps, of fp16 in shared memory by descriptors, M = 64, K = 16. Warp w has rows 16 w to
+    16 w + 15, its lanes as ``mma`` has them. Until its group was waited for accumulators are NaN, and operands unread:
+    what overwrites them sooner shows."""
+    if parts[0] == "fence":
+        return lambda p, m: None
+    if parts[0] == "commit_group":
+
+        def commit(p: Program, m: np.ndarray | None) -> None:
+            p.products_committed += 1
+
+        return commit
+    if parts[0] == "wait_group":
+
+        def wait(p: Program, m: np.ndarray | None) -> None:
+            while p.products and p.products[0].group < p.products_committed - int(args[0]):
+                one = p.products.pop(0)
+                found = one.compute(one.before)
+                for at, later in enumerate(p.products):
+                    if later.into == one.into:
+                        p.products[at] = later._replace(before=found)
+                        break
+                else:
+                    for at, register in enumerate(one.into):
+                        p.put(register, found[:, at], None)
+
+        return wait
+    shape = re.fullmatch(r"m64n(\d+)k16", parts[3])
+    if not shape or parts[:3] != ["mma_async", "sync", "aligned"] or parts[4:] != ["f32", "f16", "f16"]:
+        raise NotImplementedError(".".join([name, *parts]))
+    if args[1].startswith("{") or args[4:6] != ["1", "1"] or args[6] != "0":
+        raise NotImplementedError(f"{'.'.join([name, *parts])} {args[1:]}")
+    N, into, across = int(shape[1]), tuple(_split(args[0])), args[7] == "1"
+
+    def run(p: Program, m: np.ndarray | None) -> None:
+        if m is not None or len(p.thread) % 128:
+            raise NotImplementedError(f"{name} by some threads")
+        a, b = (p.get(x, TYPES["u64"]).astype(np.int64).reshape(-1, 128) for x in args[1:3])
+        if (a != a[:, :1]).any() or (b != b[:, :1]).any():
+            raise RaceError(f"{p.code.name}: the lanes of {name} have different descriptors")
+        adds = np.broadcast_to(p.predicate(args[3]), len(p.thread))
+        places = _chunks(a[:, 0], 64, False), _chunks(b[:, 0], N, across)
+
+        def matrix(addresses: np.ndarray, transposed: bool) -> np.ndarray:
+            """(warpgroup, rows, 16), or (warpgroup, 16, rows)."""
+            groups, count = addresses.shape
+            who = (np.arange(groups)[:, None] * 128 + np.arange(count) % 128).ravel()
+            read = load(p.shared, addresses.ravel(), 16, Threads(p.at, who, p.barriers, p.of_warp))
+            x = np.ascontiguousarray(read).view(np.float16)
+            return x.reshape(groups, 16, -1) if transposed else x.reshape(groups, -1, 16)
+
+        def compute(before: np.ndarray) -> np.ndarray:
+            A, B = matrix(places[0], False), matrix(places[1], across)
+            C = before.reshape(-1, 4, 8, 4, N // 8, 2, 2)  # group, warp, g, t, block, half, entry
+            C = C.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, N)
+            D = product_of_halves(A, B if across else B.swapaxes(1, 2), C)
+            return D.reshape(-1, 4, 2, 8, N // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(len(p.thread), -1)
+
+        held = np.stack([np.broadcast_to(p.get(x, TYPES["f32"]), len(p.thread)) for x in into], 1)
+        p.products.append(Product(p.products_committed, into, np.where(adds[:, None], held, 0), compute))
+        for register in into:
+            p.put(register, np.float32(np.nan), None)
 
     return run
 
