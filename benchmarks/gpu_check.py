@@ -53,6 +53,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
     selected = ["-k", f"(triton or cuda-cuda) and {where} and not oracle", "--one-in", str(share)]
+    on_gpus = ["tests/triton/test_gpu.py", *(["--every", "2"] if dry else ["tests/triton/test_contrasts.py"])]
+    on_gpus.append("tests/cuda/test_gpu.py")
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -65,7 +67,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
-        "gpu": Step([*pytest, *parallel, "tests/triton/test_gpu.py", "tests/cuda/test_gpu.py"], 180),
+        "gpu": Step([*pytest, *parallel, *on_gpus], options.limit if dry else 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),

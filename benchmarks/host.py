@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import mse_loss
 
-from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, ops, pmrl_loss
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss, instance_contrastive_loss, ops, pmrl_loss
 from pmrl_kernels.ops.operators import Pair
 
 SECONDS = 4.0  # for each section
@@ -255,10 +255,20 @@ def triplet(xs: Sequence[Tensor]) -> Any:
     return torch.autograd.grad((sigma, u), xs, (torch.ones_like(sigma), torch.ones_like(u)))
 
 
+def _differentiated(loss: Tensor, xs: Sequence[Tensor]) -> Any:
+    return torch.autograd.grad(loss, xs)
+
+
+def _pmrl(xs: Sequence[Tensor], contrast: str) -> Tensor:
+    return pmrl_loss(*xs, contrast=contrast, backend="triton")
+
+
 CALLS = {
     "alignment, triton": loss("triton"),
     "the same, forward alone": lambda xs: dominant_sv_loss(*[x.detach() for x in xs], backend="triton"),
     "triplet, triton": triplet,
+    "instance contrast, triton": lambda xs: _differentiated(instance_contrastive_loss(xs[0], backend="triton"), xs[:1]),
+    "pmrl, leave_one_out, triton": lambda xs: _differentiated(_pmrl(xs, "leave_one_out"), xs),
     **({"alignment, native": loss("native")} if "native" in ops.available else {}),
     "F.mse_loss": lambda xs: torch.autograd.grad(mse_loss(xs[0], xs[1]), xs[:2]),
 }

@@ -11,13 +11,15 @@ from torch.utils import _pytree as pytree
 
 from . import inputs
 
-_BATCHES = (2, 1032, 8200)
-"""One for each way that kernels are launched (the Triton backend's LATENCY_BATCH and SPREAD_BATCH lie between)."""
+_BATCHES = (2, 512, 520, 1032, 1536, 1544, 8200)
+"""One for each way that kernels are launched: the Triton backend's LATENCY_BATCH and SPREAD_BATCH lie between, and for
+contrasts the least and the largest batch for each size of tiles, or one beyond what goes in strips."""
+
+_ON_CPUS = (2, 1032)  # where large ones take seconds, and make no difference
 
 
 def _batches(leaves: Sequence[Tensor]) -> Sequence[int]:
-    """The last takes a CPU seconds, where it makes no difference."""
-    return _BATCHES if any(x.device.type != "cpu" for x in leaves) else _BATCHES[:2]
+    return _BATCHES if any(x.device.type != "cpu" for x in leaves) else _ON_CPUS
 
 
 def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
@@ -26,10 +28,10 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
     Triton's kernels are compiled when a call first needs them, which takes seconds (docs/layering.md has a table), and
     those of the CUDA backend are loaded. This gets it over with where waiting does no harm: before a timed step, before
     all processes of a job reach their first collective, or before a CUDA graph is captured, where either is an error.
-    It calls ``function`` on random embeddings, of a few instances, a thousand and on a GPU eight thousand, and
-    differentiates what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so another process
-    takes less time. Where nothing has to be compiled, as on a CPU, it does no more than those calls. Gradients are
-    enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
+    It calls ``function`` on random embeddings, of a few instances, a thousand and on a GPU of several numbers up to
+    eight thousand, and differentiates what comes out. Triton keeps compiled kernels on disk (``TRITON_CACHE_DIR``), so
+    another process takes less time. Where nothing has to be compiled, as on a CPU, it does no more than those calls.
+    Gradients are enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
 
     Triton's depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
     multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.

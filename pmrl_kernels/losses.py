@@ -13,7 +13,8 @@ from torch import Tensor
 from . import inputs
 from .inputs import Embeddings, Mask
 from .ops import function, resolve
-from .ops.contrast.spec import PAIRED, RAW, Contrast, RawContrast, kind
+from .ops.contrast.spec import RAW, Contrast, RawContrast, kind
+from .ops.contrast.spec import op as contrast_op
 from .ops.objective import Objective
 from .ops.spectral import spec
 from .ops.spectral.spec import SPECTRAL, Spectral
@@ -161,15 +162,16 @@ def instance_contrastive_loss(
     """
     u, mask = inputs.rows(u, mask)
     tau, fixed = inputs.temperature(temperature, "temperature", u.device, contrast=True)
-    name = "leading" if inputs.flag(normalize, "normalize") else "raw"
+    normalize = inputs.flag(normalize, "normalize")
+    name, parts = ("leading", kind("leading", 1)) if normalize else ("raw", RAW)
     problem = backend, u.device, u.dtype, 1, u.shape[1]
-    pair = resolve(PAIRED, *problem)
+    pair = resolve(contrast_op(parts, normalize), *problem)
     column = None if mask is None else mask[:, None]
     batch = inputs.Batch((u,), column, len(u), 1, u.shape[1], u.device, u.dtype)
     spread = inputs.spread_batch(group, local_sizes, batch, name, "u")
-    if name == "raw":
-        return function.apply(RawContrast(Contrast(pair, RAW, fixed, spread)), (column, tau, u))[0]
-    contrast = Contrast(pair, kind("leading", 1), fixed, spread)
+    contrast = Contrast(pair, parts, fixed, spread)
+    if not normalize:
+        return function.apply(RawContrast(contrast), (column, tau, u))[0]
     # A normalised row is the leading vector of an instance of one modality.
     spectral = Spectral(resolve(SPECTRAL, *problem), spec.ALIGNMENT_SUM | spec.U, spectrum=False)
     return function.apply(Objective(spectral, contrast, 1.0, 1.0), (column, None, tau, u))[2]
@@ -315,12 +317,12 @@ def pmrl_loss(
     spectrum = inputs.one_of(objective, "objective", ("softmax", "leading")) == "softmax"
     return_components = inputs.flag(return_components, "return_components")
     problem = backend, batch.device, batch.dtype, batch.k, batch.d
-    pairs = resolve(SPECTRAL, *problem), resolve(PAIRED, *problem)
+    parts = kind(contrast, batch.k)
+    pairs = resolve(SPECTRAL, *problem), resolve(contrast_op(parts, normalize), *problem)
 
     spread = inputs.spread_batch(group, local_sizes, batch, contrast)
     if contrast == "modality" and tau2 is None:
         _warn_of_floor(fixed2, batch.k, batch.B if spread is None else sum(spread.sizes))
-    parts = kind(contrast, batch.k)
     wanted = spec.U * parts.u | spec.Z * parts.z | spec.W * parts.w
     if weights[0] > 0:
         wanted |= spec.ALIGNMENT_MEAN if spread is None else spec.ALIGNMENT_SUM

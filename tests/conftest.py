@@ -84,7 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         k, variant = params.get("k", 2), params.get("backend")
-        repeats = variant in ("triton-throughput", "triton-double-float") and k > 8  # the kernels of the latency layout
+        # The kernels of the latency layout; and contrasts have one alone.
+        repeats = variant in ("triton-throughput", "triton-double-float") and (k > 8 or "contrast_op" in item.nodeid)
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
         number = zlib.crc32(f"{seed}{item.nodeid}".encode())

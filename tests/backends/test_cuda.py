@@ -12,7 +12,7 @@ from pmrl_kernels import dominant_sv_loss, ops
 from pmrl_kernels.ops import cuda, native
 from pmrl_kernels.ops.contrast import PAIRED
 from pmrl_kernels.ops.spectral import SPECTRAL, spec
-from tests.tools.backends import fake, run_python, use_backends
+from tests.tools.backends import ALL_OPS, fake, run_python, use_backends
 
 CARD = torch.device("cuda", 0)
 BUILT = {"cuda": "sm_80 sm_90 sm_100 compute_90"}
@@ -138,7 +138,7 @@ def test_torch_compile_sees_the_drivers_answer_and_not_the_question(machine, mon
         return answer
 
     pair = reference.pairs["spectral"]._replace(backend="cuda", rejects=rejects)
-    ours = ops.Backend("cuda", rejects, {"spectral": pair}, {"paired": "there are none"})
+    ours = ops.Backend("cuda", rejects, {"spectral": pair}, dict.fromkeys(ALL_OPS, "there are none"))
     monkeypatch.setattr(ops, "available", {"cuda": ours, "reference": reference})
     if answer == "the library's":
         if not hasattr(torch.ops.pmrl_kernels, "cuda_unavailable"):

@@ -182,7 +182,8 @@ def test_contrasts_are_the_same_in_tiles(device, monkeypatch):
     for contrast in EVERY_CONTRAST:
         values, grads = [], []
         for tile in (1 << 22, 11, 40):
-            monkeypatch.setattr(contrast_reference, "_TILE", tile)
+            for name in ("_TILE", "_DEVICE_TILE"):
+                monkeypatch.setattr(contrast_reference, name, tile)
             loss = pmrl_loss(xs, mask=mask, contrast=contrast, backend="reference")
             values.append(loss.detach())
             grads.append(torch.autograd.grad(loss, xs))

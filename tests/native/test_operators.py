@@ -15,6 +15,7 @@ from pmrl_kernels import dominant_sv_loss, pmrl_loss
 from pmrl_kernels.ops.contrast import native
 from pmrl_kernels.ops.spectral import spec
 from tests.tools import contrasts
+from tests.tools.backends import operators
 from tests.tools.contrasts import Calls
 from tests.tools.native import ALL, OPS, everything, modalities, run, same_bits, some_mask
 
@@ -91,8 +92,8 @@ def test_operators_read_masks_of_any_bytes():
         found = []
         for m in (mask, odd):
             given = (z, u, None if columns else m, columns, m if columns else None, 0, raw, None, 0.1)
-            loss, losses, state = Calls(OPS).modality_forward(*given)
-            gradients, h, _ = Calls(OPS).modality_backward(*given, losses, state, torch.ones(()))
+            loss, losses, state = Calls(operators("native")).modality_forward(*given)
+            gradients, h, _ = Calls(operators("native")).modality_backward(*given, losses, state, torch.ones(()))
             found.append([loss, losses, h, *(g.masked_fill(~mask[:, j, None], 0) for j, g in enumerate(gradients))])
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)

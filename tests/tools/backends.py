@@ -15,7 +15,7 @@ import torch
 
 import pmrl_kernels
 from pmrl_kernels import ops
-from pmrl_kernels.ops.operators import Pair
+from pmrl_kernels.ops.operators import Op, Pair
 
 PACKAGE = Path(pmrl_kernels.__file__).parent
 CPU = torch.device("cpu")
@@ -54,6 +54,20 @@ def operators(backend: str) -> types.SimpleNamespace:
         pair = ops.resolve(op, backend, CPU, torch.float32, 3, 64)
         found |= {f"{op.name}_forward": pair.forward, f"{op.name}_backward": pair.backward}
     return types.SimpleNamespace(**found)
+
+
+def by_dtype(backend: str) -> types.SimpleNamespace:
+    """The same, of whoever computes each call: a backend may leave float64 to others."""
+    parts = ("forward", "backward")
+    every = [(op, part) for family in ops.FAMILIES for op in family.OPS for part in parts]
+    return types.SimpleNamespace(**{f"{op.name}_{part}": _resolving(op, part, backend) for op, part in every})
+
+
+def _resolving(op: Op, part: str, backend: str) -> Callable[..., Any]:
+    def call(first: Sequence[torch.Tensor], *arguments: Any) -> Any:
+        return getattr(ops.resolve(op, backend, CPU, first[0].dtype, 3, 64), part)(first, *arguments)
+
+    return call
 
 
 def run_python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -21,31 +21,36 @@ def everyone(parts: list[Tensor]) -> list[Tensor]:
 
 
 class Calls:
-    """A backend's op by its two oldest uses: of leading vectors, and of embeddings with them."""
+    """A backend's op by its two oldest uses: of leading vectors, and of embeddings with them. ``any_norm``: the op of
+    vectors that need not be unit vectors, which is that of *raw* calls, too."""
 
-    def __init__(self, ops: Any) -> None:
-        self.ops = ops
+    def __init__(self, ops: Any, any_norm: bool = False) -> None:
+        self.ops, self.any_norm = ops, any_norm
+
+    def _operator(self, part: str, raw: bool) -> Any:
+        return getattr(self.ops, f"paired_of_any_norm_{part}" if raw or self.any_norm else f"paired_{part}")
 
     def instance_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(u, everyone's or None, start, τ, fixed τ) -> (loss, losses (n,), state)"""
-        loss, losses, state = self.ops.paired_forward(*instances(*arguments))
+        loss, losses, state = self._operator("forward", False)(*instances(*arguments))
         return loss, losses[0, 0], state
 
     def instance_backward(self, u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         """And (losses (N,), state, gradient) -> gradients of u and of τ."""
         *first, losses, state, grad = arguments
-        (h,), slope = self.ops.paired_backward(*instances(u, *first), losses[None, None], state, grad)
+        (h,), slope = self._operator("backward", False)(*instances(u, *first), losses[None, None], state, grad)
         return h, slope
 
     def modality_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(z, u, mask, everyone's, their mask, start, raw, τ, fixed τ) -> (loss, losses (2, k, n), state)"""
-        found: tuple[Tensor, Tensor, Tensor] = self.ops.paired_forward(*modalities(*arguments))
+        found: tuple[Tensor, Tensor, Tensor] = self._operator("forward", arguments[6])(*modalities(*arguments))
         return found
 
     def modality_backward(self, z: list[Tensor], *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
         """And (losses (2, k, N), state, gradient) -> gradients of the z, of u, and of τ."""
         *first, losses, state, grad = arguments
-        (h, *H), slope = self.ops.paired_backward(*modalities(z, *first), losses, state, grad)
+        operator = self._operator("backward", first[5])
+        (h, *H), slope = operator(*modalities(z, *first), losses, state, grad)
         return H, h, slope
 
 

@@ -232,7 +232,11 @@ def install() -> None:
     forward = for_k(own.spectral_forward.default, reference.forward)
     backward = for_k(own.spectral_backward.default, reference.backward)
     pairs = {spec.SPECTRAL.name: Pair("cuda", forward, backward, rejects)}
-    ops.available = {"cuda": ops.Backend("cuda", rejects, pairs, {"paired": "there are none"}), **ops.available}
+    others = [op.name for family in ops.FAMILIES for op in family.OPS if op.name not in pairs]
+    ops.available = {
+        "cuda": ops.Backend("cuda", rejects, pairs, dict.fromkeys(others, "there are none")),
+        **ops.available,
+    }
 
 
 def pytest_load_initial_conftests() -> None:

@@ -27,6 +27,8 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
+from pmrl_kernels.ops.contrast.spec import kind
+from pmrl_kernels.ops.contrast.triton import launch as contrast
 from pmrl_kernels.ops.spectral import spec
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import runtime
@@ -43,9 +45,15 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
 """KiB."""
-SPILLED = {"solve_kernel": 336}
-"""Bytes that a kernel may spill for k <= 8: on an H200 parameters that leave this one none take up to three times as
-long."""
+SPILLED = {
+    "solve_kernel": dict.fromkeys(TARGETS, 336),
+    "similar_kernel": {"sm_100": 72, "gfx1100": 112},
+    "weights_kernel": {"sm_90": 208, "sm_100": 512, "gfx1100": 188},
+    "product_kernel": {"sm_90": 24, "sm_100": 48, "gfx1100": 556},
+}
+"""Bytes that a kernel may spill for k <= 8, and where. On an H200 parameters that leave solve_kernel none take up to
+three times as long. Those of contrasts spill with tiles of 128 (gfx1100's of 64 too), once for a tile: not in the loops
+that multiply."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 # What is asked for: the whole spectrum or the leading pair, and the outputs.
@@ -58,6 +66,9 @@ CALLS = {
     "others": (True, spec.ALIGNMENT_MEAN | spec.Z | spec.W),
     "others1": (False, spec.ALIGNMENT_MEAN | spec.Z | spec.W),
 }
+
+
+CONTRASTS = {"instances": "leading", "modality": "modality", "one_out": "leave_one_out", "pairs": "pairs"}
 
 
 class Case(NamedTuple):
@@ -90,23 +101,40 @@ CASES = [
     *(Case(target, "others", "fp32", 8) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
     Case("sm_120", "others", "fp32", 3),
     *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
+    *(Case("sm_90", call, "fp32", 1 if call == "instances" else 3) for call in CONTRASTS),
+    *(Case(target, "modality", "fp32", 3) for target in ("sm_80", "sm_100", "sm_120", "gfx942", "gfx1100")),
 ]
 
 
-def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
-    """The launches of a forward and a backward pass, of a batch of each size, and with sums as the target has them."""
+def spectral_calls(case: Case, d: int) -> None:
+    """Of a batch for each way of launching."""
     spectrum, wanted = CALLS[case.call]
+    for B in (8, launch.LATENCY_BATCH + 8, launch.SPREAD_BATCH + 8):
+        xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
+        mask = torch.ones(B, case.k, dtype=torch.bool) if case.masked else None
+        options = (mask, None, 0.05, True, spectrum, wanted)
+        outputs, state = launch.forward(xs, *options)
+        launch.backward(xs, *options, state, outputs, [True] * case.k)
+
+
+def contrast_calls(case: Case, d: int) -> None:
+    """Of a batch for each size of tiles, and of one that goes in strips."""
+    parts, tau = kind(CONTRASTS[case.call], case.k), torch.tensor(0.1)
+    for B in (256, 1024, 4096, 16384):
+        vectors = [torch.empty(B, d) for _ in range(parts.vectors(case.k))]
+        arguments = vectors, parts.pairs, parts.directions, None, [], None, 0, tau, 1.0
+        _, losses, state = contrast.forward(*arguments)
+        contrast.backward(*arguments, losses, state, tau)
+
+
+def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
+    """The launches of forward and backward passes, with sums as the target has them."""
     recorded: list[runtime.Launch] = []
     make, runtime.run = runtime.run, recorded.append
     slow = runtime.slow_float64(TARGETS[case.target])
     sums, runtime.SUMS = runtime.SUMS, "float32" if slow else "float64"
     try:
-        for B in (8, launch.LATENCY_BATCH + 8, launch.SPREAD_BATCH + 8):
-            xs = [torch.empty(B, d, dtype=DTYPES[case.dtype]) for _ in range(case.k)]
-            mask = torch.ones(B, case.k, dtype=torch.bool) if case.masked else None
-            options = (mask, None, 0.05, True, spectrum, wanted)
-            outputs, state = launch.forward(xs, *options)
-            launch.backward(xs, *options, state, outputs, [True] * case.k)
+        (contrast_calls if case.call in CONTRASTS else spectral_calls)(case, d)
     finally:
         runtime.run, runtime.SUMS = make, sums
     seen = set()
@@ -168,7 +196,8 @@ def usage(cubin: bytes) -> str:
 def faults(row: Row) -> list[str]:
     """What no kernel may do: spill for k <= 8, or ask for more shared memory than there is."""
     found = []
-    if row.stack > SPILLED.get(row.kernel, 0) and row.case.k <= 8:
+    allowed = SPILLED.get(row.kernel, {}).get(row.case.target, 0)
+    if row.stack > allowed and row.case.k <= 8:
         found.append(f"spills: {row}")
     if row.shared > SHARED_LIMIT[row.case.target] << 10:
         found.append(f"too much shared memory: {row}")

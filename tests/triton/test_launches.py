@@ -14,6 +14,10 @@ import torch
 pytest.importorskip("triton", reason="Triton has no packages for this system")
 
 from pmrl_kernels import compilation
+from pmrl_kernels.ops import contrast
+from pmrl_kernels.ops import triton as backend
+from pmrl_kernels.ops.contrast import triton as fused
+from pmrl_kernels.ops.contrast.triton import launch as contrasts
 from pmrl_kernels.ops.spectral import spec, triton
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import arguments, record, runtime
@@ -35,6 +39,8 @@ OUTPUTS = {
 def launched(monkeypatch) -> Iterator[list[str]]:
     names: list[str] = []
     monkeypatch.setattr(runtime, "run", lambda one: names.append(one.kernel.fn.__name__))
+    # Nothing is written or read, so that filling large batches would be all there is to do.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     return names
 
 
@@ -72,6 +78,56 @@ def test_a_large_batch_is_summed_by_several_programs(monkeypatch):
         (sums,) = (value for value in one.arguments if isinstance(value, arguments.Sums))
         assert one.programs == programs
         assert (sums.counter is None) == (sums.partial is None) == (programs == 1)
+
+
+def contrast_arguments(name: str, B: int, everyone: int = 0, k: int = 3, d: int = 4) -> Any:
+    kind = contrast.spec.kind(name, k)
+    rows = [torch.empty(B, d) for _ in range(kind.vectors(k))]
+    others = [torch.empty(everyone, d) for _ in rows] if everyone else []
+    return rows, kind.pairs, kind.directions, None, others, None, 0, None, 0.1
+
+
+def contrast_passes(arguments: Any) -> None:
+    _, losses, state = contrasts.forward(*arguments)
+    columns = arguments[4] or arguments[0]
+    losses = losses.new_empty((*losses.shape[:2], len(columns[0])))
+    contrasts.backward(*arguments, losses, state, torch.ones(()))
+
+
+@pytest.mark.parametrize("name", contrast.spec.NAMES)
+def test_launches_of_contrasts(launched, name):
+    """Two each way, whatever the number of pairs; a third where a batch is large, or another process has rows too; and
+    beyond the room for weights two for each strip of a way."""
+    forward, backward = ["prepare_kernel", "similar_kernel"], ["weights_kernel", "product_kernel"]
+    for B, everyone in ((1, 0), (1024, 0), (64, 256)):
+        launched.clear()
+        contrast_passes(contrast_arguments(name, B, everyone))
+        assert launched == forward + ["finish_kernel"] * (everyone > 0) + backward, (B, everyone)
+    launched.clear()
+    contrast_passes(contrast_arguments(name, 4096, d=2048))
+    assert launched == [*forward, "prepare_kernel", *backward]
+    launched.clear()
+    contrast_passes(contrast_arguments(name, 16384))
+    ways = 1 if name == "leading" else 6
+    assert launched.count("weights_kernel") == launched.count("product_kernel") == ways * 4
+    assert launched.count("similar_kernel") == 1
+    assert "finish_kernel" not in launched
+    launched.clear()
+    contrast_passes(contrast_arguments(name, 0, 64))
+    assert launched == ["prepare_kernel", "finish_kernel"]
+    contrast_passes(contrast_arguments(name, 0))
+    assert len(launched) == 2
+
+
+def test_what_contrasts_keep(launched):
+    """O(N) numbers from one pass to the other, but for small batches, and fake tensors say so."""
+    for name, B, everyone in itertools.product(contrast.spec.NAMES, (100, 70000), (0, 80000)):
+        arguments = contrast_arguments(name, B, everyone)
+        found, fake = contrasts.forward(*arguments), fused._forward_shapes(*arguments)
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in fake]
+        numbers = (everyone or B) * len(arguments[0]) * 64
+        assert (found[2].numel() == 2) == (numbers > fused.state.KEPT)
+        assert found[2].numel() <= 1.2 * numbers + 1e4
 
 
 class Compiled:
@@ -184,6 +240,7 @@ def test_cards_with_slow_float64_sum_in_double_float(monkeypatch):
 def test_warm_up_compiles_all_that_is_needed_later():
     code = """
 import json, torch
+from functools import partial
 from pmrl_kernels import compilation, dominant_singular_triplet, pmrl_loss, warm_up
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import runtime
@@ -191,21 +248,26 @@ from pmrl_kernels.ops.triton import runtime
 seen = set()
 runtime.run = lambda one: seen.add((one.kernel.fn.__name__, one.compilation()))
 
+runtime.INTERPRETED = False  # tiles are a GPU's
+torch.utils.deterministic.fill_uninitialized_memory = False
+
 def calls(B):
     xs = [torch.randn(B, 32, requires_grad=True) for _ in range(3)]
     mask = torch.ones(B, 3, dtype=torch.bool)
-    pmrl_loss(dict(zip("abc", xs)), mask={name: mask[:, 0] for name in "abc"}).backward()
+    for contrast in ("leading", "pairs"):
+        pmrl_loss(dict(zip("abc", xs)), mask={name: mask[:, 0] for name in "abc"}, contrast=contrast).backward()
     dominant_singular_triplet(xs[0].detach(), *xs[1:]).sigma.sum().backward()
 
 compilation._batches = lambda leaves: compilation._BATCHES  # as on a GPU
 xs = [torch.randn(5, 32) for _ in range(3)]
 mask = torch.ones(5, dtype=torch.bool)
-warm_up(pmrl_loss, dict(zip("abc", xs)), mask=dict.fromkeys("abc", mask))
+for contrast in ("leading", "pairs"):
+    warm_up(partial(pmrl_loss, contrast=contrast), dict(zip("abc", xs)), mask=dict.fromkeys("abc", mask))
 xs[1].requires_grad_(), xs[2].requires_grad_()
 warm_up(lambda *xs: dominant_singular_triplet(*xs).sigma, *xs)
 assert all(x.grad is None for x in xs)
 before = set(seen)
-for B in (1, 3, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 3000, launch.SPREAD_BATCH + 1):
+for B in (1, 3, 500, 700, launch.LATENCY_BATCH, launch.LATENCY_BATCH + 1, 1600, 3000, launch.SPREAD_BATCH + 1):
     calls(B)
 print(len(before), len(seen))
 """
@@ -217,9 +279,14 @@ print(len(before), len(seen))
 
 def test_warm_up_takes_a_batch_of_each_kind():
     for k in range(2, 33):
-        assert [launch.size_of(B, k) for B in compilation._BATCHES] == [launch.SMALL, launch.MEDIUM, launch.LARGE]
-    small, medium, _ = compilation._BATCHES
-    assert small <= launch.SHARE < medium
+        assert {launch.size_of(B, k) for B in compilation._BATCHES} == {launch.SMALL, launch.MEDIUM, launch.LARGE}
+        sizes = [launch.size_of(B, k) for B in compilation._ON_CPUS]
+        assert sizes == [launch.SMALL, launch.MEDIUM]
+    assert compilation._ON_CPUS[0] <= launch.SHARE < compilation._ON_CPUS[1]
+    for N in range(1, 10000):  # of each size of tiles the fewest and the most, or more than there is room for
+        tile = contrasts.plan(N).tile
+        warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B).tile == tile]
+        assert min(warmed) <= -(-N // tile) <= max(warmed) or (max(warmed) * tile) ** 2 > contrasts.ROOM, N
 
 
 def test_shapes_without_running(launched):
@@ -236,15 +303,16 @@ def test_shapes_without_running(launched):
             assert state[0].shape == (record.state_size(5, kept),)
 
 
-def test_operators_of_another_layout_have_another_name(monkeypatch):
+@pytest.mark.parametrize("where", [(arguments.__package__, "record.py"), (fused.__name__, "state.py")], ids=str)
+def test_operators_of_another_layout_have_another_name(where, monkeypatch):
     """torch.compile keeps compiled graphs on disk, states of a fixed size in them, by the names of operators."""
-    name = triton._layout()
+    name = backend.fingerprint(*where)
     assert re.fullmatch("[0-9a-f]{8}", name)
-    assert triton._layout() == name
-    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: b"another " + file.encode())
-    assert triton._layout() != name
-    monkeypatch.setattr(triton.pkgutil, "get_data", lambda package, file: None)
-    assert re.fullmatch("[0-9a-f]{8}", triton._layout())
+    assert any(name in registered for registered in torch._C._dispatch_get_all_op_names())
+    monkeypatch.setattr(backend.pkgutil, "get_data", lambda package, file: b"another " + file.encode())
+    assert backend.fingerprint(*where) != name
+    monkeypatch.setattr(backend.pkgutil, "get_data", lambda package, file: None)
+    assert re.fullmatch("[0-9a-f]{8}", backend.fingerprint(*where))
 
 
 def test_a_record_has_room_for_its_fields():

@@ -21,6 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pmrl_kernels.ops.contrast.triton.kernels import triangular
 from pmrl_kernels.ops.triton import runtime
 from tests import TOOLS
 from tests.tools import ptx
@@ -159,6 +160,38 @@ def test_rows_that_are_not_aligned():
     """Spread one column a lane: what lanes add up of one number must come out alike in all of them."""
     which = "test_singular_values and triton-double-float and float64-2-clustered-True"
     assert run_compiled("tests/contract/test_spectral_precision.py", "-k", which) == 1
+
+
+def test_contrasts_on_tensor_cores_that_cut():
+    """fp16 products of a warp, and of four, whose sums are not rounded."""
+    which = "same_bits and cone or as_exact and 0.05-cone-modality"
+    assert run_compiled("tests/triton/test_contrasts.py", "-k", which) == 2
+
+
+@triton.jit
+def triangular_kernel(first, second, N: tl.constexpr):
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    i, j = triangular(at)
+    tl.store(first + at, i)
+    tl.store(second + at, j)
+
+
+def test_pairs_are_found_by_square_roots_that_are_not_exact():
+    N, programs = 128, 40
+    i, j = (torch.full((N * programs,), -1, dtype=torch.int32) for _ in range(2))
+    signature = {"first": "*i32", "second": "*i32", "N": "constexpr"}
+    source = ASTSource(triangular_kernel, signature, {(2,): N})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+    assert "sqrt.approx" in binary.asm["ptx"]
+    with ptx.approximating(2.0**-20):
+        ptx.execute(binary.asm["ptx"], binary.metadata.shared, programs, (i, j))
+    expected = [(a, b) for b in range(120) for a in range(b + 1)][: N * programs]
+    assert list(zip(i.tolist(), j.tolist(), strict=True)) == expected
+
+
+@pytest.mark.slow
+def test_all_contrasts_on_tensor_cores_that_cut(sampled):
+    assert run_compiled("tests/triton/test_contrasts.py", "-k", "test", *sampled(7, "--every")) >= 1
 
 
 @pytest.mark.slow

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..operators import Pair
-from .spec import PAIRED
+from .spec import OF_ANY_NORM, PAIRED
 
-OPS = (PAIRED,)
+OPS = (PAIRED, OF_ANY_NORM)
 
 
 def implementations(backend: str) -> Mapping[str, Pair]:
     """A backend's pairs, by the names of the ops. (By statements, which tools that freeze programs can see.)"""
     if backend == "native":
         from .native import PAIRS
+    elif backend == "triton":
+        from . import triton  # modulefinder takes ``from .triton`` for the package triton
+
+        return triton.PAIRS
     elif backend == "reference":
         from .reference import PAIRS
     else:

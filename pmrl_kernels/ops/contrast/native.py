@@ -33,4 +33,4 @@ def _forward_shapes(
     return x.new_empty(()), x.new_empty(shape, dtype=torch.float64), x.new_empty((measured + kept * room,))
 
 
-PAIRS = {spec.PAIRED.name: native.pair(spec.PAIRED, _forward_shapes)}
+PAIRS = dict.fromkeys((spec.PAIRED.name, spec.OF_ANY_NORM.name), native.pair(spec.PAIRED, _forward_shapes))

@@ -22,7 +22,8 @@ from ..operators import Operators, Pair
 from ..reference import NAME, NAMESPACE, read_mask, read_temperature, rejects
 from . import spec
 
-_TILE = 1 << 22  # similarities held at a time: 16 MiB in float32
+_TILE = 1 << 22  # similarities held at a time: 16 MiB in float32, which caches of CPUs like
+_DEVICE_TILE = 1 << 24  # elsewhere, where each tile is some ten launches
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -30,8 +31,9 @@ def _softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=40.0)
 
 
-def _row_tiles(n_rows: int, n_columns: int) -> Iterator[slice]:
-    step = max(1, _TILE // max(1, n_columns))
+def _row_tiles(n_rows: int, n_columns: int, device: torch.device) -> Iterator[slice]:
+    tile = _TILE if device.type == "cpu" else _DEVICE_TILE
+    step = max(1, tile // max(1, n_columns))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
@@ -65,7 +67,7 @@ def _log_sums(a: _Side, b: _Side, start: int, tau: Tensor | float, both: bool) -
     """logsumexp_{j≠start+i} δ_ij for every row of a; where ``both``, for every column too (a and b then pair up)."""
     rows = torch.empty_like(a.positive)
     columns = torch.full_like(b.positive, -torch.inf, dtype=torch.float64) if both else None
-    for tile in _row_tiles(len(rows), len(b.positive)):
+    for tile in _row_tiles(len(rows), len(b.positive), rows.device):
         part = a.at(tile)
         similarity = part.vectors @ b.vectors.T
         rows[tile] = _deltas(similarity, part.positive[:, None], tau, b.seen, start + tile.start).logsumexp(1)
@@ -97,7 +99,7 @@ def _pulled(
     from_columns = torch.zeros_like(b.vectors) if both else None
     total = torch.zeros((), dtype=torch.float64, device=a.vectors.device)
     own, theirs = (losses.to(a.vectors.dtype) for losses in (own, theirs))
-    for tile in _row_tiles(len(a.vectors), len(b.vectors)):
+    for tile in _row_tiles(len(a.vectors), len(b.vectors), a.vectors.device):
         part, rows = a.at(tile), own[tile]
         similarity, first = part.vectors @ b.vectors.T, start + tile.start
         allowed = _both(part.counted, b.seen)
@@ -281,7 +283,7 @@ def _forward_shapes(vectors: Sequence[Tensor], pairs: Sequence[int], *_: Any) ->
 def _registered() -> tuple[Operators, dict[str, Pair]]:
     operators = Operators(f"{NAMESPACE}_contrast")
     paired = operators.define(spec.PAIRED, paired_forward, paired_backward, _forward_shapes)
-    return operators, {spec.PAIRED.name: Pair(NAME, *paired, rejects)}
+    return operators, dict.fromkeys((spec.PAIRED.name, spec.OF_ANY_NORM.name), Pair(NAME, *paired, rejects))
 
 
 _operators, PAIRS = _registered()

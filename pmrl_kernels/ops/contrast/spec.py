@@ -9,6 +9,10 @@ both directions. What is paired with what makes a contrast:
     pairs            each z_m with each other z_l
     raw              vectors of any norm with themselves
 
+Vectors are unit vectors, or zero, but in raw contrasts and where embeddings enter as they are: those are an op of
+their own, ``paired_of_any_norm``, the same but for what it takes. So a backend may have kernels for unit vectors alone,
+whose similarities are bounded.
+
 The mathematics is in ``reference.py``.
 """
 
@@ -56,13 +60,17 @@ PAIRED = Op(
 )
 """``pairs`` are indices into the vectors, two for each pair: all of two different vectors, or all of one with itself.
 
-Which rows there are: of vectors with True in ``directions``, unit vectors mostly, those that are not zero. Of others
+All rows are unit vectors or zero, of the op ``OF_ANY_NORM`` any vectors.
+
+Which rows there are: of vectors with True in ``directions`` those that are not zero. Of others
 all, but where the partner in a pair is a direction, the partners of rows that there are. And of the last n vectors
 those for which ``mask`` (B, n) is True; its n is 0 without a mask. A row has losses where its partner is there too,
 and the other side chooses among all that are there.
 
 Forward: the mean loss (0-d), the losses (``losses_shape``) in float64, a state. Backward, from the losses of everyone:
 the gradients of the vectors, and of the temperature (0-d float64)."""
+
+OF_ANY_NORM = PAIRED._replace(name="paired_of_any_norm")
 
 
 class Kind(NamedTuple):
@@ -104,6 +112,11 @@ def _new_kind(name: str, k: int) -> Kind:
 
 
 _kind = functools.cache(_new_kind)  # which compilers warn of
+
+
+def op(parts: Kind, normalize: bool) -> Op:
+    """What computes such a contrast: the z are the embeddings as they are without ``normalize``."""
+    return OF_ANY_NORM if not normalize and (parts.z or parts == RAW) else PAIRED
 
 
 def gathered(group: Group | None, *columns: Tensor) -> Tensor:

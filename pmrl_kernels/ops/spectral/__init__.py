@@ -17,7 +17,9 @@ def implementations(backend: str) -> Mapping[str, Pair]:
     elif backend == "cuda":
         from .cuda import PAIRS
     elif backend == "triton":
-        from .triton import PAIRS
+        from . import triton  # modulefinder takes ``from .triton`` for the package triton
+
+        return triton.PAIRS
     elif backend == "reference":
         from .reference import PAIRS
     else:

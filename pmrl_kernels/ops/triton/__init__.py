@@ -8,11 +8,16 @@ interpreter, if TRITON_INTERPRET=1 is set before Python starts: slow, and meant 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +83,35 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
     if device.type == "cpu" and INTERPRETED:
         return None
     return f"it has kernels for GPUs, not for {device.type}"
+
+
+def fingerprint(package: str, file: str) -> str:
+    """A word for what a state is, which a file says, for the operators' names: torch.compile keeps graphs on disk by
+    these, and would run those made for the states of another version."""
+    try:
+        source = pkgutil.get_data(package, file) or b""
+    except OSError:  # a program that was packed without sources never meets another version
+        source = b""
+    return hashlib.sha256(source).hexdigest()[:8]
+
+
+def lazy(launch: Callable[[], ModuleType], name: str) -> Callable[..., Any]:
+    """The function of this name of a module that is imported when it first runs.
+
+    Around a graph break Dynamo would compile what lies between tensors and launches too, piece by piece. Where nobody
+    has loaded it, there is no need to keep it from that, which takes a second.
+    """
+
+    @functools.cache
+    def untraced() -> Any:
+        return torch.compiler.disable(getattr(launch(), name))
+
+    def call(*arguments: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return untraced()(*arguments)
+        return getattr(launch(), name)(*arguments)
+
+    return call
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))

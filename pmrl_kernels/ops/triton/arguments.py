@@ -9,6 +9,7 @@ there, are known when a kernel is compiled.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -181,6 +182,11 @@ def targets(tensors: Sequence[Tensor | None], d: int) -> tuple[Targets, int]:
         left = iter(offsets)
         chosen = tuple([None if x is None else next(left) for x in tensors])
     return Targets(first, chosen, stride), 1 if (together | d * size) % 16 else 16 // size
+
+
+def bits(value: float) -> int:
+    """Of a float64."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]  # type: ignore[no-any-return]
 
 
 def values(x: Tensor | None) -> Values | None:

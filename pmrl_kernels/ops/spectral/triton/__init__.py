@@ -6,9 +6,6 @@ This module imports neither triton nor the kernels; ``launch`` does, the first t
 from __future__ import annotations
 
 import functools
-import hashlib
-import pkgutil
-import sys
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -29,25 +26,7 @@ def _launch() -> types.ModuleType:
     return launch
 
 
-@functools.cache
-def _untraced(name: str) -> Any:
-    return torch.compiler.disable(getattr(_launch(), name))
-
-
-# Around a graph break Dynamo would compile what lies between tensors and launches too, piece by piece. Where nobody
-# has loaded it, there is no need to, and that takes a second.
-
-
-def _forward(*arguments: Any) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _untraced("forward")(*arguments)
-    return _launch().forward(*arguments)
-
-
-def _backward(*arguments: Any) -> Any:
-    if "torch._dynamo" in sys.modules:
-        return _untraced("backward")(*arguments)
-    return _launch().backward(*arguments)
+_forward, _backward = triton.lazy(_launch, "forward"), triton.lazy(_launch, "backward")
 
 
 def _forward_shapes(
@@ -82,18 +61,8 @@ def _backward_or_operator(embeddings: Sequence[Tensor], *arguments: Any) -> Any:
     return function(embeddings, *arguments)
 
 
-def _layout() -> str:
-    """A word for what a state is, for the operators' names: torch.compile keeps graphs on disk by these, and would run
-    those made for the states of another version."""
-    try:
-        source = pkgutil.get_data(triton.__name__, "record.py") or b""
-    except OSError:  # a program that was packed without sources never meets another version
-        source = b""
-    return hashlib.sha256(source).hexdigest()[:8]
-
-
 def _registered() -> tuple[Operators, Any, Any]:
-    operators = Operators(f"pmrl_triton_spectral_{_layout()}")
+    operators = Operators(f"pmrl_triton_spectral_{triton.fingerprint(triton.__name__, 'record.py')}")
     keys = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
     return operators, *operators.define(spec.SPECTRAL, _forward, _backward, _forward_shapes, keys)
 

@@ -25,6 +25,7 @@ from ...triton.record import (
     store_symmetric,
     store_vector,
 )
+from ...triton.scalars import log1p
 
 CANCELLED = tl.constexpr(constants.CANCELLED)
 
@@ -52,13 +53,6 @@ class Block(NamedTuple):
 @triton.jit
 def block_of(record, instance, there, K: tl.constexpr):
     return Block(record, instance, there, tl.arange(0, K)[None, :, None], tl.arange(0, K)[None, None, :])
-
-
-@triton.jit
-def log1p(x):
-    """For x >= 0: log(1 + x) of the rounded sum, and what the rounding took."""
-    total = 1.0 + x
-    return tl.log(total) + (x - (total - 1.0)) / total
 
 
 @triton.jit

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from ...triton.arguments import Instances
-from ...triton.double_float import to_float64
 from ...triton.eigen import jacobi_lanes, power_lanes, power_tiles, put, reciprocal, triangle, zero_or_nan
 from ...triton.record import load_tiles, number_of_modalities, record_of, store_vector
+from ...triton.scalars import read_temperature
 from .algebra import block_of, decompose_tiles, finish_forward
 from .passes import gram_phase, gram_tile_phase, tile_of, vectors_phase, vectors_tile_phase
 
@@ -223,17 +223,6 @@ def reduce_kernel(
 
 
 @triton.jit
-def read_temperature(temperature):
-    """A bad one makes NaN."""
-    if temperature.pointer is None:
-        # the interpreter takes an integer in a tuple for one of 32 bits, if it fits
-        return temperature.bits.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        t = to_float64(tl.load(temperature.pointer))
-        return tl.where((t > 0) & (t < float("inf")), t, float("nan"))
-
-
-@triton.jit
 def gram_kernel(x, mask, state, counter, B, d, MODE: tl.constexpr, STEP: tl.constexpr):
     """G = XᵀX of R instances. Reads x; writes gram (and exponents) of their records, and sets the counter to 0."""
     instance = tl.program_id(0).to(tl.int64) * STEP.rows + tl.arange(0, STEP.rows)
@@ -268,7 +257,9 @@ def solve_kernel(
     for start in range(0, N, PART):  # some at a time: their matrices are to stay in registers
         one = (tl.program_id(0).to(tl.int64) * N + start + tl.arange(0, PART))[:, None, None]
         block = block_of(record_of(state, one, MODE), one, one < B, MODE.K)
-        loss, slope, alignable = finish_forward(block, mask, read_temperature(temperature), outputs, d, VECTORS, MODE)
+        loss, slope, alignable = finish_forward(
+            block, mask, read_temperature(temperature, False), outputs, d, VECTORS, MODE
+        )
         if outputs.alignment is not None:
             tl.store(outputs.alignment + one, loss.to(outputs.alignment.dtype.element_ty), mask=one < B)
         losses += tl.where(one < B, loss, 0.0)
@@ -310,7 +301,7 @@ def forward_kernel(
     tl.debug_barrier()
     one = instance[:, None, None]
     block = block_of(record_of(state, one, MODE), one, one < B, MODE.K)
-    loss, _, _ = finish_forward(block, mask, read_temperature(temperature), outputs, d, VECTORS, MODE)
+    loss, _, _ = finish_forward(block, mask, read_temperature(temperature, False), outputs, d, VECTORS, MODE)
     if outputs.alignment is not None:
         tl.store(outputs.alignment + one, loss.to(outputs.alignment.dtype.element_ty), mask=one < B)
     if (u is not None) or (z is not None) or (w is not None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from ...triton.arguments import (
     Sums,
     Temperature,
     Values,
+    bits,
     canonical,
     dense,
     mode,
@@ -150,10 +150,6 @@ def _nothing(temperature: Tensor) -> Tensor:
     return torch.where((temperature > 0) & temperature.isfinite(), 0.0, torch.nan).double()
 
 
-def _bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]  # type: ignore[no-any-return]
-
-
 _Call = tuple[Sequence[Tensor], int, int, int, Plan, Mode]
 """What both passes make of their arguments: the embeddings, of one dtype and with contiguous rows; B, k, d; and how."""
 
@@ -245,7 +241,7 @@ def forward(
     sums = Sums(total, None, None)
     if total is not None and (not p.latency or B > SHARE):
         sums = Sums(total, state[HEAD + B * MODE.record.size :], state[-1:].view(torch.int32))
-    tau = Temperature(temperature, _bits(fixed_temperature))
+    tau = Temperature(temperature, bits(fixed_temperature))
     vectors, mean = wanted & (spec.U | spec.V | spec.W) != 0, wanted & spec.ALIGNMENT_MEAN != 0
     parameters: tuple[Any, ...]
     if p.latency:
