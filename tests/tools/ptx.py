@@ -1700,22 +1700,27 @@ def install() -> None:
     folder = os.environ.get("TRITON_LIBCUDA_PATH")
     runtime.run = here if folder is None else _through_the_launcher(folder)
 
-    def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
-        return None if device.type == "cpu" else f"no {device.type} here"
+    def here_as_on_a_gpu(own: Callable[..., str | None]) -> Callable[..., str | None]:
+        def rejects(device: torch.device, *arguments: Any) -> str | None:
+            return own(torch.device("cuda"), *arguments) if device.type == "cpu" else f"no {device.type} here"
+
+        return rejects
 
     backend = ops.available["triton"]
-    pairs = {name: pair._replace(rejects=rejects) for name, pair in backend.pairs.items()}
-    ops.available["triton"] = backend._replace(rejects=rejects, pairs=pairs)
+    pairs = {name: pair._replace(rejects=here_as_on_a_gpu(pair.rejects)) for name, pair in backend.pairs.items()}
+    ops.available["triton"] = backend._replace(rejects=here_as_on_a_gpu(backend.rejects), pairs=pairs)
     # Where somebody looks on, a negated view say, the operators are called, which are for GPUs.
-    from pmrl_kernels.ops.spectral import triton as kernels
+    from pmrl_kernels.ops.contrast import triton as contrasts
+    from pmrl_kernels.ops.spectral import triton as spectral
 
-    for operator, function in (
-        (kernels.forward_operator, kernels._forward),
-        (kernels.backward_operator, kernels._backward),
-    ):
-        library = torch.library.Library(operator.namespace, "FRAGMENT")
-        library.impl(operator._schema.name.partition("::")[2], function, "CPU")
-        _libraries.append(library)  # whose end would be that of what it has registered
+    for kernels in (spectral, contrasts):
+        for operator, function in (
+            (kernels.forward_operator, kernels._forward),
+            (kernels.backward_operator, kernels._backward),
+        ):
+            library = torch.library.Library(operator.namespace, "FRAGMENT")
+            library.impl(operator._schema.name.partition("::")[2], function, "CPU")
+            _libraries.append(library)  # whose end would be that of what it has registered
 
 
 _libraries: list[torch.library.Library] = []
