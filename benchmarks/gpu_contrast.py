@@ -3,10 +3,10 @@
     python benchmarks/gpu_contrast.py              # B = 256 to 65536; --limit SECONDS ends it sooner
     python benchmarks/gpu_contrast.py --dry-run    # toy sizes on the CPU, kernels interpreted: does the program run?
 
-Beside ours stand the same losses as they are written with ``F.cross_entropy``, eager and compiled, with matrix products
-in float32 and in TF32 ("high"), and the products alone that no formulation is spared: 2 B x B x d of an instance
-contrast, in float32, TF32 and float16. Wall and device time are those of gpu.py. Nothing is timed that does not agree
-with the reference in float64.
+Ours come with three products for a similarity and, "high", with one. Beside them stand the same losses as they are
+written with ``F.cross_entropy``, eager and compiled, with matrix products in float32 and in TF32 ("high"), and the
+products alone that no formulation is spared: 2 B x B x d of an instance contrast, in float32, TF32 and float16. Wall
+and device time are those of gpu.py. Nothing is timed that does not agree with the reference in float64.
 """
 
 from __future__ import annotations
@@ -93,10 +93,14 @@ def _of_one(name: str, loss: Loss) -> Contender:
 
 
 def contenders(dry: bool) -> list[Contender]:
-    found = [
+    names = ("leading", "leave_one_out", "modality", "pairs")
+    ours = [
         _of_one("instance", _instance),
-        *(Contender(f"pmrl, {c}", c, functools.partial(_pmrl, contrast=c)) for c in ("leading", "leave_one_out")),
-        *(Contender(f"pmrl, {c}", c, functools.partial(_pmrl, contrast=c)) for c in ("modality", "pairs")),
+        *(Contender(f"pmrl, {c}", c, functools.partial(_pmrl, contrast=c)) for c in names),
+    ]
+    found = [
+        *ours,
+        *(_at("high", one) for one in ours),
         _of_one("F.cross_entropy", _cross_entropy),
         _at("high", _of_one("F.cross_entropy", _cross_entropy)),
         Contender("F.cross_entropy, all pairs", "all pairs", _all_pairs),

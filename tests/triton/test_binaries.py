@@ -104,6 +104,30 @@ def test_sums_in_double_float_use_no_float64():
     assert counted == dict.fromkeys(("gram_kernel", "vectors_kernel", "backward_kernel"), 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "multiply", "wait"), [
+    ("sm_90", "wgmma.mma_async", r"wgmma\.wait_group\.sync\.aligned\s+1;"),  # one product is still under way
+    ("sm_80", "mma.sync", r"cp\.async\.wait_group\s+2;"),  # and so are the operands of the next two
+])  # fmt: skip
+def test_products_of_contrasts_wait_for_no_product(target, multiply, wait):
+    """A loop that waits for all that it has begun leaves tensor cores idle for half of the time. Whether it does is
+    decided by its form: several products in one loop, or narrower loads, and compilers give up."""
+    loops = []
+    for one in resources.launches(resources.Case(target, "instances", "fp32", 1)):
+        if one.warps < 8:  # tiles of less than 128, for batches that wait for launches anyway
+            continue
+        text = compiled_for(target, one).asm["ptx"]
+        bodies = re.findall(r"^(\$L__BB\d+_\d+):(.*?)\bbra[.\w]*\s+\1;", text, re.MULTILINE | re.DOTALL)
+        products = [body for _, body in bodies if multiply in body]
+        loops.append((one.kernel.fn.__name__, len(products)))
+        for body in products:
+            waits = re.findall(r"\b(?:wgmma|cp\.async)\.wait_group[.\w]*\s+\d+;", body)
+            assert any(re.search(wait, one) for one in waits), waits
+            assert not [one for one in waits if re.search(r"\s0;", one)], waits
+    backward = [("weights_kernel", 3), ("product_kernel", 1)]
+    assert loops == [("similar_kernel", 3), *backward, *backward], "all of it at once, and by strips"
+
+
 @pytest.mark.parametrize("stack", [0, 8])
 @pytest.mark.parametrize("k", [8, 9])
 def test_the_gate_sees_spills(k, stack):

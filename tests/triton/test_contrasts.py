@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from pmrl_kernels import ops
 
 if "triton" not in ops.available:
-    pytest.skip("needs a GPU and Triton", allow_module_level=True)
+    pytest.skip("needs Triton, and a GPU or an interpreter", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -26,9 +26,10 @@ import triton.language as tl
 from pmrl_kernels.ops.contrast import reference, spec
 from pmrl_kernels.ops.contrast.triton import kernels, launch
 from pmrl_kernels.ops.triton import runtime
+from pmrl_kernels.ops.triton.arguments import targets
 
 if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
-    pytest.skip("needs a GPU", allow_module_level=True)
+    pytest.skip("needs a GPU or an interpreter", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT64 = torch.float64
@@ -237,9 +238,42 @@ def test_larger_tiles(tile, tiles):
         assert max(off) <= 3e-6
 
 
+def in_parts(x: Tensor, padded: int, width: int) -> Tensor:
+    """Rows (N, d) as ``prepare_kernel`` writes them, (3, padded, width)."""
+    scaled = torch.zeros(padded, width, device=DEVICE)
+    scaled[: len(x), : x.shape[1]] = 4092 * x
+    whole = scaled.round()
+    return torch.stack([whole, scaled - whole, scaled]).half()
+
+
 @pytest.mark.slow
-def test_a_product_over_many_rows(tiles):
-    """Accumulators that are cut, not rounded, would lose 1e-4 of it: they are rounded at the end of each tile."""
+@pytest.mark.parametrize("tile", [32, 128])
+def test_a_product_over_many_rows(tile, tiles):
+    """K = 65536. An accumulator that is cut, not rounded, would lose 3e-4 of it (with sums of one sign, as here): it is
+    rounded at the end of each tile."""
+    tiles(tile)
+    n, N, tau = tile, 65536, 0.5
+    b, G = unit(cone(1, N, 16))[0], torch.rand(n, N, device=DEVICE)
+    own = [b[:n], b[:n]]
+    call, _ = launch._call(None, own, (0, 1), (True, True), [b, b], 0, None, tau)
+    parts = call.parts.view(2, 3, call.sizes.padded, call.width)
+    parts.copy_(in_parts(b, call.sizes.padded, call.width))
+    call.flags.fill_(kernels.COUNTED.value | 3 * kernels.SEEN.value)
+    high = (8192 * G).half()
+    weights = torch.stack([high, (8192 * G - high).half()]).expand(1, 2, n, N).contiguous()
+    scales = torch.full((1, 1, N // tile), 2.0**-13, device=DEVICE)
+    losses = torch.zeros(2, 1, N, dtype=FLOAT64, device=DEVICE)  # nothing is pulled to its partner
+    found = torch.full((n, 16), torch.nan, device=DEVICE)
+    h, multiple = targets([found], 16)
+    strip, one = kernels.Strip(0, 1), torch.ones((), dtype=FLOAT64, device=DEVICE)
+    launch._product(call, strip, (weights, scales), losses, one, one.float(), h, multiple, vector=0, way=0)
+    expected = G.double() @ b.double() / tau
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 3e-6
+
+
+@pytest.mark.slow
+def test_gradients_of_many_rows(tiles):
+    """The same by way of all kernels."""
     tiles(32)
     n, N = 32, 65536 if DEVICE == "cuda" else 8192
     (x,) = unit(cone(1, N, 16))
