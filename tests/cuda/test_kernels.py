@@ -110,6 +110,11 @@ def check(door: cuda.Door, k: int, name: str, scale: float = 1.0) -> None:
         assert_agrees(gradients, reference.backward(*call, its_state, incoming, needed), exact, size)
 
 
+def slow(*case: object) -> object:
+    """One of those that `make test` leaves to `make test-slow`."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_agree_with_the_reference(name, layout):
@@ -165,14 +170,14 @@ def test_float64_rows_whose_squares_leave_the_range(name, scale):
     [
         *((3, name, (8, 12)) for name in CASES),
         *((3, "everything", layout) for layout in ((16, 4), (32, 7), (32, 1))),
-        (6, "everything", (8, 12)),
+        slow(6, "everything", (8, 12)),
     ],
 )
 def test_sums_in_pairs(k, name, layout):
     check(cuda.door(*layout, architecture=SLOW_FLOAT64), k, name)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("scale", [1e-38, slow(1e-20), slow(1e20), 1e37])
 @pytest.mark.parametrize("name", ["alignment", "everything", "everything, as it is", "everything, bfloat16"])
 def test_what_pairs_have_no_numbers_for(name, scale):
     """Squares and inverse norms that are no float32."""
@@ -181,7 +186,7 @@ def test_what_pairs_have_no_numbers_for(name, scale):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "incoming"), [(1e-15, 1e-24), (1e-9, 1e-30), (1e-15, 1e-27), (1e15, 1e-37), (1, 1e25)]
+    ("rows", "incoming"), [slow(1e-15, 1e-24), slow(1e-9, 1e-30), (1e-15, 1e-27), slow(1e15, 1e-37), (1, 1e25)]
 )
 def test_incoming_gradients_that_pairs_have_no_numbers_for(rows, incoming, normalize):
     """Or whose products with rows are none, though gradients of these are ordinary float32 numbers."""
@@ -224,7 +229,7 @@ def test_sums_of_equal_terms_in_pairs(d, layout):
     assert_agrees(found, expected, True, 1.0)
 
 
-@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("k", [2, slow(5)])
 def test_pairs_are_nearly_as_exact_as_float64(k):
     """48 bits: small singular values, which are square roots of differences, too."""
     xs = batch(k, 9, 512, FLOAT32)
@@ -235,7 +240,7 @@ def test_pairs_are_nearly_as_exact_as_float64(k):
         assert (x - y).abs().nan_to_num(0.0).max() <= 2e-7 * y.nan_to_num(0.0).abs().max()
 
 
-@pytest.mark.parametrize("dtype", [*FLOAT32, *BFLOAT16, *FLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [*FLOAT32, slow(*BFLOAT16), slow(*FLOAT16)], ids=str)
 def test_passes_have_no_float64_where_it_is_slow(dtype):
     """Rows twice as long take not one instruction of it more."""
 
@@ -282,7 +287,7 @@ def test_kernels_of_every_k(k, taken):
         assert k == 8 or not CALLS_OR_STACK.search(cuda.compiled(k, architecture))
 
 
-@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("k", [slow(3), 4])
 def test_the_same_bits_whoever_is_beside(k):
     """An instance alone, in a batch, by either layout's order of sums: lanes do not read one another's instances."""
     xs = batch(k, 33, 24, FLOAT32)
