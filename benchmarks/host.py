@@ -230,7 +230,7 @@ def cuda_without_a_gpu(xs: Sequence[Tensor]) -> int | None:
     if not COMPILER:
         return None
     os.environ["PMRL_DOOR_FLAGS"] = "-O2 -UPMRL_TUNING"
-    from tests.tools import cuda
+    from tests.tools import cuda_door as cuda
 
     door = cuda.door(runs=False)
 

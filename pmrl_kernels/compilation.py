@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -19,7 +20,11 @@ _ON_CPUS = (2, 1032)  # where large ones take seconds, and make no difference
 
 
 def _batches(leaves: Sequence[Tensor]) -> Sequence[int]:
-    return _BATCHES if any(x.device.type != "cpu" for x in leaves) else _ON_CPUS
+    if all(x.device.type == "cpu" for x in leaves):
+        return _ON_CPUS
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    # Contrasts are launched by the number of everyone's rows, if the function gathers them; else by their own.
+    return sorted({*_BATCHES, *(-(-batch // processes) for batch in _BATCHES)})
 
 
 def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
@@ -34,7 +39,8 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
     Gradients are enabled for them, within ``torch.no_grad()`` and ``torch.inference_mode()`` too.
 
     Triton's depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
-    multiple of 16 bytes, on options, and on which embeddings require gradients. They do not depend on B.
+    multiple of 16 bytes, on options, and on which embeddings require gradients. Of B they depend no further than such
+    batches do; with ``group=``, of what all processes have together, if they are those of the default group.
 
     Args:
         function: a loss, a module, or anything that takes the embeddings (and ``mask``, if one is given) and returns

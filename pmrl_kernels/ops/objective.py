@@ -18,6 +18,9 @@ from .reference import read_mask
 from .spectral import spec
 from .spectral.spec import Spectral, number_of_modalities
 
+_SMALL = 1 << 21
+"""Numbers of embeddings of a batch that counts as small, at most: 8 MiB in float32."""
+
 
 class Objective(NamedTuple):
     """A call on (mask, temperature, instance temperature, *embeddings), see ``function.py``; its outputs are the total
@@ -56,10 +59,11 @@ class Objective(NamedTuple):
         return (total, alignment, instance), [losses, state, number, everyone, *kept, *spectral_state]
 
     def _kept(self, embeddings: Sequence[Tensor]) -> int:
-        """How many of the vectors wait for the backward pass. It makes the w anew, to the same bits: they take a pass
-        over the embeddings, and as much memory as these."""
-        k = number_of_modalities(embeddings)
-        return self.contrast.kind.vectors(k) - k * self.contrast.kind.w
+        """How many of the vectors wait for the backward pass. It makes the w of large batches anew, to the same bits:
+        they take as much memory as the embeddings. Those of small ones take longer than that: a pass of its own."""
+        k, kind, first = number_of_modalities(embeddings), self.contrast.kind, embeddings[0]
+        w = k if kind.w and first.shape[0] * k * first.shape[-1] > _SMALL else 0
+        return kind.vectors(k) - w
 
     def _share(self, alignment: Tensor, number: Tensor) -> Tensor:
         """What a sum of this process's terms, or a gradient of it, is of everyone's mean."""
@@ -84,7 +88,7 @@ class Objective(NamedTuple):
         pulls: Sequence[Tensor | None] = [None] * self.contrast.kind.vectors(number_of_modalities(embeddings))
         slope = slope2 = None
         if instance is not None:
-            if self.contrast.kind.w:
+            if kept < len(pulls):
                 w, _ = self.spectral._replace(wanted=spec.W).compute(embeddings, mask, temperature)
                 vectors = [*vectors, *w]
                 del w

@@ -1,4 +1,4 @@
-"""The spectral op for CUDA on a CPU (tests/tools/cuda.py): what its kernels compute, against the reference."""
+"""The spectral op for CUDA on a CPU (tests/tools/cuda_door.py): what its kernels compute, against the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pmrl_kernels import ops
 from pmrl_kernels.ops.spectral import spec
-from tests.tools import cuda, cuda_resources, ptx
+from tests.tools import cuda_door as cuda
+from tests.tools import cuda_resources, ptx
 from tests.tools.installation import COMPILER
 
 ROOT = Path(__file__).parents[2]
@@ -449,7 +450,7 @@ def test_a_sample_of_the_contract(architecture, sampled):
             "-p",
             "no:cacheprovider",
             "-p",
-            "tests.tools.cuda",
+            "tests.tools.cuda_door",
             "tests/contract",
             "-k",
             "cuda",

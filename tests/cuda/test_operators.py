@@ -17,7 +17,7 @@ from torch import Tensor
 from pmrl_kernels import compilation
 from pmrl_kernels.ops.spectral import spec
 from tests import ROOT
-from tests.tools import cuda
+from tests.tools import cuda_door as cuda
 from tests.tools.installation import COMPILER
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
@@ -81,7 +81,7 @@ import torch
 from pmrl_kernels import compilation
 from pmrl_kernels.ops.spectral import spec
 from tests import ROOT
-from tests.tools import cuda
+from tests.tools import cuda_door as cuda
 door = cuda.door(runs=False)
 capturing = c_int.in_dll(door.driver, "capturing")
 for k in (4, 5):

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pmrl_kernels.ops.spectral import spec
-from tests.tools import cuda
+from tests.tools import cuda_door as cuda
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "cuda-resources.txt"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

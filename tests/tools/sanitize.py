@@ -1,6 +1,6 @@
 """The kernels' tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
-Of what is for CUDA it is the host's half, as tests/tools/cuda.py compiles it.
+Of what is for CUDA it is the host's half, as tests/tools/cuda_door.py compiles it.
 
 With --every N, one in N of them, which ones by --seed.
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from pmrl_kernels.ops.contrast import reference, spec
 from pmrl_kernels.ops.contrast.triton import kernels, launch
 from pmrl_kernels.ops.triton import runtime
-from pmrl_kernels.ops.triton.arguments import targets
+from pmrl_kernels.ops.triton.arguments import Temperature, bits, targets
 
 if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
     pytest.skip("needs a GPU or an interpreter", allow_module_level=True)
@@ -193,11 +193,11 @@ def test_batches_of_several_processes_in_strips(contrast, tiles):
 
 
 @triton.jit
-def similarities_kernel(parts, s, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr):
+def similarities_kernel(prepared, s, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr):
     """Of vectors 0 and 1, all of them (tiles·TILE, tiles·TILE)."""
     at = tl.program_id(0)
     tile = kernels.tile_of(k * 0, at, sizes, kernels.Strip(0 * at, sizes.tiles), FORM, TILE, 8)
-    found = kernels.similarities(parts, tile, k, width, sizes, FORM, TILE, 64)
+    found = kernels.similarities(prepared, tile, k, width, sizes, FORM, TILE, 64)
     length = (sizes.tiles * TILE).to(tl.int32)
     rows, columns = tile.I * TILE + tile.lane, tile.J * TILE + tile.lane
     tl.store(s + rows[:, None] * length + columns[None, :], found)
@@ -212,13 +212,14 @@ def test_similarities_have_the_same_bits_in_all_tiles(rows, tiles):
     found = []
     for tile in (32, 64, 128):
         tiles(tile)
-        call, _ = launch._call(None, vectors, (0, 1), (True, True), [], 0, None, 0.1)
-        launch._prepare(call, vectors, (True, True), None, [], None)
+        problem = launch.Problem(vectors, (0, 1), (True, True), None, [], None, 0, None, 0.1)
+        call = launch.geometry(problem)._replace(kept=False)
+        made = launch._prepare(call, problem, vectors[0])
         s = torch.full((N, N), torch.nan, device=DEVICE)
-        values = (call.parts, s, call.k, call.width, call.sizes)
+        values = (made, s, call.k, call.width, call.sizes)
         warps = 8 if tile == 128 else 4
         programs = (N // tile) ** 2
-        runtime.run(runtime.Launch(similarities_kernel, programs, warps, values, (call.form, tile), (8, 4, 1, 64, 1)))
+        runtime.run(runtime.Launch(similarities_kernel, programs, warps, values, (call.form, tile), (2, 4, 1, 64, 1)))
         found.append(s)
     assert all(torch.equal(found[0], s) for s in found[1:])
     exact = vectors[0].double() @ vectors[1].double().T
@@ -255,18 +256,20 @@ def test_a_product_over_many_rows(tile, tiles):
     n, N, tau = tile, 65536, 0.5
     b, G = unit(cone(1, N, 16))[0], torch.rand(n, N, device=DEVICE)
     own = [b[:n], b[:n]]
-    call, _ = launch._call(None, own, (0, 1), (True, True), [b, b], 0, None, tau)
-    parts = call.parts.view(2, 3, call.sizes.padded, call.width)
-    parts.copy_(in_parts(b, call.sizes.padded, call.width))
-    call.flags.fill_(kernels.COUNTED.value | 3 * kernels.SEEN.value)
+    call = launch.geometry(launch.Problem(own, (0, 1), (True, True), None, [b, b], None, 0, None, tau))
+    padded, made = call.sizes.padded, call.layout._replace(buffer=torch.zeros(call.numbers, device=DEVICE).double())
+    halves, octets = made.buffer.view(torch.float16), made.buffer.view(torch.int8)
+    parts = halves[4 * made.parts :][: 2 * 3 * padded * call.width].view(2, 3, padded, call.width)
+    parts.copy_(in_parts(b, padded, call.width))
+    octets[8 * made.flags :][:N] = kernels.COUNTED.value | 3 * kernels.SEEN.value
     high = (8192 * G).half()
     weights = torch.stack([high, (8192 * G - high).half()]).expand(1, 2, n, N).contiguous()
     scales = torch.full((1, 1, N // tile), 2.0**-13, device=DEVICE)
     losses = torch.zeros(2, 1, N, dtype=FLOAT64, device=DEVICE)  # nothing is pulled to its partner
     found = torch.full((n, 16), torch.nan, device=DEVICE)
-    h, multiple = targets([found], 16)
-    strip, one = kernels.Strip(0, 1), torch.ones((), dtype=FLOAT64, device=DEVICE)
-    launch._product(call, strip, (weights, scales), losses, one, one.float(), h, multiple, vector=0, way=0)
+    one, fixed = torch.ones((), dtype=FLOAT64, device=DEVICE), Temperature(None, bits(tau))
+    step = launch.Pass(call, made, fixed, losses, one, one.float(), *targets([found], 16), [])
+    launch._product(step, kernels.Strip(0, 1), (weights, scales))
     expected = G.double() @ b.double() / tau
     assert float((found - expected).abs().max() / expected.abs().max()) <= 3e-6
 

@@ -203,6 +203,40 @@ def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, mo
     assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
 
 
+def test_kernels_of_contrasts_are_launched_with_what_they_were_compiled_for(compiled_kernels):
+    """Theirs are kept by less than what they are compiled for, and that must do."""
+    for name, k, d, B, everyone, masked, tau, grad, precision in itertools.product(
+        contrast.spec.NAMES,
+        (2, 3),
+        (7, 64, 100, 128, 512),
+        (1, 60, 600, 2000, 30000),
+        (0, 61000),
+        (False, True),
+        (None, torch.float32, torch.float64),
+        (torch.float32, torch.float64),
+        ("highest", "high"),
+    ):
+        if (masked, grad, precision) not in ((False, torch.float32, "highest"), (True, torch.float64, "high")):
+            continue
+        kind = contrast.spec.kind(name, k)
+        rows, others = ([torch.empty(1, d).expand(N, d) for _ in range(kind.vectors(k))] for N in (B, everyone))
+        mask = torch.ones(1, k, dtype=torch.bool).expand(B, k) if masked and kind.masked else None
+        present = None if mask is None or not everyone else mask[:1].expand(everyone, k)
+        temperature = None if tau is None else torch.ones((), dtype=tau)
+        where = (others, present, B) if everyone else ([], None, 0)
+        arguments = rows, kind.pairs, kind.directions, mask, *where, temperature, 0.1
+        torch.set_float32_matmul_precision(precision)
+        try:
+            _, losses, state = contrasts.forward(*arguments)
+            losses = losses[..., :1].expand(*losses.shape[:2], everyone or B)
+            contrasts.backward(*arguments, losses, state, torch.ones((), dtype=grad))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    made = [(one.kernel, one.compilation) for one in compiled_kernels.values()]
+    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers) for kernel, one in made}
+    assert len(sources) == len(compiled_kernels) >= 200, "two keys for one source compile it twice"
+
+
 def test_a_first_call_while_a_graph_is_captured(compiled_kernels, monkeypatch):
     """To load a kernel would end the capture. What is there already runs."""
     xs = [torch.empty(8, 16) for _ in range(3)]
@@ -287,6 +321,17 @@ def test_warm_up_takes_a_batch_of_each_kind():
         tile = contrasts.plan(N).tile
         warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B).tile == tile]
         assert min(warmed) <= -(-N // tile) <= max(warmed) or (max(warmed) * tile) ** 2 > contrasts.ROOM, N
+
+
+def test_warm_up_takes_what_processes_have_together(monkeypatch):
+    on_a_gpu = [torch.empty(5, 4, device="meta")]
+    tiles = {contrasts.plan(N).tile for N in range(1, 10000)}
+    monkeypatch.setattr(compilation.dist, "is_initialized", lambda: True)
+    for processes in (1, 2, 3, 8, 16, 100, 512):
+        monkeypatch.setattr(compilation.dist, "get_world_size", lambda processes=processes: processes)
+        batches = compilation._batches(on_a_gpu)
+        assert {contrasts.plan(processes * B).tile for B in batches} == tiles
+        assert {contrasts.plan(B).tile for B in batches} == tiles
 
 
 def test_shapes_without_running(launched):

@@ -64,7 +64,8 @@ def double_float(index: int | None, sums: str | None) -> bool:
 class Compilation(NamedTuple):
     """All that a compiled kernel follows from, but for the kernel and the target: ``compile_for`` sees nothing else.
 
-    So it is the key of what was compiled, too, and no parameter can be missing from that.
+    So it is the key of what was compiled, too, and no parameter can be missing from that; unless a launch says in
+    fewer words what it is for (``varies``), which tests compare.
     """
 
     kinds: tuple[Any, ...]  # of the arguments, see ``_kinds``
@@ -87,6 +88,9 @@ class Launch(NamedTuple):
     bytes."""
     registers: int = 0
     """Of a thread at most, so that more programs fit a multiprocessor; 0 for as many as there are."""
+    varies: tuple[Any, ...] | None = None
+    """What the arguments' kinds follow from, with the parameters: dtypes, which ones there are, how long tuples are. To
+    look at each argument instead takes the host half as long as the launch does."""
 
     def compilation(self) -> Compilation:
         return Compilation(_kinds(self.arguments), self.parameters, self.multiples, self.warps, self.registers)
@@ -166,7 +170,7 @@ def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any
 # Launching
 # ------------------------------------------------------------------------------------------------
 
-_compiled: dict[tuple[Any, int, Compilation], Any] = {}
+_compiled: dict[tuple[Any, int, Any], Any] = {}
 """By the kernel's Python function, whose hash costs the host less than the kernel's, and the device."""
 
 
@@ -176,7 +180,9 @@ def run(launch: Launch) -> None:
         kernel[(programs,)](*arguments, *parameters)
         return
     index = torch.cuda.current_device()
-    key = (kernel.fn, index, launch.compilation())
+    varies = launch.varies
+    of = launch.compilation() if varies is None else (varies, parameters, launch.multiples, launch.warps)
+    key = kernel.fn, index, of
     compiled = _compiled.get(key)
     if compiled is None:
         if torch.cuda.is_current_stream_capturing():  # a kernel is loaded, which ends a capture with an obscure error
@@ -185,5 +191,5 @@ def run(launch: Launch) -> None:
                 "graph is captured; call pmrl_kernels.warm_up, or the same function on such embeddings, before that"
             )
         target = triton.runtime.driver.active.get_current_target()
-        compiled = _compiled[key] = compile_for(target, kernel, key[2])
+        compiled = _compiled[key] = compile_for(target, kernel, launch.compilation())
     compiled[(programs, 1, 1)](*arguments, *parameters, stream=torch._C._cuda_getCurrentRawStream(index))

@@ -25,9 +25,8 @@ the rows and columns of a tile are kept as logarithms, relative to the positive.
 of which the similarities are each other's transpose; ``sides`` and ``way_of`` say which. Vectors with themselves have
 one.
 
-Buffers: parts (V, 3, NP, D) of V vectors, zero beyond their N rows and d columns, D a multiple of 64; there (V, N);
-flags and positives (P, N) of P pairs; losses (ways of a pair, P, N), float64. Rows of a batch over several processes:
-``start`` is the first of this process's n, and everyone's are the columns.
+Buffers: what is prepared of rows, see ``state.Prepared``; losses (ways of a pair, P, N), float64. Rows of a batch over
+several processes: ``start`` is the first of this process's n, and everyone's are the columns.
 """
 
 import struct
@@ -48,6 +47,29 @@ SQUARE_LOW = tl.constexpr(_INVERSE - SQUARE.value)
 STEEP = tl.constexpr(1 / 64)
 COUNTED = tl.constexpr(1)  # a row of a pair that has losses,
 SEEN = tl.constexpr(2)  # may be chosen by the other side as a row of a, and, twice this, of b
+
+
+# Numbers of several types share a buffer, one for the host to allocate.
+
+
+@triton.jit
+def parts_of(prepared):
+    return (prepared.buffer + prepared.parts).to(tl.pointer_type(tl.float16), bitcast=True)
+
+
+@triton.jit
+def positives_of(prepared):
+    return (prepared.buffer + prepared.positives).to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def flags_in(prepared):
+    return (prepared.buffer + prepared.flags).to(tl.pointer_type(tl.int8), bitcast=True)
+
+
+@triton.jit
+def counters_of(prepared):
+    return (prepared.buffer + prepared.counters).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 class Sizes(NamedTuple):
@@ -132,17 +154,20 @@ def number_of_ways(vector, k, FORM: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    x, mask, parts, there, flags, positives, counter, counters, d, k, pairs, width, sizes, MASKED: tl.constexpr,
-    DIRECTIONS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, mask, prepared, counters, d, k, pairs, width, sizes, MASKED: tl.constexpr, DIRECTIONS: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """hi, lo and w of ROWS rows of all vectors; s_i⁺ = a_i·b_i of all pairs, and what of these rows there is.
 
-    Reads x: V matrices (N, d), and the mask (N, MASKED) of the last ones; writes parts, there, flags, positives, and
-    sets the counters to 0. A row has a part in its sides' losses where it is there on both; a side that is defined by
+    Reads x: V matrices (N, d), and the mask (N, MASKED) of the last ones; writes ``prepared``, of whose counters so
+    many are set to 0. A row has a part in its sides' losses where it is there on both; a side that is defined by
     the others (the first, of a star) may be chosen where it is there.
     """
     V: tl.constexpr = len(x.offsets)
     N = sizes.columns
+    parts, positives, flags = parts_of(prepared), positives_of(prepared), flags_in(prepared)
+    there = (prepared.buffer + prepared.there).to(tl.pointer_type(tl.int8), bitcast=True)
+    counter = counters_of(prepared)
     if tl.program_id(0) == 0:
         for begin in range(0, counters, 256):
             at = begin + tl.arange(0, 256)
@@ -285,8 +310,9 @@ def dots(a, b, total, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def similarities(parts, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """a bᵀ (TILE, TILE)."""
+    parts = parts_of(prepared)
     x, y = sides(tile.pair, k, FORM)
     if FORM.rows_only:
         x, y = tl.where(tile.direction == 0, x, y), tl.where(tile.direction == 0, y, x)
@@ -308,9 +334,9 @@ def similarities(parts, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def flags_of(flags, tile, sizes, FORM: tl.constexpr):
+def flags_of(prepared, tile, sizes, FORM: tl.constexpr):
     """Of the rows, whether they have a loss and whether they may be chosen; and the same of the columns."""
-    base = flags + tile.pair.to(tl.int64) * sizes.columns
+    base = flags_in(prepared) + tile.pair.to(tl.int64) * sizes.columns
     own = tl.load(base + tile.row + tile.lane, mask=tile.rows, other=0).to(tl.int32)
     theirs = tl.load(base + tile.column + tile.lane, mask=tile.columns, other=0).to(tl.int32)
     seen_own, seen_theirs = own & SEEN, theirs & (2 * SEEN)
@@ -342,13 +368,30 @@ def log2_sum(s, positive, allowed, factor, AXIS: tl.constexpr):
 
 
 class Losses(NamedTuple):
-    """Where they go, and what they are added up by."""
+    """Where they go."""
 
     each: Any  # (ways of a pair, P, n), float64
     loss: Any
     number: Any  # what the mean is divided by
-    partial: Any  # two numbers of each who adds up
-    counter: Any  # how many have; and of each block of rows, how many tiles have been summed
+
+
+class Sums(NamedTuple):
+    """Sums that tiles leave, in one buffer of numbers of 64 bits: where in it each begins."""
+
+    buffer: Any
+    rows: int  # (jobs, tiles, height·TILE), float32: of the strip's rows, by the columns' tile
+    columns: int  # (jobs, height, tiles·TILE), float32: of all columns, by the rows' tile, if tiles serve both ways
+    partial: int  # two numbers of each block of rows
+
+
+@triton.jit
+def row_sums_of(sums):
+    return (sums.buffer + sums.rows).to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def column_sums_of(sums):
+    return (sums.buffer + sums.columns).to(tl.pointer_type(tl.float32), bitcast=True)
 
 
 @triton.jit
@@ -369,18 +412,17 @@ def slots(found, sums, distance, first, last, inside, steep):
 
 @triton.jit
 def sums_of_rows(
-    found, row_sums, column_sums, job, direction, tile, i, mine, steep, sizes, strip, FORM: tl.constexpr,
-    TILE: tl.constexpr,
+    found, sums, job, direction, tile, i, mine, steep, sizes, strip, FORM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``found`` and what a strip's tiles have of rows i, all of one tile."""
     height, tiles = strip.height, sizes.tiles
     below = i - strip.first * TILE
     within = mine & (below >= 0) & (below < height * TILE)
-    base = row_sums + job.to(tl.int64) * tiles * height * TILE + below
+    base = row_sums_of(sums) + job.to(tl.int64) * tiles * height * TILE + below
     if FORM.rows_only:
         found = slots(found, base, height * TILE, 0, tiles.to(tl.int32), within, steep)
     else:
-        across = column_sums + job.to(tl.int64) * height * tiles * TILE + i
+        across = column_sums_of(sums) + job.to(tl.int64) * height * tiles * TILE + i
         if FORM.itself:  # of other strips' rows nothing but columns
             in_strip = (tile >= strip.first) & (tile < strip.first + height)
             end = tl.where(in_strip, tiles, tile).to(tl.int32)
@@ -401,14 +443,15 @@ def is_steep(tau, FORM: tl.constexpr):
 
 @triton.jit
 def finish_rows(
-    found, flags, positives, tau, losses, pair, direction, row, mine, block, blocks, pairs, sizes, FORM: tl.constexpr,
+    found, prepared, sums, tau, losses, pair, direction, row, mine, block, blocks, pairs, sizes, FORM: tl.constexpr,
     BATCH: tl.constexpr,
 ):  # fmt: skip
     """ℓ_i of everyone's rows from their sums, where they are mine; of direction 0, how many count. The last of the
     blocks adds up what all have left, in their order."""
     there = row < sizes.columns
-    counted = (tl.load(flags + pair * sizes.columns + row, mask=there, other=0).to(tl.int32) & COUNTED) != 0
-    positive = tl.load(positives + pair * sizes.columns + row, mask=there, other=0.0).to(tl.float64)
+    at = pair * sizes.columns + row
+    counted = (tl.load(flags_in(prepared) + at, mask=there, other=0).to(tl.int32) & COUNTED) != 0
+    positive = tl.load(positives_of(prepared) + at, mask=there, other=0.0).to(tl.float64)
     steep = is_steep(tau, FORM)
     nothing = tl.where(steep, float("-inf"), 0.0).to(tl.float64)
     highest = 1.0 if FORM.itself else 0.0
@@ -425,17 +468,18 @@ def finish_rows(
     # is another process's, shows what is not finite nowhere else.
     each = tl.where(counted, 1.0 + positive * 0.0, 0.0)
     each = tl.where(direction == 0, each, 0.0)
-    tl.store(losses.partial + 2 * block, tl.sum(tl.where(mine, softplus, 0.0), 0))
-    tl.store(losses.partial + 2 * block + 1, tl.sum(each, 0))
+    partial = sums.buffer + sums.partial
+    tl.store(partial + 2 * block, tl.sum(tl.where(mine, softplus, 0.0), 0))
+    tl.store(partial + 2 * block + 1, tl.sum(each, 0))
     tl.debug_barrier()
-    if tl.atomic_add(losses.counter, 1, sem="acq_rel") == blocks - 1:
+    if tl.atomic_add(counters_of(prepared), 1, sem="acq_rel") == blocks - 1:
         tl.debug_barrier()
         total = tl.zeros([BATCH], tl.float64)
         count = tl.zeros([BATCH], tl.float64)
         for begin in range(0, blocks, BATCH):
             at = begin + tl.arange(0, BATCH)
-            total += tl.load(losses.partial + 2 * at, mask=at < blocks, other=0.0, volatile=True)
-            count += tl.load(losses.partial + 2 * at + 1, mask=at < blocks, other=0.0, volatile=True)
+            total += tl.load(partial + 2 * at, mask=at < blocks, other=0.0, volatile=True)
+            count += tl.load(partial + 2 * at + 1, mask=at < blocks, other=0.0, volatile=True)
         divisor = tl.sum(count, 0)
         divisor = tl.where(divisor < 1.0, 1.0, divisor)
         if not FORM.itself:
@@ -446,35 +490,35 @@ def finish_rows(
 
 @triton.jit
 def similar_kernel(
-    parts, flags, positives, temperature, row_sums, column_sums, losses, k, pairs, per_job, width, sizes, strip,
-    FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BATCH: tl.constexpr,
+    prepared, temperature, sums, losses, k, pairs, per_job, width, sizes, strip, FORM: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Σ_j exp(s_ij/τ) over a tile's columns, for each row, and over its rows, for each column, without the positives.
 
-    Reads parts, flags and positives; writes row_sums (jobs, tiles, height·TILE): of the strip's rows, by the columns'
-    tile; and where tiles serve both ways column_sums (jobs, height, tiles·TILE): of all columns, by the rows' tile.
-    With ``losses``, which wants all rows to be of one strip, whoever has the last tile of a block of rows makes their
-    losses, see ``finish_kernel``.
+    Reads ``prepared``; writes ``sums``. With ``losses``, which wants all rows to be of one strip, whoever has the last
+    tile of a block of rows makes their losses, see ``finish_kernel``.
     """
     job = tl.program_id(0) // per_job
     tile = tile_of(job, tl.program_id(0) % per_job, sizes, strip, FORM, TILE, GROUP)
-    s = similarities(parts, tile, k, width, sizes, FORM, TILE, BLOCK)
+    s = similarities(prepared, tile, k, width, sizes, FORM, TILE, BLOCK)
     tau = read_temperature(temperature, True)
     factor = (1.0 / tau * LOG2_E).to(tl.float32)
-    _, seen_own, _, seen_theirs = flags_of(flags, tile, sizes, FORM)
+    _, seen_own, _, seen_theirs = flags_of(prepared, tile, sizes, FORM)
     other = others(tile)
     below = tile.I - strip.first
-    to = row_sums + ((job.to(tl.int64) * sizes.tiles + tile.J) * strip.height + below) * TILE + tile.lane
+    to = row_sums_of(sums) + ((job.to(tl.int64) * sizes.tiles + tile.J) * strip.height + below) * TILE + tile.lane
     to_columns = to
     if not FORM.rows_only:
-        to_columns = column_sums + ((job.to(tl.int64) * strip.height + below) * sizes.tiles + tile.J) * TILE + tile.lane
+        to_columns = (
+            column_sums_of(sums) + ((job.to(tl.int64) * strip.height + below) * sizes.tiles + tile.J) * TILE + tile.lane
+        )
     if FORM.itself:
         e = tl.where(other, tl.exp2((s - 1.0) * factor), 0.0)
         tl.store(to, tl.sum(tl.where(seen_theirs[None, :], e, 0.0), 1))
         if not FORM.rows_only:  # (the tiles on the diagonal are symmetric: nobody reads this of them)
             tl.store(to_columns, tl.sum(tl.where(seen_own[:, None], e, 0.0), 0))
     elif tau < STEEP:
-        base = positives + tile.pair.to(tl.int64) * sizes.columns
+        base = positives_of(prepared) + tile.pair.to(tl.int64) * sizes.columns
         positive = tl.load(base + tile.row + tile.lane, mask=tile.rows, other=0.0)
         tl.store(to, log2_sum(s, positive, other & seen_theirs[None, :], factor, 1))
         if not FORM.rows_only:
@@ -498,29 +542,29 @@ def similar_kernel(
                 direction = side * 0
             at = (direction * pairs + tile.pair) * sizes.tiles.to(tl.int32) + block.to(tl.int32)
             tl.debug_barrier()
-            if tl.atomic_add(losses.counter + 1 + at, 1, sem="acq_rel") == sizes.tiles - 1:
+            if tl.atomic_add(counters_of(prepared) + 1 + at, 1, sem="acq_rel") == sizes.tiles - 1:
                 tl.debug_barrier()
                 row = block * TILE + tile.lane
                 mine = row < sizes.rows
                 steep = is_steep(tau, FORM)
                 found = tl.full([TILE], 0.0, tl.float64) + tl.where(steep, float("-inf"), 0.0).to(tl.float64)
                 found = sums_of_rows(
-                    found, row_sums, column_sums, job, direction, block, row, mine, steep, sizes, strip, FORM, TILE
-                )
+                    found, sums, job, direction, block, row, mine, steep, sizes, strip, FORM, TILE
+                )  # fmt: skip
                 finish_rows(
-                    found, flags, positives, tau, losses, tile.pair.to(tl.int64), direction, row, mine, at,
+                    found, prepared, sums, tau, losses, tile.pair.to(tl.int64), direction, row, mine, at,
                     ways * pairs * sizes.tiles.to(tl.int32), pairs, sizes, FORM, BATCH
                 )  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
-    row_sums, column_sums, flags, positives, temperature, losses, pairs, per_loss, again, more, sizes, strip,
-    FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
+    prepared, temperature, sums, losses, pairs, per_loss, again, more, sizes, strip, FORM: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """ℓ_i = log(1 + Σ_{j≠i} exp((s_ij - s_i⁺)/τ)), and their sum over how many there are, of everyone.
 
-    Reads the sums of a strip, flags and positives; writes ``losses``. With several strips losses hold sums so far:
+    Reads the sums of a strip and ``prepared``; writes ``losses``. With several strips losses hold sums so far:
     ``again`` says that there are such, ``more`` that others follow.
     """
     which = tl.program_id(0) // per_loss  # (direction, pair)
@@ -540,12 +584,12 @@ def finish_kernel(
         job = 2 * pair + direction
     elif not FORM.rows_only:
         job = pair
-    found = sums_of_rows(found, row_sums, column_sums, job, direction, tile, i, mine, steep, sizes, strip, FORM, TILE)
+    found = sums_of_rows(found, sums, job, direction, tile, i, mine, steep, sizes, strip, FORM, TILE)
     if more != 0:
         tl.store(to, found, mask=mine)
     else:
         finish_rows(
-            found, flags, positives, tau, losses, pair.to(tl.int64), direction, row, mine, tl.program_id(0),
+            found, prepared, sums, tau, losses, pair.to(tl.int64), direction, row, mine, tl.program_id(0),
             tl.num_programs(0), pairs, sizes, FORM, BATCH
         )  # fmt: skip
 
@@ -575,23 +619,24 @@ def power_of_two(exponent):
 
 @triton.jit
 def weights_kernel(
-    parts, flags, positives, temperature, losses, weights, scales, slopes, k, pairs, first_job, per_job, width, sizes,
-    strip, FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    prepared, temperature, losses, weights, scales, slopes, k, pairs, first_job, per_job, width, sizes, strip,
+    FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """G_ij = P_ij + R_ij, 0 for the positives: by how much row i is pulled to column j. P are the probabilities of row
     i to choose column j, R those of column j to choose row i.
 
-    Reads parts, flags, positives and losses (ways of a pair, P, N). Writes weights (ways, 2, height·TILE, tiles·TILE)
+    Reads ``prepared`` and losses (ways of a pair, P, N). Writes weights (ways, 2, height·TILE, tiles·TILE)
     in two fp16 parts (one, where one product will do), times a power of two of each tile, whose inverse goes to scales
     (ways, height, tiles); and to slopes, if given, Σ P·(s - s⁺) of each tile. Where tiles serve both ways, the
     transpose is written, too.
     """
     job = tl.program_id(0) // per_job
     tile = tile_of(first_job + job, tl.program_id(0) % per_job, sizes, strip, FORM, TILE, GROUP)
-    s = similarities(parts, tile, k, width, sizes, FORM, TILE, BLOCK)
+    s = similarities(prepared, tile, k, width, sizes, FORM, TILE, BLOCK)
     tau = read_temperature(temperature, True)
     factor = (1.0 / tau * LOG2_E).to(tl.float32)
-    counted_own, seen_own, counted_theirs, seen_theirs = flags_of(flags, tile, sizes, FORM)
+    counted_own, seen_own, counted_theirs, seen_theirs = flags_of(prepared, tile, sizes, FORM)
+    positives = positives_of(prepared)
     base = tile.pair.to(tl.int64) * sizes.columns
     of_own, of_theirs = losses, losses
     if not FORM.itself:
@@ -655,18 +700,19 @@ def weights_kernel(
 
 @triton.jit
 def product_kernel(
-    weights, scales, parts, flags, losses, grad, divisor, temperature, h, k, pairs, one_vector, one_job, added, more,
+    weights, scales, prepared, losses, grad, divisor, temperature, h, k, pairs, one_vector, one_job, added, more,
     blocks, d, width, sizes, strip, FORM: tl.constexpr, ALL: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂/∂a_i = g/(n τ) Σ_ways (Σ_j G_ij b_j + (expm1(-ℓ_i) + expm1(-ℓ'_i)) b_i) for TILE rows and COLUMNS columns.
 
-    Reads weights, scales, parts, flags and losses; writes h, the gradients (n, d) of vectors: with ALL of all, over all
+    Reads weights, scales, ``prepared`` and losses; writes h, the gradients (n, d) of vectors: with ALL of all, over all
     ways that each has; else of one, of one way: ``added`` says that h has a sum of others, and ``more`` that others
     follow, before which nothing is multiplied by g/(n τ). Rows that nothing has to do with get zeros. What a tile of
     weights adds up to on tensor cores, which cut, is rounded to float32 then.
     """
     at = tl.program_id(0)
+    parts, flags = parts_of(prepared), flags_in(prepared)
     C = (at % blocks).to(tl.int64)
     I = (at // blocks % strip.height.to(tl.int32)).to(tl.int64)  # noqa: E741
     vector = at // blocks // strip.height.to(tl.int32) + one_vector

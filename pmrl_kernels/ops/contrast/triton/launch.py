@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from ...triton.arguments import Targets, Temperature, bits, dense, rows, targets
 from ...triton.runtime import Launch
 from .. import spec
 from . import kernels
-from .kernels import Form, Losses, Sizes, Strip
-from .state import kept, state_size, width_of
+from .kernels import Form, Losses, Sizes, Strip, Sums
+from .state import Prepared, kept, prepared, state_size, width_of
 
 ROOM = 1 << 26
 """Numbers of 32 bits that there are of pairs of rows at a time, at most: weights of one way of all pairs, in two parts
@@ -71,8 +71,25 @@ def form(pairs: tuple[int, ...], directions: tuple[bool, ...]) -> tuple[int, boo
     return None
 
 
-class Call(NamedTuple):
-    """What both passes make of their arguments."""
+class Problem(NamedTuple):
+    """The arguments of the operators, see ``spec.PAIRED``."""
+
+    vectors: Sequence[Tensor]
+    pairs: Sequence[int]
+    directions: Sequence[bool]
+    mask: Tensor | None
+    everyone: Sequence[Tensor]
+    everyone_mask: Tensor | None
+    start: int
+    temperature: Tensor | None
+    fixed_temperature: float
+
+    def columns(self) -> Sequence[Tensor]:
+        return self.everyone or self.vectors
+
+
+class Geometry(NamedTuple):
+    """What follows from shapes and settings, for both passes."""
 
     pairs: int
     k: int
@@ -80,262 +97,235 @@ class Call(NamedTuple):
     plan: Plan
     sizes: Sizes
     width: int
-    tau: Temperature
-    parts: Tensor
-    flags: Tensor
-    positives: Tensor
+    layout: Prepared  # without its buffer
+    numbers: int  # of that
+    kept: bool  # whether it is in the state
+
+    def tiles_of(self, strip: Strip) -> int:
+        """Of a job, in a strip."""
+        height, tiles = strip.height, self.sizes.tiles
+        if self.form.itself and not self.form.rows_only:
+            return height * (height + 1) // 2 + height * (tiles - strip.first - height)
+        return height * tiles
+
+    def strips(self, height: int) -> list[Strip]:
+        """Of so many rows of tiles; one without any for a process that has no rows."""
+        tiles = -(-self.sizes.rows // self.plan.tile)
+        return [Strip(first, min(height, tiles - first)) for first in range(0, max(1, tiles), height)]
+
+    def ways(self) -> int:
+        return self.pairs * (1 if self.form.itself else 2)
+
+    def chooser(self, way: int) -> int:
+        """The vector whose rows choose in a way."""
+        if self.form.itself:
+            return 0
+        pair, direction = divmod(way, 2)
+        if self.form.star:
+            return 0 if direction else pair + 1
+        if not self.form.clique:
+            return self.k * direction + pair
+        high = 1
+        while high * (high + 1) // 2 <= pair:
+            high += 1
+        return high if direction else pair - high * (high - 1) // 2
 
 
-def _call(
-    state: Tensor | None,
-    vectors: Sequence[Tensor],
-    pairs: Sequence[int],
-    directions: Sequence[bool],
-    everyone: Sequence[Tensor],
-    start: int,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-) -> tuple[Call, bool]:
-    """And whether its parts, positives and flags are in the state."""
-    found = form(tuple(pairs), tuple(directions))
+@functools.lru_cache(1024)
+def _geometry(
+    pairs: tuple[int, ...], directions: tuple[bool, ...], n: int, N: int, d: int, start: int, gathered: bool,
+    exact: bool, p: Plan
+) -> Geometry:  # fmt: skip
+    found = form(pairs, directions)
     if found is None:
         raise NotImplementedError(f"pairs: got {pairs} with directions {directions}, wanted those of {spec.NAMES}")
     k, itself, star, clique = found
-    xs = everyone or vectors
-    V, (N, d), n, count = len(xs), xs[0].shape, vectors[0].shape[0], len(pairs) // 2
-    p, gathered = plan(N), bool(everyone)
-    tiles, width = -(-N // p.tile), width_of(d)
-    padded, *sizes = kept(V, N, d, count, gathered)
-    keeps, device = padded > 0 and state is not None, xs[0].device
-    if state is not None and keeps:
-        parts, positives, flags = state[2:].split(sizes)
-        parts, positives, flags = parts.view(torch.float16), positives.view(torch.float32), flags.view(torch.int8)
-    else:
-        padded = (tiles + gathered) * p.tile  # tiles of rows begin where this process's do
-        parts = torch.empty(V * 3 * padded * width, dtype=torch.float16, device=device)
-        positives = torch.empty(count * N, dtype=torch.float32, device=device)
-        flags = torch.empty(count * N, dtype=torch.int8, device=device)
-    kind = Form(itself, star, clique, gathered, exact())
-    tau = Temperature(temperature, bits(fixed_temperature))
-    return Call(count, k, kind, p, Sizes(n, N, start, padded, tiles), width, tau, parts, flags, positives), keeps
+    V, count, tiles = len(directions), len(pairs) // 2, -(-N // p.tile)
+    padded, blocks = kept(V, N, d, count, gathered)
+    is_kept = padded > 0
+    if not is_kept:
+        padded, blocks = (tiles + gathered) * p.tile, 2 * count * tiles  # tiles of rows begin where this process's do
+    kind, sizes = Form(itself, star, clique, gathered, exact), Sizes(n, N, start, padded, tiles)
+    layout, numbers = prepared(None, V, padded, N, d, count, blocks)
+    return Geometry(count, k, kind, p, sizes, width_of(d), layout, numbers, is_kept)
 
 
-def _prepare(
-    call: Call,
-    vectors: Sequence[Tensor],
-    directions: Sequence[bool],
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-) -> Tensor:
-    """The rows in fp16, and what is there; returns the counters of ``Losses``."""
-    xs, present = (everyone, everyone_mask) if everyone else (vectors, mask)
-    xs = [dense(x) for x in xs]
-    p, sizes, width, d = call.plan, call.sizes, call.width, xs[0].shape[1]
-    there = torch.empty((len(xs), sizes.columns), dtype=torch.int8, device=xs[0].device)
-    counters = 1 + call.pairs * sizes.tiles * (1 if call.form.itself else 2)
-    counter = torch.empty(counters, dtype=torch.int32, device=xs[0].device)
-    x, multiple = rows(xs, d)
+def geometry(problem: Problem) -> Geometry:
+    columns = problem.columns()
+    (N, d), n = columns[0].shape, problem.vectors[0].shape[0]
+    gathered = bool(problem.everyone)
+    pairs, directions = tuple(problem.pairs), tuple(problem.directions)
+    return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), plan(N))
+
+
+def _prepare(call: Geometry, problem: Problem, state: Tensor) -> Prepared:
+    """The rows in fp16, and what is there: in the state, if that keeps them."""
+    columns = [dense(x) for x in problem.columns()]
+    present = problem.everyone_mask if problem.everyone else problem.mask
+    sizes, width, d, first = call.sizes, call.width, columns[0].shape[1], columns[0]
+    buffer = state if call.kept else torch.empty(call.numbers, dtype=torch.float64, device=first.device)
+    made = call.layout._replace(buffer=buffer)
+    x, multiple = rows(columns, d)
     masked = 0
     if present is not None:
         present, masked = present.contiguous(), present.shape[1]
-    block = 64 if width % 128 else 128 if width % 256 else 256
-    numbers = (counters, d, call.k, call.pairs, width, sizes)
-    arguments = (x, present, call.parts, there, call.flags, call.positives, counter, *numbers)
-    multiples = (multiple, 1, 8, 1, 1, 1, 1, 1, multiple, 1, 1, 64, 1)
-    parameters = (masked, tuple(directions), call.form, p.rows, block)
-    runtime.run(Launch(kernels.prepare_kernel, -(-sizes.padded // p.rows), 1, arguments, parameters, multiples))
-    return counter
+    counters, block = 1 + call.ways() * sizes.tiles, 64 if width % 128 else 128 if width % 256 else 256
+    arguments = (x, present, made, counters, d, call.k, call.pairs, width, sizes)
+    multiples = (multiple, 1, 2, 1, multiple, 1, 1, 64, 1)
+    parameters = (masked, tuple(problem.directions), call.form, call.plan.rows, block)
+    varies = (first.dtype, None if present is None else present.dtype)
+    programs = -(-sizes.padded // call.plan.rows)
+    _run(kernels.prepare_kernel, programs, 1, arguments, multiples, parameters, varies)
+    return made
 
 
-def _tiles_of(call: Call, strip: Strip) -> int:
-    """Of a job, in a strip."""
-    height, tiles = strip.height, call.sizes.tiles
-    if call.form.itself and not call.form.rows_only:
-        return height * (height + 1) // 2 + height * (tiles - strip.first - height)
-    return height * tiles
+def _run(
+    kernel: Any, programs: int, warps: int, arguments: Any, multiples: Any, parameters: Any, varies: tuple[Any, ...]
+) -> None:
+    runtime.run(Launch(kernel, programs, warps, arguments, parameters, multiples, varies=varies))
 
 
-def _strips(call: Call, height: int) -> list[Strip]:
-    """Of so many rows of tiles; one without any for a process that has no rows."""
-    tiles = -(-call.sizes.rows // call.plan.tile)
-    return [Strip(first, min(height, tiles - first)) for first in range(0, max(1, tiles), height)]
-
-
-def _nothing(temperature: Tensor | None, fixed_temperature: float, device: torch.device) -> Tensor:
+def _nothing(problem: Problem) -> Tensor:
     """What is made of no pair, 0-d float64: 0, but a bad temperature shows there too."""
-    tau = read_temperature(temperature, fixed_temperature, contrast=True)
-    return torch.zeros((), dtype=torch.float64, device=device) * (tau / tau)
+    tau = read_temperature(problem.temperature, problem.fixed_temperature, contrast=True)
+    return torch.zeros((), dtype=torch.float64, device=problem.vectors[0].device) * (tau / tau)
 
 
-def forward(
-    vectors: Sequence[Tensor],
-    pairs: Sequence[int],
-    directions: Sequence[bool],
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-    start: int,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's; the state is what the mean was divided by, and of a small batch what ``kept`` says."""
-    first = vectors[0]
-    if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
+def _elsewhere(x: Tensor) -> bool:
+    """Whether it is on another device than the current one."""
+    return x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's; the state is what the mean was divided by, and of a small batch what is prepared."""
+    problem = Problem(*arguments)
+    first, columns = problem.vectors[0], problem.columns()
+    if _elsewhere(first):
         with torch.cuda.device(first.device):
-            return forward(
-                vectors, pairs, directions, mask, everyone, everyone_mask, start, temperature, fixed_temperature
-            )
-    losses = torch.empty(spec.losses_shape(vectors, pairs), dtype=torch.float64, device=first.device)
-    others = everyone or vectors
-    N, d = others[0].shape
-    size = state_size(len(others), N, d, len(pairs) // 2, bool(everyone))
-    state = torch.empty(size, dtype=torch.float64, device=first.device)
-    if not pairs or (not everyone and first.shape[0] == 0):
-        return _nothing(temperature, fixed_temperature, first.device).to(first.dtype), losses, state.fill_(1.0)
-    call, _ = _call(state, vectors, pairs, directions, everyone, start, temperature, fixed_temperature)
-    counter = _prepare(call, vectors, directions, mask, everyone, everyone_mask)
+            return forward(*arguments)
+    device, count = first.device, len(problem.pairs) // 2
+    N, d = columns[0].shape
+    losses = torch.empty(spec.losses_shape(problem.vectors, problem.pairs), dtype=torch.float64, device=device)
+    size = state_size(len(columns), N, d, count, bool(problem.everyone))
+    state = torch.empty(size, dtype=torch.float64, device=device)
+    if not problem.pairs or (not problem.everyone and first.shape[0] == 0):
+        return _nothing(problem).to(first.dtype), losses, state.fill_(1.0)
+    call = geometry(problem)
+    made = _prepare(call, problem, state)
     kind, p, sizes = call.form, call.plan, call.sizes
-    device, tile = first.device, p.tile
-    ways = 1 if kind.itself else 2
+    ways, tile = 1 if kind.itself else 2, p.tile
     jobs = call.pairs * (ways if kind.rows_only else 1)
-    height = max(1, ROOM // (2 * jobs * sizes.tiles * tile))
-    strips = _strips(call, height)
-    height = strips[0].height
-    shape = jobs, sizes.tiles, height * tile
-    row_sums = torch.empty(shape, dtype=torch.float32, device=device)
-    column_sums = None if kind.rows_only else torch.empty(shape, dtype=torch.float32, device=device)
+    strips = call.strips(max(1, ROOM // (2 * jobs * sizes.tiles * tile)))
     at_once = len(strips) == 1 and not kind.rows_only
     per_loss = sizes.tiles if at_once else -(-sizes.columns // p.finish)
     programs = ways * call.pairs * per_loss
-    partial = torch.empty(2 * programs, dtype=torch.float64, device=device)
-    found = Losses(losses, first.new_empty(()), state, partial, counter)
+    room = -(-jobs * sizes.tiles * strips[0].height * tile // 4) * 2  # numbers of 64 bits, for sums of one kind
+    end = room * (1 if kind.rows_only else 2)
+    sums = Sums(torch.empty(end + 2 * programs, dtype=torch.float64, device=device), 0, room, end)
+    tau = Temperature(problem.temperature, bits(problem.fixed_temperature))
+    found = Losses(losses, first.new_empty(()), state)
+    varies = (first.dtype, None if tau.pointer is None else tau.pointer.dtype, at_once)
     for at, strip in enumerate(strips):
-        per_job = _tiles_of(call, strip)
-        tensors = (call.parts, call.flags, call.positives, call.tau, row_sums, column_sums)
-        values = (*tensors, found if at_once else None, call.k, call.pairs, per_job, call.width, sizes, strip)
-        multiples = (8, 1, 1, 1, 4, 4, 1, 1, 1, 1, 64, 1, 1)
-        parameters = (kind, tile, 64, p.group, BATCH)
+        per_job = call.tiles_of(strip)
         if strip.height > 0:
-            runtime.run(Launch(kernels.similar_kernel, jobs * per_job, p.warps, values, parameters, multiples))
+            tensors = (made, tau, sums, found if at_once else None)
+            _run(
+                kernels.similar_kernel, jobs * per_job, p.warps,
+                (*tensors, call.k, call.pairs, per_job, call.width, sizes, strip), (2, 1, 2, 1, 1, 1, 1, 64, 1, 1),
+                (kind, tile, 64, p.group, BATCH), varies,
+            )  # fmt: skip
         if not at_once:
-            sums = (row_sums, column_sums, call.flags, call.positives, call.tau, found)
             numbers = (call.pairs, per_loss, int(at > 0), int(at + 1 < len(strips)), sizes, strip)
-            last = (kind, tile, p.finish, BATCH)
-            runtime.run(Launch(kernels.finish_kernel, programs, 1, (*sums, *numbers), last, (1,) * 12))
+            _run(
+                kernels.finish_kernel, programs, 1, (made, tau, sums, found, *numbers), (2, 1, 2, *(1,) * 7),
+                (kind, tile, p.finish, BATCH), varies,
+            )  # fmt: skip
     return found.loss, losses, state
 
 
-def _chooser(call: Call, way: int) -> int:
-    """The vector whose rows choose in a way."""
-    pair, direction = (way, 0) if call.form.itself else divmod(way, 2)
-    if call.form.itself:
-        return 0
-    if call.form.star:
-        return 0 if direction else pair + 1
-    if not call.form.clique:
-        return call.k * direction + pair
-    high = 1
-    while high * (high + 1) // 2 <= pair:
-        high += 1
-    return high if direction else pair - high * (high - 1) // 2
+class Pass(NamedTuple):
+    """What all launches of a backward pass take."""
+
+    call: Geometry
+    made: Prepared
+    tau: Temperature
+    losses: Tensor
+    state: Tensor
+    grad: Tensor
+    h: Targets
+    multiple: int  # of their rows
+    slopes: list[Tensor]  # found so far
+
+    def varies(self) -> tuple[Any, ...]:
+        return self.h.pointer.dtype, self.grad.dtype, None if self.tau.pointer is None else self.tau.pointer.dtype
 
 
-def backward(
-    vectors: Sequence[Tensor],
-    pairs: Sequence[int],
-    directions: Sequence[bool],
-    mask: Tensor | None,
-    everyone: Sequence[Tensor],
-    everyone_mask: Tensor | None,
-    start: int,
-    temperature: Tensor | None,
-    fixed_temperature: float,
-    losses: Tensor,
-    state: Tensor,
-    grad: Tensor,
-) -> tuple[list[Tensor], Tensor]:
+def backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """As the reference's."""
-    first = vectors[0]
-    arguments = vectors, pairs, directions, mask, everyone, everyone_mask, start, temperature, fixed_temperature
-    if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
+    *of_problem, losses, state, grad = arguments
+    problem = Problem(*of_problem)
+    first, temperature = problem.vectors[0], problem.temperature
+    if _elsewhere(first):
         with torch.cuda.device(first.device):
-            return backward(*arguments, losses, state, grad)
-    found = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in vectors]
-    if not pairs or first.shape[0] == 0:
-        tau = read_temperature(temperature, fixed_temperature, contrast=True)
-        slope = torch.zeros((), dtype=torch.float64, device=first.device)
+            return backward(*arguments)
+    device = first.device
+    found = [torch.empty(x.shape, dtype=torch.float32, device=device) for x in problem.vectors]
+    if not problem.pairs or first.shape[0] == 0:
+        tau = read_temperature(temperature, problem.fixed_temperature, contrast=True)
+        slope = torch.zeros((), dtype=torch.float64, device=device)
         return [x.zero_() for x in found], slope * (grad.double() / state[0] / tau)
-    call, is_kept = _call(state, vectors, pairs, directions, everyone, start, temperature, fixed_temperature)
-    if not is_kept:
-        _prepare(call, vectors, directions, mask, everyone, everyone_mask)
-    kind, p, sizes = call.form, call.plan, call.sizes
-    losses = losses.contiguous()
-    ways = call.pairs * (1 if kind.itself else 2)
+    call = geometry(problem)
+    made = call.layout._replace(buffer=state) if call.kept else _prepare(call, problem, state)
     h, multiple = targets(found, first.shape[1])
-    product = functools.partial(_product, losses=losses, state=state, grad=grad, h=h, multiple=multiple)
-    rows, length = -(-sizes.rows // p.tile), sizes.tiles * p.tile  # in tiles, and numbers of a row of weights
-    slopes: list[Tensor] = []
-    if call.pairs * rows * p.tile * length <= ROOM:
-        strip = Strip(0, rows)
-        weights = _weights(call, strip, losses, 0, ways if kind.rows_only else call.pairs, temperature, slopes)
-        product(call, strip, weights, all_of=len(found))
+    fixed = Temperature(temperature, bits(problem.fixed_temperature))
+    step = Pass(call, made, fixed, losses.contiguous(), state, grad, h, multiple, [])
+    tile, sizes, ways = call.plan.tile, call.sizes, call.ways()
+    rows_of_tiles, length = -(-sizes.rows // tile), sizes.tiles * tile  # and numbers of a row of weights
+    if call.pairs * rows_of_tiles * tile * length <= ROOM:
+        strip = Strip(0, rows_of_tiles)
+        _product(step, strip, _weights(step, strip, 0, ways if call.form.rows_only else call.pairs), all_of=len(found))
     else:
-        call = call._replace(form=kind._replace(rows_only=True))
-        height = max(ROOM // (p.tile * length), min(RESIDENT // p.tile, 4 * ROOM // (p.tile * length)), 1)
-        of = [_chooser(call, way) for way in range(ways)]
+        step = step._replace(call=call._replace(form=call.form._replace(rows_only=True)))
+        height = max(ROOM // (tile * length), min(RESIDENT // tile, 4 * ROOM // (tile * length)), 1)
+        of = [call.chooser(way) for way in range(ways)]
         for way, vector in enumerate(of):
-            for strip in _strips(call, height):
-                weights = _weights(call, strip, losses, way, 1, temperature, slopes)
-                product(
-                    call, strip, weights, vector=vector, way=way, added=vector in of[:way], more=vector in of[way + 1 :]
-                )
+            before, after = vector in of[:way], vector in of[way + 1 :]
+            for strip in call.strips(height):
+                weights = _weights(step, strip, way, 1)
+                _product(step, strip, weights, vector=vector, way=way, added=before, more=after)
                 del weights
     if temperature is None:
-        return found, torch.zeros((), dtype=torch.float64, device=first.device)
-    tau = read_temperature(temperature, 0.0, contrast=True)
+        return found, torch.zeros((), dtype=torch.float64, device=device)
+    tau, slopes = read_temperature(temperature, 0.0, contrast=True), step.slopes
     slope = torch.stack([x.sum() for x in slopes]).sum() if len(slopes) > 1 else slopes[0].sum()
     return found, -slope * (grad.double() / state[0] / tau / tau)
 
 
-def _weights(
-    call: Call,
-    strip: Strip,
-    losses: Tensor,
-    first_job: int,
-    jobs: int,
-    temperature: Tensor | None,
-    slopes: list[Tensor],
-) -> tuple[Tensor, Tensor]:
+def _weights(step: Pass, strip: Strip, first_job: int, jobs: int) -> tuple[Tensor, Tensor]:
     """The weights of a strip, and their scales."""
-    kind, p, sizes = call.form, call.plan, call.sizes
-    device = losses.device
+    call = step.call
+    kind, p, sizes, device = call.form, call.plan, call.sizes, step.losses.device
     both = 1 if kind.itself or kind.rows_only else 2
     planes = (jobs * both, 2 if kind.exact else 1, strip.height * p.tile, sizes.tiles * p.tile)
     weights = torch.empty(planes, dtype=torch.float16, device=device)
     scales = torch.empty((jobs * both, strip.height, sizes.tiles), dtype=torch.float32, device=device)
-    per_job = _tiles_of(call, strip)
-    slope = None
-    if temperature is not None:
+    per_job, slope = call.tiles_of(strip), None
+    if step.tau.pointer is not None:
         slope = torch.empty(jobs * per_job, dtype=torch.float64, device=device)
-        slopes.append(slope)
-    values = (call.parts, call.flags, call.positives, call.tau, losses, weights, scales, slope)
+        step.slopes.append(slope)
+    values = (step.made, step.tau, step.losses, weights, scales, slope)
     numbers = (call.k, call.pairs, first_job, per_job, call.width, sizes, strip)
-    multiples = (8, 1, 1, 1, 1, 8, 1, 1, 1, 1, 1, 1, 64, 1, 1)
+    multiples = (2, 1, 1, 8, 1, 1, 1, 1, 1, 1, 64, 1, 1)
     parameters = (kind, p.tile, 64, p.group)
-    runtime.run(Launch(kernels.weights_kernel, jobs * per_job, p.warps, (*values, *numbers), parameters, multiples))
+    varies = step.varies()[-1:]
+    _run(kernels.weights_kernel, jobs * per_job, p.warps, (*values, *numbers), multiples, parameters, varies)
     return weights, scales
 
 
 def _product(
-    call: Call,
+    step: Pass,
     strip: Strip,
     weights: tuple[Tensor, Tensor],
-    losses: Tensor,
-    state: Tensor,
-    grad: Tensor,
-    h: Targets,
-    multiple: int,
     all_of: int = 0,
     vector: int = 0,
     way: int = 0,
@@ -343,12 +333,14 @@ def _product(
     more: bool = False,
 ) -> None:
     """Gradients of all vectors, so many, from the weights of all ways; or of one, from those of one way."""
+    call, h = step.call, step.h
     kind, p, d = call.form, call.plan, h.stride
     columns = 128 if p.tile == 128 and call.width % 128 == 0 else 64
     blocks = call.width // columns
-    values = (*weights, call.parts, call.flags, losses, grad, state, call.tau, h)
+    values = (*weights, step.made, step.losses, step.grad, step.state, step.tau, h)
     numbers = (call.k, call.pairs, vector, way, int(added), int(more), blocks, d, call.width, call.sizes, strip)
-    multiples = (8, 1, 8, 1, 1, 1, 1, 1, multiple, 1, 1, 1, 1, 1, 1, 1, multiple, 64, 1, 1)
+    multiples = (8, 1, 2, 1, 1, 1, 1, step.multiple, 1, 1, 1, 1, 1, 1, 1, step.multiple, 64, 1, 1)
     parameters = (kind, all_of > 0, p.tile, columns, min(64, p.tile))
+    varies = (len(h.offsets), *step.varies())
     programs = max(1, all_of) * strip.height * blocks
-    runtime.run(Launch(kernels.product_kernel, programs, p.warps, (*values, *numbers), parameters, multiples))
+    _run(kernels.product_kernel, programs, p.warps, (*values, *numbers), multiples, parameters, varies)

@@ -1,11 +1,29 @@
 """What a forward pass leaves for the backward pass: numbers of 64 bits, of which the first is what the mean was divided
-by. Of a small batch, what ``prepare_kernel`` has written follows, from the third on, so that the backward pass has one
-launch less: parts, positives and flags."""
+by. Of a small batch, what ``prepare_kernel`` writes follows, so that the backward pass has one launch less."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+from ...triton import INTERPRETED
+
 KEPT = 1 << 22
 """Numbers of all vectors of which parts are kept, at most: 24 MiB."""
+
+HEAD = 2
+LARGEST_TILE = 512 if INTERPRETED else 128
+
+
+class Prepared(NamedTuple):
+    """Of a batch, in one buffer of numbers of 64 bits: where in it each begins, at a multiple of 16 bytes. (An argument
+    of kernels. N may be a symbol.)"""
+
+    buffer: Any
+    parts: int  # (V, 3, NP, D) in fp16 of V vectors, zero beyond their N rows and d columns, D a multiple of 64
+    positives: int  # (P, N) of P pairs, float32
+    flags: int  # (P, N), int8
+    there: int  # (V, N), int8
+    counters: int  # int32: how many have been summed up, and of each block of rows, how many of its tiles
 
 
 def width_of(d: int) -> int:
@@ -13,15 +31,24 @@ def width_of(d: int) -> int:
     return -(-d // 64) * 64
 
 
-def kept(V: int, N: int, d: int, pairs: int, gathered: bool) -> tuple[int, int, int, int]:
-    """Rows of the parts that are kept, and how many numbers the parts, positives and flags take; zeros where the batch
-    is too large. (N may be a symbol.)"""
-    width = width_of(d)
-    if N * V * width > KEPT:
-        return 0, 0, 0, 0
-    padded = (-(-N // 128) + gathered) * 128  # whatever the tiles of so few rows are
-    return padded, V * 3 * padded * width // 4, -(-pairs * N // 4) * 2, -(-pairs * N // 16) * 2
+def prepared(buffer: Any, V: int, padded: int, N: int, d: int, pairs: int, blocks: int) -> tuple[Prepared, int]:
+    """And how many numbers the buffer has. ``padded`` rows of parts, a multiple of 16; ``blocks`` of rows, at most, of
+    all pairs and directions."""
+    positives = HEAD + V * 3 * padded * width_of(d) // 4
+    flags = positives + -(-pairs * N // 4) * 2
+    there = flags + -(-pairs * N // 16) * 2
+    counters = there + -(-V * N // 16) * 2
+    return Prepared(buffer, HEAD, positives, flags, there, counters), counters + (blocks + 4) // 4 * 2
+
+
+def kept(V: int, N: int, d: int, pairs: int, gathered: bool) -> tuple[int, int]:
+    """Rows of the parts that are kept, and for how many blocks of rows there are counters, whatever the tiles; zeros
+    where the batch is too large."""
+    if N * V * width_of(d) > KEPT:
+        return 0, 0
+    return (-(-N // LARGEST_TILE) + gathered) * LARGEST_TILE, 2 * pairs * -(-N // 32)
 
 
 def state_size(V: int, N: int, d: int, pairs: int, gathered: bool) -> int:
-    return 2 + sum(kept(V, N, d, pairs, gathered)[1:])
+    padded, blocks = kept(V, N, d, pairs, gathered)
+    return prepared(None, V, padded, N, d, pairs, blocks)[1] if padded else HEAD

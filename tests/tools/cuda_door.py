@@ -4,9 +4,11 @@ nvcc makes of them.
 
 As a pytest plugin it makes that a backend, and the contract runs on it:
 
-    python -m pytest -p tests.tools.cuda tests/contract -k cuda --every 20
+    python -m pytest -p tests.tools.cuda_door tests/contract -k cuda --every 20
 
 With PMRL_DOOR_ARCHITECTURE=sm_86, say, of the kernels for another architecture than sm_90.
+
+(A module called cuda here would be what torch takes for NVIDIA's bindings, in scripts of this folder.)
 """
 
 from __future__ import annotations
