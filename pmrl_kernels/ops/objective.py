@@ -18,7 +18,7 @@ from .reference import read_mask
 from .spectral import spec
 from .spectral.spec import Spectral, number_of_modalities
 
-_SMALL = 1 << 21
+SMALL = 1 << 21
 """Numbers of embeddings of a batch that counts as small, at most: 8 MiB in float32."""
 
 
@@ -62,7 +62,7 @@ class Objective(NamedTuple):
         """How many of the vectors wait for the backward pass. It makes the w of large batches anew, to the same bits:
         they take as much memory as the embeddings. Those of small ones take longer than that: a pass of its own."""
         k, kind, first = number_of_modalities(embeddings), self.contrast.kind, embeddings[0]
-        w = k if kind.w and first.shape[0] * k * first.shape[-1] > _SMALL else 0
+        w = k if kind.w and first.shape[0] * k * first.shape[-1] > SMALL else 0
         return kind.vectors(k) - w
 
     def _share(self, alignment: Tensor, number: Tensor) -> Tensor:

@@ -342,3 +342,18 @@ def test_the_parts_of_a_small_call(tmp_path):
         assert min(whole, operators, empty) > 0
         assert whole == pytest.approx(operators + empty + both + forward + backward)
         assert row["function"] in done.stdout
+
+
+def test_launches_are_counted(tmp_path):
+    pytest.importorskip("triton", reason="Triton has no packages for this system")
+    command = [sys.executable, str(FOLDER / "launches.py"), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "launches.json").read_text())
+    assert [row["contrast"] for row in rows] == ["leading", "modality", "leave_one_out", "pairs"]
+    for row in rows:
+        fused, plain = row["fused"], row["PyTorch"]
+        assert (fused["forward"], fused["backward"]) == (2, 2)
+        assert plain["forward"] + plain["backward"] > 100
+        assert 0 < 4 * fused["size"] < plain["size"]
+        assert row["contrast"] in done.stdout
