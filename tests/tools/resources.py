@@ -47,12 +47,12 @@ SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120"
 """KiB."""
 SPILLED = {
     "solve_kernel": dict.fromkeys(TARGETS, 336),
-    "similar_kernel": {"sm_100": 72, "gfx1100": 112},
-    "weights_kernel": {"sm_90": 208, "sm_100": 512, "gfx1100": 188},
-    "product_kernel": {"sm_90": 24, "sm_100": 48, "gfx1100": 556},
+    "similar_kernel": {"gfx1100": 100},
+    "weights_kernel": {"gfx1100": 144},
+    "product_kernel": {"gfx1100": 12},
 }
 """Bytes that a kernel may spill for k <= 8, and where. On an H200 parameters that leave solve_kernel none take up to
-three times as long. Those of contrasts spill with tiles of 128 (gfx1100's of 64 too), once for a tile: not in the loops
+three times as long. Those of contrasts spill with tiles of 128 (product_kernel of 64), once for a tile: not in the loops
 that multiply."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

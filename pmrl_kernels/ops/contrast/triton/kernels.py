@@ -266,7 +266,7 @@ class Tile(NamedTuple):
     row: Any  # the first, among everyone's
     column: Any
     lane: Any  # 0, 1, ... of the rows and of the columns
-    rows: Any  # which of these there are
+    rows: Any  # how many of these there are
     columns: Any
 
 
@@ -291,7 +291,7 @@ def tile_of(job, at, sizes, strip, FORM: tl.constexpr, TILE: tl.constexpr, GROUP
         pair, direction = job // 2, job % 2
     lane = tl.arange(0, TILE)
     left, right = sizes.rows - I * TILE, sizes.columns - J * TILE
-    return Tile(pair, direction, I, J, sizes.start + I * TILE, J * TILE, lane, lane < left, lane < right)
+    return Tile(pair, direction, I, J, sizes.start + I * TILE, J * TILE, lane, left, right)
 
 
 @triton.jit
@@ -334,16 +334,26 @@ def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def rows_and_columns(tile, sizes):
+    """(TILE, 2): where a tile's rows and its columns are in vectors of pairs, and which there are.
+
+    What is loaded for both at once is loaded, and worked on, once. Of one vector alone, which has fewer numbers than
+    there are threads, the compiler has each thread load all it will need: up to half a row of a tile, of float64.
+    """
+    side, lane = tl.arange(0, 2)[None, :], tile.lane[:, None]
+    first, there = tl.where(side == 0, tile.row, tile.column), tl.where(side == 0, tile.rows, tile.columns)
+    return tile.pair.to(tl.int64) * sizes.columns + first + lane, lane < there
+
+
+@triton.jit
 def flags_of(prepared, tile, sizes, FORM: tl.constexpr):
-    """Of the rows, whether they have a loss and whether they may be chosen; and the same of the columns."""
-    base = flags_in(prepared) + tile.pair.to(tl.int64) * sizes.columns
-    own = tl.load(base + tile.row + tile.lane, mask=tile.rows, other=0).to(tl.int32)
-    theirs = tl.load(base + tile.column + tile.lane, mask=tile.columns, other=0).to(tl.int32)
-    seen_own, seen_theirs = own & SEEN, theirs & (2 * SEEN)
+    """(TILE, 2): of rows and columns, whether they have a loss and whether they may be chosen."""
+    at, there = rows_and_columns(tile, sizes)
+    flag = tl.load(flags_in(prepared) + at, mask=there, other=0).to(tl.int32)
+    side = tl.arange(0, 2)[None, :]
     if FORM.rows_only:
-        seen_own = tl.where(tile.direction == 0, seen_own, own & (2 * SEEN))
-        seen_theirs = tl.where(tile.direction == 0, seen_theirs, theirs & SEEN)
-    return (own & COUNTED) != 0, seen_own != 0, (theirs & COUNTED) != 0, seen_theirs != 0
+        side = side ^ tile.direction
+    return (flag & COUNTED) != 0, (flag & (SEEN << side)) != 0
 
 
 @triton.jit
@@ -353,13 +363,12 @@ def logarithm(x):
 
 
 @triton.jit
-def log2_sum(s, positive, allowed, factor, AXIS: tl.constexpr):
-    """log₂ Σ exp((s - s⁺)/τ) over an axis of what is allowed; −inf where nothing is."""
+def sum_below_top(s, allowed, factor, AXIS: tl.constexpr):
+    """Σ exp((s - top)/τ) over an axis of what is allowed, and the top; 0 and 0 where nothing is."""
     s = tl.where(allowed, s, float("-inf"))
     top = tl.max(s, AXIS)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2((s - tl.expand_dims(shift, AXIS)) * factor), AXIS)
-    return (shift - positive) * factor + logarithm(total)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    return tl.sum(tl.exp2((s - tl.expand_dims(top, AXIS)) * factor), AXIS), top
 
 
 # ------------------------------------------------------------------------------------------------
@@ -449,9 +458,9 @@ def finish_rows(
     """ℓ_i of everyone's rows from their sums, where they are mine; of direction 0, how many count. The last of the
     blocks adds up what all have left, in their order."""
     there = row < sizes.columns
-    at = pair * sizes.columns + row
-    counted = (tl.load(flags_in(prepared) + at, mask=there, other=0).to(tl.int32) & COUNTED) != 0
-    positive = tl.load(positives_of(prepared) + at, mask=there, other=0.0).to(tl.float64)
+    index = pair * sizes.columns + row
+    counted = (tl.load(flags_in(prepared) + index, mask=there, other=0).to(tl.int32) & COUNTED) != 0
+    positive = tl.load(positives_of(prepared) + index, mask=there, other=0.0).to(tl.float64)
     steep = is_steep(tau, FORM)
     nothing = tl.where(steep, float("-inf"), 0.0).to(tl.float64)
     highest = 1.0 if FORM.itself else 0.0
@@ -503,32 +512,35 @@ def similar_kernel(
     s = similarities(prepared, tile, k, width, sizes, FORM, TILE, BLOCK)
     tau = read_temperature(temperature, True)
     factor = (1.0 / tau * LOG2_E).to(tl.float32)
-    _, seen_own, _, seen_theirs = flags_of(prepared, tile, sizes, FORM)
-    other = others(tile)
+    _, seen = flags_of(prepared, tile, sizes, FORM)
+    s = tl.where(others(tile), s, float("-inf"))
+    # What there is of each column (as ``seen_theirs``) can take as many registers as s: no sooner than it is needed.
+    if is_steep(tau, FORM):
+        seen_own, seen_theirs = tl.split(seen)
+        total, top = sum_below_top(s, seen_theirs[None, :], factor, 1)
+        total_theirs, top_theirs = total, top
+        if not FORM.rows_only:
+            total_theirs, top_theirs = sum_below_top(s, seen_own[:, None], factor, 0)
+        at, there = rows_and_columns(tile, sizes)
+        positive = tl.load(positives_of(prepared) + at, mask=there, other=0.0)
+        both = (tl.join(top, top_theirs) - positive) * factor + logarithm(tl.join(total, total_theirs))
+    else:
+        seen_own, seen_theirs = tl.split(seen)
+        highest = 1.0 if FORM.itself else 0.0
+        e = tl.exp2((s - highest) * factor)
+        total = tl.sum(tl.where(seen_theirs[None, :], e, 0.0), 1)
+        total_theirs = total
+        if not FORM.rows_only:  # (the tiles on the diagonal of vectors with themselves are symmetric: nobody reads it)
+            total_theirs = tl.sum(tl.where(seen_own[:, None], e, 0.0), 0)
+        both = tl.join(total, total_theirs)
+    sums_own, sums_theirs = tl.split(both)
     below = tile.I - strip.first
     to = row_sums_of(sums) + ((job.to(tl.int64) * sizes.tiles + tile.J) * strip.height + below) * TILE + tile.lane
-    to_columns = to
+    tl.store(to, sums_own)
     if not FORM.rows_only:
-        to_columns = (
-            column_sums_of(sums) + ((job.to(tl.int64) * strip.height + below) * sizes.tiles + tile.J) * TILE + tile.lane
-        )
-    if FORM.itself:
-        e = tl.where(other, tl.exp2((s - 1.0) * factor), 0.0)
-        tl.store(to, tl.sum(tl.where(seen_theirs[None, :], e, 0.0), 1))
-        if not FORM.rows_only:  # (the tiles on the diagonal are symmetric: nobody reads this of them)
-            tl.store(to_columns, tl.sum(tl.where(seen_own[:, None], e, 0.0), 0))
-    elif tau < STEEP:
-        base = positives_of(prepared) + tile.pair.to(tl.int64) * sizes.columns
-        positive = tl.load(base + tile.row + tile.lane, mask=tile.rows, other=0.0)
-        tl.store(to, log2_sum(s, positive, other & seen_theirs[None, :], factor, 1))
-        if not FORM.rows_only:
-            positive = tl.load(base + tile.column + tile.lane, mask=tile.columns, other=0.0)
-            tl.store(to_columns, log2_sum(s, positive, other & seen_own[:, None], factor, 0))
-    else:
-        e = tl.where(other, tl.exp2(s * factor), 0.0)
-        tl.store(to, tl.sum(tl.where(seen_theirs[None, :], e, 0.0), 1))
-        if not FORM.rows_only:
-            tl.store(to_columns, tl.sum(tl.where(seen_own[:, None], e, 0.0), 0))
+        to = column_sums_of(sums) + tile.lane
+        to += ((job.to(tl.int64) * strip.height + below) * sizes.tiles + tile.J) * TILE
+        tl.store(to, sums_theirs)
     if losses is not None:
         ways: tl.constexpr = 1 if FORM.itself else 2
         sides_of_tile = pairs * 0 + 2  # its rows, and its columns
@@ -625,48 +637,44 @@ def weights_kernel(
     """G_ij = P_ij + R_ij, 0 for the positives: by how much row i is pulled to column j. P are the probabilities of row
     i to choose column j, R those of column j to choose row i.
 
-    Reads ``prepared`` and losses (ways of a pair, P, N). Writes weights (ways, 2, height·TILE, tiles·TILE)
-    in two fp16 parts (one, where one product will do), times a power of two of each tile, whose inverse goes to scales
-    (ways, height, tiles); and to slopes, if given, Σ P·(s - s⁺) of each tile. Where tiles serve both ways, the
-    transpose is written, too.
+    Reads ``prepared`` and losses (ways of a pair, P, N). Writes weights (ways, 2, height·TILE, tiles·TILE) in two fp16
+    parts (one, where one product will do), times a power of two of each tile, whose inverse goes to scales (ways,
+    height, tiles); and to slopes, if given, Σ P·(s - s⁺) of each tile. Where tiles serve both ways, the transpose is
+    written, too.
     """
     job = tl.program_id(0) // per_job
     tile = tile_of(first_job + job, tl.program_id(0) % per_job, sizes, strip, FORM, TILE, GROUP)
     s = similarities(prepared, tile, k, width, sizes, FORM, TILE, BLOCK)
     tau = read_temperature(temperature, True)
     factor = (1.0 / tau * LOG2_E).to(tl.float32)
-    counted_own, seen_own, counted_theirs, seen_theirs = flags_of(prepared, tile, sizes, FORM)
-    positives = positives_of(prepared)
-    base = tile.pair.to(tl.int64) * sizes.columns
-    of_own, of_theirs = losses, losses
+    counted, seen = flags_of(prepared, tile, sizes, FORM)
+    at, there = rows_and_columns(tile, sizes)
+    positive = tl.load(positives_of(prepared) + at, mask=there, other=0.0)
     if not FORM.itself:
-        distance = pairs.to(tl.int64) * sizes.columns
-        of_own += distance * tile.direction
-        of_theirs += distance * (1 - tile.direction)
-    # Whom nobody may choose has no loss, either; and who has none chooses nobody.
-    s = tl.where(others(tile) & seen_theirs[None, :], s, float("-inf"))
-    own, theirs = base + tile.row + tile.lane, base + tile.column + tile.lane
-    positive = tl.load(positives + own, mask=tile.rows, other=0.0)[:, None]
-    loss = tl.load(of_own + own, mask=tile.rows, other=0.0) * LOG2_E
-    loss = tl.where(counted_own, loss, float("inf")).to(tl.float32)[:, None]
-    G = probability((s - positive) * factor, loss)
+        at += pairs.to(tl.int64) * sizes.columns * (tl.arange(0, 2)[None, :] ^ tile.direction)
+    loss = tl.load(losses + at, mask=there, other=0.0) * LOG2_E
+    loss = tl.where(counted, loss, float("inf")).to(tl.float32)
+    positive_own, positive_theirs = tl.split(positive)
+    loss_own, loss_theirs = tl.split(loss)
+    seen_own, seen_theirs = tl.split(seen)
+    # Columns choose first, while registers are free: a thread has up to 64 of them, and holds two numbers of each, but
+    # of one or two rows. Whom nobody may choose has no loss, either; and who has none chooses nobody.
+    s = tl.where(others(tile), s, float("-inf"))
+    delta = s - positive_theirs[None, :]
+    G = probability(delta * factor, loss_theirs[None, :])
+    G = tl.where(seen_own[:, None], G, 0.0)
     slope = 0.0
     if slopes is not None:
-        slope = sum_of(G * tl.where(G == 0, 0.0, s - positive))
-    tl.debug_barrier()  # a compiler that goes through both at once runs out of registers
-    positive = tl.load(positives + theirs, mask=tile.columns, other=0.0)[None, :]
-    loss = tl.load(of_theirs + theirs, mask=tile.columns, other=0.0) * LOG2_E
-    loss = tl.where(counted_theirs, loss, float("inf")).to(tl.float32)[None, :]
-    R = probability((s - positive) * factor, loss)
-    R = tl.where(seen_own[:, None], R, 0.0)
-    if slopes is not None:
         if not FORM.rows_only:
-            more = sum_of(R * tl.where(R == 0, 0.0, s - positive))
+            slope = sum_of(G * tl.where(G == 0, 0.0, delta))
             if FORM.itself:  # what is on the diagonal of tiles has its own transpose in it
-                more = tl.where(tile.I == tile.J, 0.0, more)
-            slope += more
-        tl.store(slopes + tl.program_id(0), slope)
-    G += R
+                slope = tl.where(tile.I == tile.J, 0.0, slope)
+    s = tl.where(seen_theirs[None, :], s, float("-inf"))
+    delta = s - positive_own[:, None]
+    P = probability(delta * factor, loss_own[:, None])
+    if slopes is not None:
+        tl.store(slopes + tl.program_id(0), slope + sum_of(P * tl.where(P == 0, 0.0, delta)))
+    G += P
     top = tl.max(tl.max(G, 1), 0)
     exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.minimum(tl.maximum(exponent, -110), 100)
@@ -756,6 +764,10 @@ def product_kernel(
     mine = lane < sizes.rows - first
     row = sizes.start + first + lane
     used = tl.zeros([TILE], tl.int32)
+    # Losses of both ways at once, see ``rows_and_columns``: else each thread goes through float64 for many rows.
+    distance = pairs.to(tl.int64) * sizes.columns
+    if FORM.itself:
+        distance = distance * 0
     for number in range(ways):
         number_of_way = k * 0 + number
         pair, direction = pair_and_direction(vector, number_of_way, k, one_job, FORM, ALL)
@@ -763,11 +775,8 @@ def product_kernel(
         index = pair.to(tl.int64) * sizes.columns + row
         flag = tl.load(flags + index, mask=mine, other=0).to(tl.int32)
         used |= flag & tl.where(direction == 0, SEEN, 2 * SEEN)
-        loss = tl.load(losses + index, mask=mine, other=0.0)
-        both = 2.0 * expm1(-loss)
-        if not FORM.itself:
-            loss_back = tl.load(losses + pairs.to(tl.int64) * sizes.columns + index, mask=mine, other=0.0)
-            both = expm1(-loss) + expm1(-loss_back)
+        each = index[:, None] + distance * tl.arange(0, 2)[None, :]
+        both = tl.sum(expm1(-tl.load(losses + each, mask=mine[:, None], other=0.0)), 1)
         both = tl.where((flag & COUNTED) != 0, both, 0.0).to(tl.float32)
         partner = parts + other * 3 * plane + (sizes.start + first) * width + (lane[:, None] * width + column[None, :])
         total += both[:, None] * load_row(partner, plane, mine[:, None])
