@@ -70,6 +70,14 @@ class RaceError(Exception):
     pass
 
 
+class _NotTogether(Exception):  # noqa: N818
+    """Lanes would exchange values with some that have not come: who, and what is wrong if these never come."""
+
+    def __init__(self, lanes: np.ndarray, told: str) -> None:
+        super().__init__(told)
+        self.lanes = lanes
+
+
 # ------------------------------------------------------------------------------------------------
 # Memory
 # ------------------------------------------------------------------------------------------------
@@ -587,8 +595,10 @@ class Program:
         return len(self.of_warp) if some is None else np.count_nonzero(np.bincount(self.thread[some] // WARP))
 
     def run(self) -> None:
-        """All threads in step as long as they agree; else whoever is furthest behind goes first."""
+        """All threads in step as long as they agree; else whoever is furthest behind goes first. Lanes wait for those
+        that they exchange values with."""
         T = len(self.thread)
+        told = ""
         code, labels, where = self.code.instructions, self.code.labels, self.where
         waiting, barrier = np.full(T, "", "U4"), np.zeros(T, np.int8)
         while True:
@@ -596,11 +606,19 @@ class Program:
             if not ready.any():
                 if not (where >= 0).any():
                     break
+                if (waiting == "lane").any():
+                    raise RaceError(told)
                 self._release(where, waiting, barrier)
                 continue
             pc = int(where[ready].min())
             active = ready & (where == pc)
-            joined = int(where[ready & ~active].min(initial=len(code) + 1))  # where others are met
+            met = (waiting == "lane") & (where == pc)
+            if met.any():
+                met &= np.isin(self.thread // WARP, self.thread[active] // WARP)
+                waiting[met] = ""
+                active |= met
+            others = (ready | (waiting == "lane")) & ~active & (where > pc)
+            joined = int(where[others].min(initial=len(code) + 1))  # where others are met
             everyone = bool(active.all())
             while pc < joined:
                 instruction = code[pc]
@@ -614,12 +632,20 @@ class Program:
                 if instruction.run is None:
                     break
                 if mask is None or mask.any():
+                    where_it_is = f"{self.code.name}, program {self.at}, {instruction.line}: {instruction.text}"
                     try:
                         instruction.run(self, mask)
+                    except _NotTogether as error:
+                        if not (waiting == "lane").any():  # what is wrong, if something is, is wrong with the first
+                            told = f"{error}\n{where_it_is}"
+                        waiting[error.lanes] = "lane"
+                        pc -= 1
+                        break
                     except Exception as error:
-                        where_it_is = f"{self.code.name}, program {self.at}, {instruction.line}: {instruction.text}"
                         raise type(error)(f"{error}\n{where_it_is}") from error
             where[active] = pc
+            if (waiting[active] == "lane").any():
+                continue
             if instruction.name == "bra":
                 where[chosen] = labels[instruction.target]
             elif instruction.name == "ret":
@@ -1324,7 +1350,8 @@ def _atomic(name: str, parts: list[str], args: list[str]) -> Run:
 
 
 def _lanes(p: Program, m: np.ndarray | None, named: str) -> np.ndarray:
-    """Who takes part in an exchange between lanes; they must be all those named who have not yet returned."""
+    """Who takes part in an exchange between lanes; they must be all those named who have not yet returned. (For a warp
+    whose lanes have not all come it raises ``_NotTogether``, and is called again.)"""
     here = np.ones(len(p.thread), bool) if m is None else m
     members = np.broadcast_to(p.get(named, TYPES["u32"]), len(p.thread))
     if m is None and (members == EVERYONE).all():
@@ -1336,7 +1363,8 @@ def _lanes(p: Program, m: np.ndarray | None, named: str) -> np.ndarray:
         for expected in np.unique(members[mine & here]):
             if int(expected) & alive != present:
                 who = f"{present:#010x} of the lanes of warp {warp} exchange values"
-                raise RaceError(f"{who}, and name {int(expected):#010x} of which {alive:#010x} are running")
+                told = f"{who}, and name {int(expected):#010x} of which {alive:#010x} are running"
+                raise _NotTogether(mine & here, told)
     return here
 
 

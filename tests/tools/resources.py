@@ -52,7 +52,7 @@ SPILLED = {
     "product_kernel": {"gfx1100": 12},
 }
 """Bytes that a kernel may spill for k <= 8, and where. On an H200 parameters that leave solve_kernel none take up to
-three times as long. Those of contrasts spill with tiles of 128 (product_kernel of 64), once for a tile: not in the loops
+three times as long. Those of contrasts spill with tiles of 128 (product_kernel of 64), once for a tile: not in loops
 that multiply."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

@@ -139,6 +139,40 @@ def test_undefined_registers_show():
     assert torch.equal(y[1::2], torch.tensor([[7, -1, -1, 7]], dtype=torch.int16).expand(16, 4))
 
 
+def test_lanes_that_come_late_to_an_exchange():
+    """Compilers put what is rare behind everything else. The others wait for it where values are exchanged."""
+    text = """
+    .visible .entry late_kernel(.param .u64 late_kernel_param_0)
+    .reqntid 64
+    {
+        .reg .pred %p<2>;
+        .reg .b32 %r<8>;
+        .reg .b64 %rd<3>;
+        ld.param.b64 %rd1, [late_kernel_param_0];
+        mov.u32 %r1, %tid.x;
+        mov.b32 %r2, %r1;
+        setp.eq.b32 %p1, %r1, 25;
+        @%p1 bra $L__rare;
+    $L__met:
+        shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;
+        mad.wide.u32 %rd2, %r1, 4, %rd1;
+        st.global.b32 [%rd2+0], {%r3};
+        ret;
+    $L__rare:
+        mov.b32 %r2, 1000;
+        bra.uni $L__met;
+    $L__func_end0:
+    }
+    """
+    y = torch.zeros(64, dtype=torch.int32)
+    ptx.execute(text, 0, 1, [y])
+    expected = torch.arange(64, dtype=torch.int32) ^ 1
+    expected[24] = 1000
+    assert torch.equal(y, expected)
+    with pytest.raises(ptx.RaceError, match="0xfdffffff of the lanes of warp 0 exchange values, and name 0xffffffff"):
+        ptx.execute(text.replace("bra.uni $L__met", "bar.sync 0"), 0, 1, [y])
+
+
 def test_compiled_kernels_agree():
     """Both layouts and both kinds of sums, forward and backward."""
     assert run_compiled("tests/triton/test_gpu.py", "-k", "layouts_and_sums_agree and softmax") == 1
