@@ -7,6 +7,7 @@ singular value decompositions.
 
 from .compilation import warm_up
 from .diagnostics import alignment_score, effective_rank, uniformity
+from .joint import joint_scores
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
 from .modules import DominantSVLoss, PMRLLoss
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
@@ -24,6 +25,7 @@ __all__ = [
     "dominant_sv_loss",
     "effective_rank",
     "instance_contrastive_loss",
+    "joint_scores",
     "pmrl_loss",
     "singular_values",
     "uniformity",

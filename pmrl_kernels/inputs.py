@@ -196,6 +196,20 @@ def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
     return u, mask
 
 
+def query(x: Any, candidates: Batch) -> Tensor:
+    """Checks the (Nq, d) queries of joint scores, and that with one of them candidates are not too many modalities."""
+    _check_tensor(x, "query")
+    if x.dim() != 2 or x.shape[1] != candidates.d:
+        raise ValueError(f"query: got shape {_shape(x)}, wanted (Nq, {candidates.d}) with the d of the candidates")
+    if x.device != candidates.device:
+        raise ValueError(f"query: got device {x.device}, wanted {candidates.device} as the candidates have it")
+    if candidates.k >= constants.MAX_MODALITIES:
+        most = constants.MAX_MODALITIES - 1
+        raise ValueError(f"candidates: got {candidates.k} modalities, wanted at most {most} beside the query")
+    result: Tensor = x
+    return result
+
+
 def examples(embeddings: Sequence[Any], masks: Sequence[Any]) -> None:
     """Checks the tensors that ``warm_up`` makes others like."""
     for x in embeddings:

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import contrast, spectral
+from . import contrast, joint, spectral
 from .operators import Op, Pair
 
 _logger = logging.getLogger("pmrl_kernels")
 
-FAMILIES: tuple[Any, ...] = (spectral, contrast)
+FAMILIES: tuple[Any, ...] = (spectral, contrast, joint)
 
 _PREFERENCE = ("native", "cuda", "triton", "reference")  # fastest first
 

@@ -47,3 +47,29 @@ def read_temperature(tensor: Tensor | None, value: float, contrast: bool = False
     limits = torch.finfo(torch.float32)
     good = (tau >= limits.tiny) & (tau <= limits.max) if contrast else (tau > 0) & tau.isfinite()
     return torch.where(good, tau, torch.nan)
+
+
+_AT_ONCE = 1 << 15
+"""Matrices that cuSOLVER decomposes at a time; it fails with 65536 of them (CUDA 13.0)."""
+
+
+def decomposed(A: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh of (B, k, k), so many at a time."""
+    parts = [torch.linalg.eigh(some) for some in A.split(at_once)]
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1]
+    return torch.cat([values for values, _ in parts]), torch.cat([V for _, V in parts])
+
+
+def eigenpairs(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Of symmetric matrices (B, k, k): eigenvalues (B, k) in descending order, and eigenvectors (B, k, k) in columns.
+
+    LAPACK raises for the whole batch when one matrix holds a NaN, so such a matrix is kept from it and its results are
+    NaN.
+    """
+    bad = ~A.isfinite().all(-1).all(-1)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    at_once = max(1, len(A)) if A.device.type == "cpu" else _AT_ONCE
+    eigenvalues, V = decomposed(torch.where(bad[:, None, None], eye, A), at_once)
+    eigenvalues, V = eigenvalues.flip(-1), V.flip(-1)
+    return eigenvalues.masked_fill(bad[:, None], torch.nan), V.masked_fill(bad[:, None, None], torch.nan)

@@ -19,7 +19,7 @@ from tests.tools.backends import PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("",),
-    ("modules", "compilation", "diagnostics"),
+    ("modules", "compilation", "diagnostics", "joint"),
     ("losses", "spectral"),
     ("inputs", "ops", "ops.objective"),
     ("ops.FAMILY",),

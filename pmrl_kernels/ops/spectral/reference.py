@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import constants
 from ..operators import Operators, Pair
-from ..reference import NAME, NAMESPACE, read_mask, read_temperature, rejects
+from ..reference import NAME, NAMESPACE, eigenpairs, read_mask, read_temperature, rejects
 from . import spec
 
 _HOST_BLOCK = 1 << 19  # float64 elements of embeddings held at a time: 4 MiB, about a core's cache
@@ -139,30 +139,10 @@ def _counts(mask: Tensor | None, k: int, d: int, device: torch.device) -> tuple[
 # ------------------------------------------------------------------------------------------------
 
 
-_AT_ONCE = 1 << 15
-"""Matrices that cuSOLVER decomposes at a time; it fails with 65536 of them (CUDA 13.0)."""
-
-
-def _decomposed(A: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh of (B, k, k), so many at a time."""
-    parts = [torch.linalg.eigh(some) for some in A.split(at_once)]
-    if len(parts) == 1:
-        return parts[0][0], parts[0][1]
-    return torch.cat([values for values, _ in parts]), torch.cat([V for _, V in parts])
-
-
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (B, k) in descending order, at least 0, and eigenvectors (B, k, k) in columns.
-
-    LAPACK raises for the whole batch when one matrix holds a NaN, so such a matrix is kept from it
-    and its results are NaN.
-    """
-    bad = ~G.isfinite().all(-1).all(-1)
-    eye = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    at_once = max(1, len(G)) if G.device.type == "cpu" else _AT_ONCE
-    eigenvalues, V = _decomposed(torch.where(bad[:, None, None], eye, G), at_once)
-    eigenvalues = eigenvalues.flip(-1).clamp_min(0.0).masked_fill(bad[:, None], torch.nan)
-    return eigenvalues, V.flip(-1).masked_fill(bad[:, None, None], torch.nan)
+    """Eigenvalues (B, k) in descending order, at least 0, and eigenvectors (B, k, k) in columns."""
+    eigenvalues, V = eigenpairs(G)
+    return eigenvalues.clamp_min(0.0), V
 
 
 def _tied(eigenvalues: Tensor, k: int, float64_input: bool) -> Tensor:

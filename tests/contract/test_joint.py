@@ -1,0 +1,306 @@
+"""Joint scores are those of their formulas, from explicit Gram matrices of every pair, in float64 by autograd."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmrl_kernels import dominant_singular_triplet, joint_scores, ops
+from pmrl_kernels.ops.joint import reference, spec
+
+FLOAT64 = torch.float64
+ROOTS = ("volume", "sine", "sigma")
+VOLUMES = ("volume", "volume2", "sine")
+each_score = pytest.mark.parametrize("score", spec.SCORES)
+of_any_k = pytest.mark.parametrize("score", [name for name in spec.SCORES if name != "area2"])
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def plain(score: str, t: Tensor, C: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Of t (Nq, d) and C (Ng, n, d) as they are, by (Nq, Ng, k, k) as it is usually written."""
+    Nq, (Ng, n, _) = len(t), C.shape
+    if score == "area2":
+        u, w = (C[None, :, m] - t[:, None] for m in (0, 1))
+        return ((u * u).sum(-1) * (w * w).sum(-1) - (u * w).sum(-1) ** 2) / 2
+    there = torch.ones(Ng, n, dtype=torch.bool) if mask is None else mask
+    C = torch.where(there[:, :, None], C, 0.0)
+    Z = torch.cat([t[:, None, None].expand(Nq, Ng, 1, -1), C[None].expand(Nq, -1, -1, -1)], 2)
+    G = Z @ Z.mT
+    if score in VOLUMES:
+        missing = torch.diag_embed((~there).double())  # 1 on the diagonal: no column at all
+        volume2 = torch.linalg.det(G + torch.nn.functional.pad(missing, (1, 0, 1, 0)))
+        if score == "sine":
+            volume2 = volume2 / torch.linalg.det(C @ C.mT + missing)
+        return volume2 if score == "volume2" else volume2.clamp_min(0).sqrt()
+    largest = torch.linalg.eigvalsh(G)[..., -1]
+    if score == "gain":
+        return largest - torch.linalg.eigvalsh(C @ C.mT)[..., -1]
+    return largest.sqrt() if score == "sigma" else largest
+
+
+def embeddings(k: int, case: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    Nq, Ng, d = 20, 17, 24
+    t = unit(torch.randn(Nq, d, dtype=FLOAT64))
+    C = unit(torch.randn(Ng, k - 1, d, dtype=FLOAT64) + 0.7 * torch.randn(Ng, 1, d, dtype=FLOAT64))
+    mask = None
+    if case == "duplicates":
+        C[5], C[6], t[7] = C[4], C[4], t[8]
+    if case == "masks":
+        mask = torch.rand(Ng, k - 1) < 0.6
+        mask[3], mask[4] = False, True
+    if case == "any norm":
+        t, C = t * (0.5 + torch.rand(Nq, 1)), C * (0.5 + torch.rand(Ng, k - 1, 1))
+    return t, C, mask
+
+
+def gradients(scores: Tensor, W: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad((scores * W).sum(), tensors)
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+@of_any_k
+@pytest.mark.parametrize("case", ["random", "duplicates", "masks", "any norm"])
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
+def test_scores_and_gradients(score, case, k, monkeypatch):
+    """For any gradient that comes in; of several tiles."""
+    monkeypatch.setattr(reference, "_TILE", 64)
+    t, C, mask = (None if x is None else x.requires_grad_(x.is_floating_point()) for x in embeddings(k, case))
+    W = torch.randn(len(t), len(C), dtype=FLOAT64)
+    expected = plain(score, t, C, mask)
+    found = joint_scores(t, C, score=score, mask=mask, normalize=False)
+    assert off(found, expected) < 1e-13
+    for x, y in zip(gradients(found, W, t, C), gradients(expected, W, t, C), strict=True):
+        assert off(x, y) < 1e-11
+
+
+@pytest.mark.parametrize("case", ["random", "duplicates", "any norm"])
+def test_areas(case, monkeypatch):
+    monkeypatch.setattr(reference, "_TILE", 64)
+    t, C, _ = (None if x is None else x.requires_grad_() for x in embeddings(3, case))
+    W = torch.randn(len(t), len(C), dtype=FLOAT64)
+    found, expected = joint_scores(t, C, score="area2", normalize=False), plain("area2", t, C)
+    assert off(found, expected) < 1e-13
+    for x, y in zip(gradients(found, W, t, C), gradients(expected, W, t, C), strict=True):
+        assert off(x, y) < 1e-12
+
+
+@each_score
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FLOAT64])
+def test_normalized_rows_of_any_dtype(score, dtype):
+    """And their gradients, in their dtypes; in every form of candidates."""
+    t, C, _ = embeddings(3, "any norm")
+    t, C = (x.to(dtype).requires_grad_() for x in (t, C))
+    W = torch.randn(len(t), len(C))
+    wide_t, wide_C = (x.detach().double().requires_grad_() for x in (t, C))
+    expected = plain(score, unit(wide_t), unit(wide_C))
+    wanted = gradients(expected, W, wide_t, wide_C)
+    eps = 1e-13 if dtype == FLOAT64 else 2e-7
+    for candidates in ((C,), tuple(C.unbind(1)), ({"video": C[:, 0], "audio": C[:, 1]},)):
+        found = joint_scores(t, *candidates, score=score)
+        assert found.dtype == (FLOAT64 if dtype == FLOAT64 else torch.float32)
+        assert off(found.double(), expected) < eps
+        for x, y in zip(gradients(found, W, t, C), wanted, strict=True):
+            assert x.dtype == dtype
+            assert off(x.double(), y) < max(100 * eps, 2 * torch.finfo(dtype).eps)
+
+
+def test_scores_of_one_product():
+    t, C, mask = embeddings(4, "masks")
+    t, C = (x.requires_grad_() for x in (t, C))
+    W = torch.randn(len(t), len(C), dtype=FLOAT64)
+    u = dominant_singular_triplet(C, mask=mask).u
+    product = torch.where(mask[:, :, None], C, 1.0).prod(1) * mask.any(1, keepdim=True)
+    for score, expected in (("cosine", t @ u.T), ("mip", t @ product.T)):
+        found = joint_scores(t, C, score=score, mask=mask)
+        assert off(found, expected) < 1e-13
+        wanted = gradients(expected, W, t, C)
+        if score == "mip":  # C is of unit vectors, which are divided by their norms: nothing comes along them
+            wanted = tuple(g - (g * x).sum(-1, keepdim=True) * x for g, x in zip(wanted, (t, C), strict=True))
+        else:
+            wanted = wanted[0] - (wanted[0] * t).sum(-1, keepdim=True) * t, wanted[1]
+        for x, y in zip(gradients(found, W, t, C), wanted, strict=True):
+            assert off(x, y) < 1e-12
+        assert not found[:, 3].any()
+
+
+@of_any_k
+def test_candidates_without_modalities_and_absent_ones(score):
+    """Absent modalities are never read, and get exact zeros."""
+    t, C, mask = embeddings(4, "masks")
+    expected = joint_scores(t, C, score=score, mask=mask)
+    broken = torch.where(mask[:, :, None], C, torch.nan).requires_grad_()
+    found = joint_scores(t, broken, score=score, mask=mask)
+    assert torch.equal(found, expected)
+    (g,) = torch.autograd.grad(found.sum(), broken)
+    assert torch.isfinite(g).all()
+    assert not g[~mask].any()
+    alone = {"volume2": 1.0, "lambda": 1.0, "gain": 1.0}.get(score, 1.0)
+    torch.testing.assert_close(found[:, 3], torch.full((len(t),), alone, dtype=FLOAT64))
+    twice = joint_scores(2 * t, C, score=score, mask=mask, normalize=False)[:, 3]
+    torch.testing.assert_close(twice, torch.full_like(twice, 2.0 if score in ROOTS else 4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("near", [0.0, 1e-9, 1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("k", [2, 3, 4, 6])
+def test_near_alignment_everything_stays_finite(dtype, near, k):
+    """Where the formulas' own gradients are NaN: copies of one vector, and queries in a candidate's span."""
+    base = unit(torch.randn(5, 1, 16, dtype=FLOAT64))
+    C = unit(base + near * torch.randn(5, k - 1, 16, dtype=FLOAT64)).to(dtype).requires_grad_()
+    t = unit(base[:, 0] + near * torch.randn(5, 16, dtype=FLOAT64)).to(dtype).requires_grad_()
+    scores = [name for name in (*spec.SCORES, "cosine", "mip") if k == 3 or name != "area2"]
+    for score in scores:
+        found = joint_scores(t, C, score=score)
+        for g in torch.autograd.grad(found.sum(), (t, C)):
+            assert torch.isfinite(g).all(), score
+            assert score in ("cosine", "sine") or g.abs().max() < 10, score  # the span and u₁ of near copies do turn
+
+
+@pytest.mark.parametrize("score", VOLUMES)
+def test_where_volumes_have_no_slope(score):
+    """At r = 0 and where a candidate is singular gradients are 0, and steps from there do not climb."""
+    t = torch.eye(6)[:3].requires_grad_()
+    C = torch.stack([torch.eye(6)[:2], torch.eye(6)[[3, 3]]]).requires_grad_()
+    found = joint_scores(t, C, score=score)
+    expected = {"sine": [[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]]}.get(score, [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-7)
+    g_t, g_C = torch.autograd.grad(found[:2].sum(), (t, C))
+    assert g_C[1].abs().max() <= (1.0 if score == "sine" else 0.0)
+    assert g_t[:2].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("score", ["volume", "sine", "gain", "area2"])
+def test_descending_from_the_optimum_stays_there(score):
+    x = unit(torch.randn(4, 8)).repeat(3, 1, 1)
+    t, v, a = (y.clone().requires_grad_() for y in x)
+    sign = -1.0 if score == "gain" else 1.0
+    before = float((sign * joint_scores(t, v, a, score=score).diagonal()).mean().detach())
+    for _ in range(20):
+        loss = (sign * joint_scores(t, v, a, score=score).diagonal()).mean()
+        grads = torch.autograd.grad(loss, (t, v, a))
+        with torch.no_grad():
+            for y, g in zip((t, v, a), grads, strict=True):
+                assert torch.isfinite(g).all()
+                y -= 0.1 * g
+    assert float(loss.detach()) <= before + 1e-6
+
+
+@of_any_k
+def test_nan_stays_within_its_pairs(score):
+    t, C, _ = embeddings(4, "random")
+    clean = joint_scores(t, C, score=score)
+    t, C = t.clone(), C.clone()
+    t[2, 1], C[3, 1, 0] = torch.nan, torch.inf
+    found = joint_scores(t, C, score=score)
+    bad = torch.zeros_like(clean, dtype=torch.bool)
+    bad[2], bad[:, 3] = True, True
+    assert torch.equal(found.isnan(), bad)
+    assert torch.equal(found[~bad], clean[~bad])
+
+
+@of_any_k
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e-160, 1e160])
+def test_norms_do_not_matter(score, scale):
+    dtype = torch.float32 if 1e-38 < scale < 1e38 else FLOAT64
+    t, C, _ = (None if x is None else x.to(dtype) for x in embeddings(4, "random"))
+    wild = [(scale * x).requires_grad_() for x in (t, C)]
+    tame = [x.requires_grad_() for x in (t, C)]
+    found, expected = (joint_scores(*x, score=score) for x in (wild, tame))
+    assert off(found, expected) < 2e-6 if dtype == torch.float32 else 1e-12
+    for x, y in zip(torch.autograd.grad(found.sum(), wild), torch.autograd.grad(expected.sum(), tame), strict=True):
+        assert off(scale * x, y) < (1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_roots_of_hard_spectra():
+    """w of widely different sizes, poles that coincide, nothing at the top pole: no residual beyond rounding."""
+    N = 20000
+    for n, wide in itertools.product((2, 3, 7, 31), (1, 6, 12)):
+        poles = torch.rand(n, 1, N, dtype=FLOAT64) * 10.0 ** (-wide * torch.rand(n, 1, N))
+        poles[0] = 0
+        poles[1, :, ::3] = 0
+        w = torch.rand(n, 1, N, dtype=FLOAT64) * 10.0 ** (-wide * torch.rand(n, 1, N))
+        w[0, :, ::5] = 0
+        excess = 2 * torch.rand(1, N, dtype=FLOAT64) - 1
+        x = reference._largest_root(w, poles, excess)
+        A = torch.diag_embed((-poles[:, 0]).T)  # of which the arrow's largest eigenvalue is x
+        arrow = torch.zeros(N, n + 1, n + 1, dtype=FLOAT64)
+        arrow[:, 1:, 1:], arrow[:, 0, 0] = A, -excess[0]
+        arrow[:, 0, 1:] = arrow[:, 1:, 0] = w[:, 0].T.sqrt()
+        largest = torch.linalg.eigvalsh(arrow)[:, -1].clamp_min(0)
+        torch.testing.assert_close(x[0], largest, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", sorted(ops.available))
+def test_any_backend_may_be_asked_for(name):
+    t, C, _ = embeddings(3, "random")
+    if ops.available[name].rejects(torch.device("cpu"), FLOAT64, 3, 24) is not None:
+        pytest.skip("not for CPUs")
+    assert off(joint_scores(t, C, backend=name), joint_scores(t, C, backend="reference")) < 1e-14
+
+
+def test_nothing_to_score():
+    for Nq, Ng in ((0, 3), (3, 0), (0, 0)):
+        t, C = torch.randn(Nq, 4, requires_grad=True), torch.randn(Ng, 2, 4, requires_grad=True)
+        for score in (*spec.SCORES, "cosine", "mip"):
+            found = joint_scores(t, C, score=score)
+            assert found.shape == (Nq, Ng)
+            assert all(not g.any() for g in torch.autograd.grad(found.sum(), (t, C)))
+
+
+def test_errors_name_the_argument():
+    t, C = torch.randn(3, 4), torch.randn(5, 2, 4)
+    with pytest.raises(ValueError, match="score: got 'det', wanted one of 'volume'"):
+        joint_scores(t, C, score="det")
+    with pytest.raises(ValueError, match=r"query: got shape \(3, 5\), wanted \(Nq, 4\)"):
+        joint_scores(torch.randn(3, 5), C)
+    with pytest.raises(TypeError, match="query: got list"):
+        joint_scores([t], C)
+    with pytest.raises(ValueError, match="score: got 'area2' with 3 modalities"):
+        joint_scores(t, torch.randn(5, 3, 4), score="area2")
+    with pytest.raises(ValueError, match="score: got 'area2' with a mask"):
+        joint_scores(t, C, score="area2", mask=torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="candidates: got 32 modalities, wanted at most 31"):
+        joint_scores(t, torch.randn(5, 32, 4))
+    with pytest.raises(ValueError, match=r"mask: got shape \(3, 2\), wanted \(5, 2\)"):
+        joint_scores(t, C, mask=torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_compiled():
+    t, C, mask = embeddings(4, "masks")
+    t, C = (x.float().requires_grad_() for x in (t, C))
+    compiled = torch.compile(lambda t, C: joint_scores(t, C, mask=mask), backend="aot_eager", fullgraph=True)
+    found, expected = compiled(t, C), joint_scores(t, C, mask=mask)
+    assert torch.equal(found, expected)
+    for x, y in zip(*(torch.autograd.grad(s.sum(), (t, C)) for s in (found, expected)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_what_is_known_of_a_few():
+    """Orthogonal, equal and opposite vectors, by hand."""
+    e = torch.eye(3, dtype=FLOAT64)
+    C = torch.stack([torch.stack([e[0], e[1]]), torch.stack([e[0], e[0]])])
+    t = torch.stack([e[2], e[0], -e[0], (e[0] + e[1]) / math.sqrt(2)])
+    root = math.sqrt(2)
+    expected = {
+        "volume": [[1, 0], [0, 0], [0, 0], [0, 0]],
+        "sine": [[1, 1], [0, 0], [0, 0], [0, 1 / root]],
+        "sigma": [[1, root], [root, math.sqrt(3)], [root, math.sqrt(3)], [root, math.sqrt((3 + math.sqrt(5)) / 2)]],
+        "gain": [[0, 0], [1, 1], [1, 1], [1, (math.sqrt(5) - 1) / 2]],
+        "cosine": [[0, 0], [1 / root, 1], [-1 / root, -1], [1, 1 / root]],
+        "mip": [[0, 0], [0, 1], [0, -1], [0, 1 / root]],
+    }
+    for score, values in expected.items():
+        torch.testing.assert_close(
+            joint_scores(t, C, score=score), torch.tensor(values, dtype=FLOAT64), rtol=0, atol=3e-8
+        )
