@@ -14,7 +14,7 @@ from . import inputs
 
 _BATCHES = (2, 512, 520, 1032, 1536, 1544, 8200)
 """One for each way that kernels are launched: the Triton backend's LATENCY_BATCH and SPREAD_BATCH lie between, and for
-contrasts the least and the largest batch for each size of tiles, or one beyond what goes in strips."""
+contrasts the least and the largest batch for each size of tiles, or one whose weights go in strips."""
 
 _ON_CPUS = (2, 1032)  # where large ones take seconds, and make no difference
 
@@ -24,7 +24,7 @@ def _batches(leaves: Sequence[Tensor]) -> Sequence[int]:
         return _ON_CPUS
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     # Contrasts are launched by the number of everyone's rows, if the function gathers them; else by their own.
-    return sorted({*_BATCHES, *(-(-batch // processes) for batch in _BATCHES)})
+    return sorted({*_BATCHES, *(max(2, -(-batch // processes)) for batch in _BATCHES)})  # (BatchNorm refuses 1)
 
 
 def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) -> None:
@@ -40,7 +40,9 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
 
     Triton's depend on the number of modalities, on dtypes, on d as far as up to which power of two and whether it is a
     multiple of 16 bytes, on options, and on which embeddings require gradients. Of B they depend no further than such
-    batches do; with ``group=``, of what all processes have together, if they are those of the default group.
+    batches do; with ``group=``, of what all processes have together, if they are those of the default group. But a
+    contrast of more than some 2¹⁶/√(number of pairs) rows has another form of two kernels, and must have been called
+    once with as many.
 
     Args:
         function: a loss, a module, or anything that takes the embeddings (and ``mask``, if one is given) and returns

@@ -19,7 +19,12 @@ from .spectral import spec
 from .spectral.spec import Spectral, number_of_modalities
 
 SMALL = 1 << 21
-"""Numbers of embeddings of a batch that counts as small, at most: 8 MiB in float32."""
+"""Numbers of embeddings of a batch that waits for launches on a GPU, at most: 8 MiB in float32."""
+
+
+def waits_for_launches(x: Tensor, k: int) -> bool:
+    """Whether a pass less is worth as much memory as k embeddings like these, (B, d) or (B, k, d), take."""
+    return x.device.type != "cpu" and x.shape[0] * k * x.shape[-1] <= SMALL
 
 
 class Objective(NamedTuple):
@@ -59,10 +64,10 @@ class Objective(NamedTuple):
         return (total, alignment, instance), [losses, state, number, everyone, *kept, *spectral_state]
 
     def _kept(self, embeddings: Sequence[Tensor]) -> int:
-        """How many of the vectors wait for the backward pass. It makes the w of large batches anew, to the same bits:
-        they take as much memory as the embeddings. Those of small ones take longer than that: a pass of its own."""
-        k, kind, first = number_of_modalities(embeddings), self.contrast.kind, embeddings[0]
-        w = k if kind.w and first.shape[0] * k * first.shape[-1] > SMALL else 0
+        """How many of the vectors wait for the backward pass. It makes the w anew, to the same bits: they take a pass
+        over the embeddings, and as much memory as these. But small batches on a GPU wait for launches, not for that."""
+        k, kind = number_of_modalities(embeddings), self.contrast.kind
+        w = k if kind.w and not waits_for_launches(embeddings[0], k) else 0
         return kind.vectors(k) - w
 
     def _share(self, alignment: Tensor, number: Tensor) -> Tensor:

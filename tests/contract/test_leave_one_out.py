@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from pmrl_kernels import PMRLLoss, losses, ops, pmrl_loss
+from pmrl_kernels.ops import objective
 from pmrl_kernels.ops.spectral import spec
+from pmrl_kernels.ops.spectral.spec import Spectral
 from tests.tools.functions import DTYPES, finite, grads, leaves
 
 NEW = ("leave_one_out", "pairs")
@@ -34,6 +36,33 @@ def directions(
     first = xs[0]
     pair = ops.resolve(spec.SPECTRAL, backend, first.device, first.dtype, len(xs), first.shape[1])
     return pair.forward([x.detach() for x in xs], mask, None, 1.0, unit, spectrum, wanted)[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_w_are_the_same_kept_and_made_anew(backend, device, masked, compiled, monkeypatch):
+    """Bit for bit, with learned temperatures."""
+    xs = leaves([torch.randn(12, 8) for _ in range(3)], device, torch.float32)
+    taus = [torch.tensor(t, device=device, requires_grad=True) for t in (0.3, 0.2)]
+    mask = (torch.rand(12, 3) < 0.7).to(device) if masked else None
+
+    def loss(*xs: Tensor) -> Tensor:
+        return pmrl_loss(
+            *xs, mask=mask, temperature=taus[0], instance_temperature=taus[1], contrast="leave_one_out", backend=backend
+        )
+
+    found, passes = [], []
+    compute = Spectral.compute
+    monkeypatch.setattr(Spectral, "compute", lambda self, *a: passes.append(self.wanted) or compute(self, *a))
+    for kept in (False, True):
+        monkeypatch.setattr(objective, "waits_for_launches", lambda x, k, kept=kept: kept)
+        torch.compiler.reset()
+        call = torch.compile(loss, backend="aot_eager") if compiled else loss
+        found.append(grads(call(*xs), [*xs, *taus]))
+        if not compiled:
+            assert passes.count(spec.W) == 1, "kept the second time"
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("contrast", NEW)

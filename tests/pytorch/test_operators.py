@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from pmrl_kernels import pmrl_loss
+from pmrl_kernels.ops.joint import spec as joint
 from pmrl_kernels.ops.spectral import spec
 from tests.tools import contrasts
 from tests.tools.backends import operators
@@ -106,10 +107,28 @@ def spectral_backward_samples() -> Iterator[tuple[Any, ...]]:
             yield *sample, state, [*(None for _ in grads[1:]), grads[-1]], needed
 
 
+def joint_samples() -> Iterator[tuple[Any, ...]]:
+    for score, name in enumerate(joint.SCORES):
+        x, *candidates = data(3, 5, 7, torch.bfloat16 if name == "gain" else torch.float64)
+        mask = None if name == "area2" else some_mask(5, 2)
+        yield x[:4], candidates, mask, score, True
+        yield x[:4], [torch.stack(candidates, 1)], None, score, False
+
+
+def joint_backward_samples() -> Iterator[tuple[Any, ...]]:
+    for sample in joint_samples():
+        scores, state = OPS.joint_forward(*sample)
+        needed = [True] * (1 + len(sample[1]))
+        yield *sample, state, torch.ones_like(scores), needed
+        yield *sample, state, torch.ones_like(scores), [False, *needed[1:]]
+
+
 SAMPLES = {
     "spectral_forward": spectral_samples,
     "spectral_backward": spectral_backward_samples,
     **contrasts.samples(OPS),
+    "joint_forward": joint_samples,
+    "joint_backward": joint_backward_samples,
 }
 
 

@@ -360,6 +360,31 @@ def test_pairs_that_are_no_contrast():
             launch.forward([a, b, c][: len(directions)], pairs, directions, None, [], None, 0, None, 0.1)
 
 
+def test_nobody_has_rows():
+    """Of any process."""
+    a = torch.empty(0, 8, device=DEVICE)
+    for name in spec.NAMES:
+        kind = spec.kind(name, 2)
+        vectors = [a] * kind.vectors(2)
+        arguments = vectors, kind.pairs, kind.directions, None, vectors, None, 0, None, 0.1
+        loss, losses, state = launch.forward(*arguments)
+        assert (float(loss), losses.shape[-1]) == (0.0, 0)
+        found, _ = launch.backward(*arguments, losses, state, torch.ones((), device=DEVICE))
+        assert all(x.shape == (0, 8) for x in found)
+
+
+def test_a_state_that_was_kept_elsewhere():
+    """And came back where 16 bytes do not begin."""
+    vectors = unit(random(3, 9, 12))
+    kind = spec.kind("modality", 2)
+    arguments = vectors, kind.pairs, kind.directions, None, [], None, 0, None, 0.1
+    _, losses, state = launch.forward(*arguments)
+    elsewhere = torch.empty(len(state) + 1, dtype=FLOAT64, device=DEVICE)[1:].copy_(state)
+    one = torch.ones((), device=DEVICE)
+    for x, y in zip(*(launch.backward(*arguments, losses, s, one)[0] for s in (state, elsewhere)), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_nothing_to_compare():
     (a,) = unit(random(1, 4, 8))
     for rows, pairs in itertools.product((4, 0), ((), (0, 0))):

@@ -79,7 +79,8 @@ _has_tensor_cores._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _registered() -> tuple[Operators, Any, Any]:
-    operators = Operators(f"pmrl_triton_contrast_{triton.fingerprint(__name__, 'state.py')}")
+    layout = triton.fingerprint(__name__, "state.py") + ("_interpreted" if INTERPRETED else "")  # with larger tiles
+    operators = Operators(f"pmrl_triton_contrast_{layout}")
     keys = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
     return operators, *operators.define(spec.PAIRED, _forward, _backward, _forward_shapes, keys)
 

@@ -208,7 +208,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = torch.empty(spec.losses_shape(problem.vectors, problem.pairs), dtype=torch.float64, device=device)
     size = state_size(len(columns), N, d, count, bool(problem.everyone))
     state = torch.empty(size, dtype=torch.float64, device=device)
-    if not problem.pairs or (not problem.everyone and first.shape[0] == 0):
+    if not problem.pairs or N == 0:
         return _nothing(problem).to(first.dtype), losses, state.fill_(1.0)
     call = geometry(problem)
     made = _prepare(call, problem, state)
@@ -275,6 +275,8 @@ def backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
         slope = torch.zeros((), dtype=torch.float64, device=device)
         return [x.zero_() for x in found], slope * (grad.double() / state[0] / tau)
     call = geometry(problem)
+    if state.data_ptr() % 16:  # whoever kept it in the meantime need not know of that
+        state = state.clone()
     made = call.layout._replace(buffer=state) if call.kept else _prepare(call, problem, state)
     h, multiple = targets(found, first.shape[1])
     fixed = Temperature(temperature, bits(problem.fixed_temperature))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ...triton import INTERPRETED
 
 KEPT = 1 << 22
-"""Numbers of all vectors of which parts are kept, at most: 24 MiB."""
+"""Numbers of all vectors, with the rows that fill up the last tile, of which parts are kept, at most: 24 MiB."""
 
 HEAD = 2
 LARGEST_TILE = 512 if INTERPRETED else 128
@@ -44,9 +44,10 @@ def prepared(buffer: Any, V: int, padded: int, N: int, d: int, pairs: int, block
 def kept(V: int, N: int, d: int, pairs: int, gathered: bool) -> tuple[int, int]:
     """Rows of the parts that are kept, and for how many blocks of rows there are counters, whatever the tiles; zeros
     where the batch is too large."""
-    if N * V * width_of(d) > KEPT:
+    padded = (-(-N // LARGEST_TILE) + gathered) * LARGEST_TILE
+    if padded * V * width_of(d) > KEPT:
         return 0, 0
-    return (-(-N // LARGEST_TILE) + gathered) * LARGEST_TILE, 2 * pairs * -(-N // 32)
+    return padded, 2 * pairs * -(-N // 32)
 
 
 def state_size(V: int, N: int, d: int, pairs: int, gathered: bool) -> int:
