@@ -9,6 +9,9 @@ k = n + 1, and K that of C alone:
     area2     2·area² of the triangle t, c₁, c₂ (k = 3)
 
 Only C t depends on the pair, so n matrix products are all that is quadratic. The mathematics is in ``reference.py``.
+
+Two ops: ``joint`` is the matrix of scores, ``joint_contrast`` the cross-entropy over it in both directions, which never
+holds it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ from ..operators import Op, Pair
 
 SCORES = ("volume", "volume2", "sine", "sigma", "lambda", "gain", "area2")
 VOLUME, VOLUME2, SINE, SIGMA, LAMBDA, GAIN, AREA2 = range(7)
+DOT = 7
+"""Of a contrast alone: t · c of candidates with one vector c, as it comes."""
+
+SIGNS = (-1, -1, -1, 1, 1, 1, -1, 1)
+"""Of each score: 1 where the largest is best, -1 where the smallest is."""
 
 
 def modalities(candidates: Sequence[Tensor]) -> list[Tensor]:
@@ -58,6 +66,42 @@ JOINT = Op(
 """``candidates`` are n tensors (Ng, d) or one (Ng, n, d), ``mask`` (Ng, n) says which modalities there are, ``score``
 is an index of ``SCORES``. Forward: scores (Nq, Ng) and a state. Backward: from their gradient those of the query and
 of the candidates, in their layouts and dtypes, empty where not needed."""
+
+
+def _contrast_backward_shapes(query: Tensor, candidates: Sequence[Tensor], *arguments: Any) -> Any:
+    first, last, begin, end = arguments[2]
+    needed = arguments[-1]
+    rows = [last - first] + [end - begin] * len(candidates)
+    found = [
+        x.new_empty((n, *x.shape[1:]) if want else (0,))
+        for x, n, want in zip((query, *candidates), rows, needed, strict=True)
+    ]
+    return [*found, query.new_empty((), dtype=torch.float64)]
+
+
+_CONTRASTED = (
+    "Tensor query, Tensor[] candidates, Tensor? mask, Tensor? positives, int[] own, int score, bool normalize, "
+    "float smoothing, Tensor? temperature, float fixed_temperature"
+)
+
+JOINT_CONTRAST = Op(
+    "joint_contrast",
+    f"({_CONTRASTED}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    f"({_CONTRASTED}, Tensor row_losses, Tensor column_losses, Tensor[] state, Tensor grad, bool half, bool[] needed)"
+    " -> Tensor[]",
+    _contrast_backward_shapes,
+)
+"""``query``, ``candidates`` and ``mask`` as in ``JOINT``, of everyone; ``own`` = (first, last, begin, end): this
+process has the losses of queries [first, last) and of candidates [begin, end).
+
+``positives`` (Nq,), int64, is each query's candidate; None is its own number, Nq = Ng then. Negative ones (or such as
+there are not): the query has none. A candidate without modalities leaves with its queries. The others may be chosen,
+and have a loss if they have a positive.
+
+Forward: the own part of the loss (0-d), half the mean of the rows' and half that of the columns'; the own rows'
+losses and the own columns' (float64; without smoothing, 0 where there is none); a state. Backward, from everyone's
+losses: the gradients of the own queries and own candidates, empty where not needed, and of the temperature (0-d
+float64). ``half``: those of queries by the rows' losses alone, of candidates by the columns'."""
 
 
 class Joint(NamedTuple):
