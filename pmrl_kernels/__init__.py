@@ -7,9 +7,9 @@ singular value decompositions.
 
 from .compilation import warm_up
 from .diagnostics import alignment_score, effective_rank, uniformity
-from .joint import joint_scores
+from .joint import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
-from .modules import DominantSVLoss, PMRLLoss
+from .modules import DominantSVLoss, GRAMLoss, JointContrastiveLoss, PMRLLoss, TRIANGLELoss
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
 
 __version__ = "0.1.0"
@@ -17,17 +17,23 @@ __version__ = "0.1.0"
 __all__ = [
     "DominantSVLoss",
     "DominantTriplet",
+    "GRAMLoss",
+    "JointContrastiveLoss",
     "PMRLComponents",
     "PMRLLoss",
+    "TRIANGLELoss",
     "alignment_score",
     "dominant_singular_triplet",
     "dominant_singular_value",
     "dominant_sv_loss",
     "effective_rank",
+    "gram_loss",
     "instance_contrastive_loss",
+    "joint_contrastive_loss",
     "joint_scores",
     "pmrl_loss",
     "singular_values",
+    "triangle_loss",
     "uniformity",
     "warm_up",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .distributed import Group, exchanged, summed
 from .ops import constants
+from .ops.joint.spec import NAMES as JOINT_SCORES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -210,6 +211,44 @@ def query(x: Any, candidates: Batch) -> Tensor:
     return result
 
 
+def positives(x: Any, queries: int, candidates: Batch) -> Tensor | None:
+    """Checks the (Nq,) numbers of queries' candidates; None where each query has its own, as many as there are.
+
+    Numbers elsewhere than on a CPU are not read, since the host would wait for them.
+    """
+    Ng = candidates.B
+    if x is None:
+        if queries != Ng:
+            raise ValueError(
+                f"positives: got None with {queries} queries and {Ng} candidates, wanted an int64 tensor ({queries},), "
+                "the candidate of each query"
+            )
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"positives: got {type(x).__name__}, wanted an int64 tensor ({queries},), or None")
+    if x.dtype != torch.int64:
+        raise TypeError(f"positives: got dtype {x.dtype}, wanted torch.int64, the candidate of each query")
+    _check_dense(x, "positives")
+    if tuple(x.shape) != (queries,):
+        raise ValueError(f"positives: got shape {_shape(x)}, wanted ({queries},), the candidate of each query")
+    if x.device != candidates.device:
+        raise ValueError(f"positives: got device {x.device}, wanted {candidates.device} as the candidates have it")
+    if type(x) is Tensor and x.device.type == "cpu" and queries and not torch.compiler.is_compiling():
+        largest = int(x.max())
+        if largest >= Ng:
+            raise ValueError(f"positives: got {largest}, wanted numbers below {Ng}, that of candidates (or negative)")
+    result: Tensor = x
+    return result
+
+
+def smoothing(value: Any) -> float:
+    """A label smoothing in [0, 1]."""
+    number = real(value, "label_smoothing")
+    if not 0 <= number <= 1:
+        raise ValueError(f"label_smoothing: got {value!r}, wanted a number from 0 to 1")
+    return number
+
+
 def examples(embeddings: Sequence[Any], masks: Sequence[Any]) -> None:
     """Checks the tensors that ``warm_up`` makes others like."""
     for x in embeddings:
@@ -319,7 +358,8 @@ def spread_batch(group: Any, local_sizes: Any, batch: Batch, contrast: str, name
         return None
     B, world, rank = batch.B, dist.get_world_size(processes), dist.get_rank(processes)
     if local_sizes is None:
-        return Group(processes, (B,) if world == 1 else _sizes(processes, batch, contrast, name), rank)
+        told = [(B, B)] if world == 1 else _sizes(processes, batch, contrast, name)
+        return Group(processes, tuple(size for size, _ in told), rank)
     if not isinstance(local_sizes, (list, tuple)) or not all(_is_count(size) for size in local_sizes):
         raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} ints, the rows of each process")
     if len(local_sizes) != world:
@@ -331,16 +371,55 @@ def spread_batch(group: Any, local_sizes: Any, batch: Batch, contrast: str, name
     return Group(processes, tuple(local_sizes), rank)
 
 
-_CONTRASTS = ("leading", "modality", "raw", "leave_one_out", "pairs")
+def spread_pairs(
+    group: Any, local_sizes: Any, queries: int, candidates: Batch, score: str, positives: bool
+) -> tuple[Group, Group] | None:
+    """The same of queries and of candidates, which are as many where there are no ``positives``."""
+    if not positives:
+        spread = spread_batch(group, local_sizes, candidates, score, "candidates")
+        return None if spread is None else (spread, spread)
+    processes = process_group(group)
+    if processes is not None and local_sizes is None:
+        told = [(candidates.B, queries)]
+        if dist.get_world_size(processes) > 1:
+            told = _sizes(processes, candidates, score, "candidates", queries)
+        of_candidates, of_queries = zip(*told, strict=True)
+        rank = dist.get_rank(processes)
+        return Group(processes, of_queries, rank), Group(processes, of_candidates, rank)
+    if local_sizes is not None and not (
+        isinstance(local_sizes, (list, tuple))
+        and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in local_sizes)
+    ):
+        raise TypeError(
+            f"local_sizes: got {local_sizes!r}, wanted a list of pairs, how many queries and how many candidates each "
+            "process has, since there are positives"
+        )
+    sides = []
+    for side, batch in enumerate((candidates._replace(B=queries), candidates)):
+        spread = spread_batch(group, local_sizes and [pair[side] for pair in local_sizes], batch, score)
+        if spread is None:
+            return None
+        sides.append(spread)
+    return sides[0], sides[1]
 
 
-def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> tuple[int, ...]:
-    """The number of rows of every process, once all have the same of what decides the shape of a row on the wire."""
-    numbers = (batch.B, _CONTRASTS.index(contrast), batch.k, batch.d, _DTYPES.index(batch.dtype))
+_CONTRASTS = ("leading", "modality", "raw", "leave_one_out", "pairs", *JOINT_SCORES)
+
+
+def _sizes(
+    processes: ProcessGroup, batch: Batch, contrast: str, name: str, queries: int | None = None
+) -> list[tuple[int, int]]:
+    """The number of rows of every process, and of its queries, if these are others (else 0), once all have the same of
+    what decides the shape of a row on the wire."""
+    kind = _CONTRASTS.index(contrast), queries is not None
+    numbers = (batch.B, queries or 0, *kind, batch.k, batch.d, _DTYPES.index(batch.dtype))
     everyone = exchanged(processes, numbers, batch.device)
-    sizes, contrasts, k, d, dtypes = zip(*everyone, strict=True)
-    if all(other[1:] == everyone[0][1:] for other in everyone):
-        return sizes
+    sizes, of_queries, contrasts, have_queries, k, d, dtypes = zip(*everyone, strict=True)
+    if all(other[2:] == everyone[0][2:] for other in everyone):
+        return list(zip(sizes, of_queries, strict=True))
+    if all(_CONTRASTS[c] in JOINT_SCORES for c in contrasts):
+        _same("score", [repr(_CONTRASTS[c]) for c in contrasts])
+        _same("positives", ["some" if have else "None" for have in have_queries])
     if _CONTRASTS.index("raw") in contrasts:
         _same("normalize", [str(_CONTRASTS[c] != "raw") for c in contrasts])
     _same("contrast", [repr(_CONTRASTS[c]) for c in contrasts])
@@ -349,7 +428,7 @@ def _sizes(processes: ProcessGroup, batch: Batch, contrast: str, name: str) -> t
     _same(name, [f"d = {n}" for n in d])
     wide = ["64-bit" if _DTYPES[i] == torch.float64 or contrast == "raw" else "32-bit" for i in dtypes]
     _same(name, [f"dtype {_DTYPES[i]}" for i in dtypes], wide)
-    return sizes
+    return list(zip(sizes, of_queries, strict=True))
 
 
 def same_width(processes: ProcessGroup | None, d: int, device: torch.device) -> None:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from . import inputs
 from .inputs import Embeddings, Mask
+from .joint import joint_contrastive_loss
 from .losses import INSTANCE_TEMPERATURES, PMRLComponents, dominant_sv_loss, pmrl_loss
 from .ops import check_name
+from .ops.joint.spec import NAMES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 _CPU = torch.device("cpu")
 
@@ -151,7 +154,38 @@ class DominantSVLoss(nn.Module):
         return f"normalize={self.normalize}, reduction={self.reduction!r}, objective={self.objective!r}"
 
 
-class PMRLLoss(nn.Module):
+class _Spread(nn.Module):
+    """A loss with a group of processes, which can be copied with it, but not saved."""
+
+    group: ProcessGroup | Literal["world"] | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not (self.group is None or isinstance(self.group, str)):
+            raise pickle.PicklingError(
+                "group: got a module with one to pickle, wanted one without, since a group of processes cannot be "
+                'saved or sent; save its state_dict() instead, or make it with group="world", which can'
+            )
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        # as nn.Module has it: what `.compile()` left stays behind
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+
+    def _of_processes(self) -> str:
+        if self.group is None:
+            return ""
+        return f", group={self.group!r}" if isinstance(self.group, str) else f", group of {self.group.size()}"
+
+
+class PMRLLoss(_Spread):
     r"""Module form of :func:`~pmrl_kernels.pmrl_loss`; formula, shapes and gradient rules are there.
 
     Args:
@@ -235,32 +269,156 @@ class PMRLLoss(nn.Module):
         )
         return components if self.return_components else components.total
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PMRLLoss:
-        if self.group is not None:
-            memo[id(self.group)] = self.group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self._state(), memo))
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        if not (self.group is None or isinstance(self.group, str)):
-            raise pickle.PicklingError(
-                "group: got a module with one to pickle, wanted one without, since a group of processes cannot be "
-                'saved or sent; save its state_dict() instead, or make it with group="world", which can'
-            )
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
-        # as nn.Module has it: what `.compile()` left stays behind
-        return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
-
     def extra_repr(self) -> str:
-        spread = f", group={self.group!r}" if isinstance(self.group, str) else ""
-        if not (self.group is None or isinstance(self.group, str)):
-            spread = f", group of {self.group.size()}"
         return (
             f"alignment_weight={self.alignment_weight}, instance_weight={self.instance_weight}, "
             f"normalize={self.normalize}, "
-            f"objective={self.objective!r}, contrast={self.contrast!r}{spread}"
+            f"objective={self.objective!r}, contrast={self.contrast!r}{self._of_processes()}"
         )
+
+
+class JointContrastiveLoss(_Spread):
+    r"""Module form of :func:`~pmrl_kernels.joint_contrastive_loss`; formula, shapes and gradient rules are there.
+
+    Args:
+        score, label_smoothing, normalize, half_gradient, group, backend: as in the function; ``positives``, ``mask``
+            and ``local_sizes`` go to each call.
+        temperature: τ, a float; with ``learnable_temperature`` its initial value.
+        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`Temperature`).
+        min_temperature: least value of a learned τ, >= 0.
+
+    Copies and pickles: as :class:`PMRLLoss`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, when the module is made.
+
+    Source: GRAM (arXiv 2412.11959), section 3; docs/mathematics.md, "Joint scores".
+
+    Example:
+        >>> import torch
+        >>> loss = JointContrastiveLoss("gain", learnable_temperature=True)
+        >>> text, video, audio = (torch.randn(8, 16) for _ in range(3))
+        >>> loss(text, video, audio).backward()
+        >>> loss.temperature.log_excess.grad is not None
+        True
+    """
+
+    def __init__(
+        self,
+        score: str = "gain",
+        temperature: float = 0.07,
+        *,
+        learnable_temperature: bool = False,
+        min_temperature: float = 0.01,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        half_gradient: bool = False,
+        group: ProcessGroup | Literal["world"] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        minimum = inputs.weight(min_temperature, "min_temperature")
+        learned = inputs.flag(learnable_temperature, "learnable_temperature")
+        inputs.temperature(temperature, "temperature", _CPU, contrast=True)
+        self.temperature = Temperature(temperature, learned, minimum)
+        self.score = inputs.one_of(score, "score", NAMES)
+        self.label_smoothing = inputs.smoothing(label_smoothing)
+        self.normalize = inputs.flag(normalize, "normalize")
+        self.half_gradient = inputs.flag(half_gradient, "half_gradient")
+        self.group = inputs.named_group(group)
+        self.backend = check_name(backend)
+
+    def forward(
+        self,
+        query: Tensor,
+        *candidates: Embeddings,
+        positives: Tensor | None = None,
+        mask: Mask | None = None,
+        local_sizes: Sequence[int] | Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """The loss of queries (Nq, d) and candidates, in any form the function takes."""
+        return joint_contrastive_loss(
+            query,
+            *candidates,
+            score=self.score,
+            temperature=self.temperature(),
+            label_smoothing=self.label_smoothing,
+            positives=positives,
+            mask=mask,
+            normalize=self.normalize,
+            half_gradient=self.half_gradient,
+            group=self.group,
+            local_sizes=local_sizes,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        half = ", half_gradient=True" if self.half_gradient else ""
+        return (
+            f"{self.score!r}, label_smoothing={self.label_smoothing}, normalize={self.normalize}{half}"
+            f"{self._of_processes()}"
+        )
+
+
+class _Published(JointContrastiveLoss):
+    """A published contrast, with its score and its values."""
+
+    _score: str
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        learnable_temperature: bool = False,
+        min_temperature: float = 0.01,
+        label_smoothing: float = 0.1,
+        half_gradient: bool = False,
+        group: ProcessGroup | Literal["world"] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            self._score,
+            temperature,
+            learnable_temperature=learnable_temperature,
+            min_temperature=min_temperature,
+            label_smoothing=label_smoothing,
+            half_gradient=half_gradient,
+            group=group,
+            backend=backend,
+        )
+
+
+class GRAMLoss(_Published):
+    r"""Module form of :func:`~pmrl_kernels.gram_loss`, GRAM's contrast of volumes.
+
+    Args, Raises: as in :class:`JointContrastiveLoss`. As published the temperature is learned, from 0.07, without a
+    least value: ``learnable_temperature=True, min_temperature=0``.
+
+    Source: GRAM (arXiv 2412.11959), section 3; docs/joint-scores.md has a migration guide.
+
+    Example:
+        >>> import torch
+        >>> text, video, audio, subtitles = (torch.randn(8, 16) for _ in range(4))
+        >>> GRAMLoss(learnable_temperature=True)(text, video, audio, subtitles).shape
+        torch.Size([])
+    """
+
+    _score = "volume"
+
+
+class TRIANGLELoss(_Published):
+    r"""Module form of :func:`~pmrl_kernels.triangle_loss`, TRIANGLE's contrast of squared areas.
+
+    Args, Raises: as in :class:`JointContrastiveLoss`. As published the temperature is learned, from 0.07, without a
+    least value: ``learnable_temperature=True, min_temperature=0``.
+
+    Source: TRIANGLE, https://github.com/ispamm/TRIANGLE; docs/joint-scores.md has a migration guide.
+
+    Example:
+        >>> import torch
+        >>> text, video, audio = (torch.randn(8, 16) for _ in range(3))
+        >>> TRIANGLELoss(learnable_temperature=True)(text, video, audio).shape
+        torch.Size([])
+    """
+
+    _score = "area2"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..operators import Pair
-from .spec import JOINT
+from .spec import JOINT, JOINT_CONTRAST
 
-OPS = (JOINT,)
+OPS = (JOINT, JOINT_CONTRAST)
 
 
 def implementations(backend: str) -> Mapping[str, Pair]:

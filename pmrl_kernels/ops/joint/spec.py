@@ -17,18 +17,25 @@ holds it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..function import Tensors
 from ..operators import Op, Pair
+from ..reference import read_mask
+
+if TYPE_CHECKING:
+    from ...distributed import Group
 
 SCORES = ("volume", "volume2", "sine", "sigma", "lambda", "gain", "area2")
 VOLUME, VOLUME2, SINE, SIGMA, LAMBDA, GAIN, AREA2 = range(7)
+NAMES = (*SCORES, "cosine", "mip")
+"""All that have a name in public: the last two are products of vectors, t · c."""
+
 DOT = 7
-"""Of a contrast alone: t · c of candidates with one vector c, as it comes."""
+"""Of a contrast alone: t · c of candidates with one vector c as it comes; ``normalize`` is of the queries."""
 
 SIGNS = (-1, -1, -1, 1, 1, 1, -1, 1)
 """Of each score: 1 where the largest is best, -1 where the smallest is."""
@@ -124,6 +131,101 @@ class Joint(NamedTuple):
         wanted = list(needed[1:])
         found = self.pair.backward(query, candidates, mask, self.score, self.normalize, saved, grad, wanted)
         return (None, *(x if want else None for x, want in zip(found, wanted, strict=True)))
+
+    def outputs(self, tensors: Tensors) -> int:
+        return 1
+
+
+class JointContrast(NamedTuple):
+    """A call of the op ``joint_contrast`` on (mask, positives, temperature, query, *candidates), see ``function.py``.
+
+    Of a batch over several processes every one gathers all queries and candidates in its forward pass, and everyone's
+    losses; none is left for the backward pass, so nobody can make another one wait for ever by skipping it."""
+
+    pair: Pair
+    score: int
+    normalize: bool
+    smoothing: float
+    fixed_temperature: float  # where there is no tensor
+    half: bool
+    queries: Group | None
+    gallery: Group | None  # how the candidates spread over the same processes
+
+    def _arguments(
+        self,
+        query: Tensor,
+        candidates: Sequence[Tensor],
+        mask: Tensor | None,
+        positives: Tensor | None,
+        temperature: Tensor | None,
+        sizes: tuple[int, int],
+    ) -> tuple[Any, ...]:
+        """What both operators take: everyone's tensors, and which of their rows are this process's."""
+        first, begin = (0 if group is None else group.start() for group in (self.queries, self.gallery))
+        own = [first, first + sizes[0], begin, begin + sizes[1]]
+        options = self.score, self.normalize, self.smoothing, temperature, self.fixed_temperature
+        return (query, candidates, mask, positives, own, *options)
+
+    def _everyone(
+        self, query: Tensor, candidates: Sequence[Tensor], mask: Tensor | None, positives: Tensor | None
+    ) -> list[Tensor]:
+        """All processes' queries (Nq, d), candidates (Ng, n, d), mask (Ng, n), and positives (Nq,) if there are any."""
+        if self.queries is None or self.gallery is None:
+            return []
+        dtype, xs = output_dtype(query, candidates), modalities(candidates)
+        n, d = len(xs), query.shape[1]
+        present = query.new_ones((len(xs[0]), n)) if mask is None else read_mask(mask)
+        # What is absent is never read, and must not be NaN on the wire either.
+        zs = xs if mask is None else [torch.where(present[:, m, None], x, 0.0) for m, x in enumerate(xs)]
+        gallery = torch.cat([x.to(dtype) for x in (*zs, present)], 1)
+        if positives is None:
+            rows = self.queries.gather(torch.cat((query.to(dtype), gallery), 1))
+            everyone, gallery = rows[:, :d], rows[:, d:]
+        else:
+            everyone, gallery = self.queries.gather(query.to(dtype)), self.gallery.gather(gallery)
+        found = [everyone, gallery[:, : n * d].unflatten(1, (n, d)), gallery[:, n * d :] != 0]
+        if positives is not None:
+            known = (positives >= 0) & (positives < len(xs[0]))
+            numbers = torch.where(known, positives + self.gallery.start(), -1)
+            found.append(self.queries.gather(numbers[:, None])[:, 0])
+        return found
+
+    def forward(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        mask, positives, temperature, query, *candidates = tensors
+        sizes = query.shape[0], candidates[0].shape[0]
+        everyone = self._everyone(query, candidates, mask, positives)
+        if everyone:
+            query, stack, mask, *chosen = everyone
+            candidates, positives = [stack], chosen[0] if chosen else None
+        arguments = self._arguments(query, candidates, mask, positives, temperature, sizes)
+        loss, rows, columns, state = self.pair.forward(*arguments)
+        if self.queries is not None and self.gallery is not None:
+            loss = loss * len(self.queries.sizes)
+            rows, columns = self.queries.gather(rows[:, None])[:, 0], self.gallery.gather(columns[:, None])[:, 0]
+        return (loss,), [rows, columns, *everyone, *state]
+
+    def backward(self, tensors: Tensors, saved: Sequence[Tensor], grads: Tensors, needed: Sequence[bool]) -> Tensors:
+        mask, positives, temperature, query, *candidates = tensors
+        (grad,) = grads
+        if grad is None:
+            return (None,) * len(tensors)
+        rows, columns, *rest = saved
+        sizes, wanted, given = (query.shape[0], candidates[0].shape[0]), list(needed[3:]), candidates
+        if self.queries is not None:
+            grad = grad.double() * len(self.queries.sizes)
+            query, stack, mask, *rest = rest
+            if positives is not None:
+                positives, *rest = rest
+            candidates, wanted = [stack], [wanted[0], any(wanted[1:])]
+        arguments = self._arguments(query, candidates, mask, positives, temperature, sizes)
+        *found, slope = self.pair.backward(*arguments, rows, columns, rest, grad, self.half, wanted)
+        if self.queries is not None and wanted[1] and given[0].dim() == 2:
+            found = [found[0], *found[1].unbind(1)]
+        gradients = [
+            found[i].to(x.dtype) if want else None
+            for i, (x, want) in enumerate(zip((tensors[3], *given), needed[3:], strict=True))
+        ]
+        return (None, None, slope.to(temperature.dtype) if needed[2] else None, *gradients)
 
     def outputs(self, tensors: Tensors) -> int:
         return 1
