@@ -91,6 +91,15 @@ def test_split_instance_contrast(world, single, name):
     close(sum(p[2] for p in parts) / len(parts), tau)
 
 
+@pytest.mark.parametrize("name", worker.JOINT)
+def test_split_joint_contrasts(world, single, name):
+    parts, (loss, tau, *xs) = [found[f"joint-{name}"] for found in world], single[f"joint-{name}-{len(world)}"]
+    close(sum(p[0] for p in parts) / len(parts), loss)
+    close(sum(p[1] for p in parts) / len(parts), tau, 1e-11)
+    for m, x in enumerate(xs):
+        close(torch.cat([p[2 + m] for p in parts]) / len(parts), x)
+
+
 def test_parameters_of_a_ddp_model(world, single):
     """Everyone ends up with the single process's gradients, learnable temperatures included."""
     for found in world:
@@ -134,6 +143,9 @@ REFUSALS = {
     "dtype of u": ("u: got dtype torch.float32", "dtype torch.float64"),
     "contrast": ("contrast: got 'leading'", "'modality'"),
     "normalize": ("normalize: got True", "False"),
+    "score": ("score: got 'gain'", "'mip'"),
+    "positives": ("positives: got None", "some"),
+    "n": ("candidates: got k = 3", "k = 4"),
 }
 
 

@@ -27,6 +27,7 @@ from pmrl_kernels import (
     alignment_score,
     effective_rank,
     instance_contrastive_loss,
+    joint_contrastive_loss,
     ops,
     pmrl_loss,
     uniformity,
@@ -35,6 +36,14 @@ from pmrl_kernels import (
 B, D, K = 23, 12, 3
 # Rows of each rank: uneven in a world of two, and an empty one among three.
 SIZES = {1: [B], 2: [15, 8], 3: [9, 0, 14]}
+GALLERY = {1: [17], 2: [7, 10], 3: [11, 0, 6]}  # candidates of each rank, where queries have others than their own
+JOINT: dict[str, tuple[str, bool, bool, bool]] = {  # score, whether there are positives, masks, halved gradients
+    "gain": ("gain", False, True, False),
+    "volume of captions": ("volume", True, True, False),
+    "area2, halved": ("area2", False, False, True),
+    "cosine of captions": ("cosine", True, True, False),
+    "sigma of captions, halved": ("sigma", True, False, True),
+}
 DIAGNOSTICS = {"alignment_score": alignment_score, "effective_rank": effective_rank, "uniformity": uniformity}
 
 BACKENDS = [name for name in ("reference", "native") if name in ops.available]
@@ -90,6 +99,45 @@ def run_instance(rows: slice, normalize: bool, backend: str, **where: Any) -> li
     x, tau = (0.3 * xs[0][rows]).requires_grad_(), torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     loss = instance_contrastive_loss(x, tau, normalize, mask[rows, 0], backend=backend, **where)
     return [loss.detach(), *torch.autograd.grad(3 * loss, (x, tau))]
+
+
+def shares(sizes: list[int]) -> list[slice]:
+    """Each rank's rows."""
+    return [slice(sum(sizes[:r]), sum(sizes[: r + 1])) for r in range(len(sizes))]
+
+
+def run_joint(name: str, world: int, rank: int | None, sizes: bool = False, **where: Any) -> list[Tensor]:
+    """The loss and the gradients of queries, candidates and temperature; those of a batch that a world of so many has,
+    by one of its ranks, or by nobody's group (``rank`` None). Queries have candidates of their own rank."""
+    score, captions, masked, half = JOINT[name]
+    xs, mask = batch()
+    gallery = GALLERY[world] if captions else SIZES[world]
+    t, C, mask = xs[0], torch.stack(xs[1:], 1)[: sum(gallery)], mask[: sum(gallery), 1:]
+    positives = torch.empty(B, dtype=torch.int64)
+    for queries, candidates in zip(shares(SIZES[world]), shares(gallery), strict=True):
+        numbers = torch.arange(queries.stop - queries.start)
+        count = candidates.stop - candidates.start
+        known = candidates.start + numbers * 5 % count if count else -torch.ones_like(numbers)
+        positives[queries] = torch.where(numbers % 4 == 3, -1, known)
+    if rank is not None:
+        queries, candidates = shares(SIZES[world])[rank], shares(gallery)[rank]
+        t, C, mask, positives = t[queries], C[candidates], mask[candidates], positives[queries] - candidates.start
+        if sizes:
+            where["local_sizes"] = list(zip(SIZES[world], gallery, strict=True)) if captions else SIZES[world]
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    t, *C = (x.clone().requires_grad_() for x in (t, *C.unbind(1)))
+    loss = joint_contrastive_loss(
+        t,
+        *C,
+        score=score,
+        temperature=tau,
+        label_smoothing=0.1,
+        positives=positives if captions else None,
+        mask=mask if masked else None,
+        half_gradient=half,
+        **where,
+    )
+    return [loss.detach(), *torch.autograd.grad(3 * loss, (tau, t, *C))]
 
 
 class Model(torch.nn.Module):
@@ -190,6 +238,11 @@ def differing(odd: int) -> dict[str, Callable[..., Any]]:
         "dtype of u": lambda **where: instance_contrastive_loss(x[:, 0].to(dtype), **where),
         "contrast": lambda **where: pmrl_loss(x, contrast=("leading", "modality")[odd], **where),
         "normalize": lambda **where: instance_contrastive_loss(x[:, 0], normalize=not odd, **where),
+        "score": lambda **where: joint_contrastive_loss(x[:, 0], x, score=("gain", "mip")[odd], **where),
+        "positives": lambda **where: joint_contrastive_loss(
+            x[:, 0], x, positives=torch.arange(4) if odd else None, **where
+        ),
+        "n": lambda **where: joint_contrastive_loss(x[:, 0], torch.ones(4, 3 + odd, 5), **where),
     }
 
 
@@ -234,6 +287,11 @@ def everything(rows: slice, group: Any, local_sizes: list[int] | None) -> dict[s
         for normalize in (True, False):
             found[f"instance-{backend}-{normalize}"] = run_instance(rows, normalize, backend, **where)
     found["instance-world"] = run_instance(rows, True, BACKENDS[-1], **by_name)
+    for name in JOINT:
+        if group is None:
+            found |= {f"joint-{name}-{of}": run_joint(name, of, None) for of in SIZES}
+        else:
+            found[f"joint-{name}"] = run_joint(name, world, rank, sizes=name.endswith("halved"), **by_name)
     found["model"] = run_model(rows, world, **by_name)
     for what in SHARDED:
         found[f"sharded-{what}"] = run_sharded(what, rows, world, **where)

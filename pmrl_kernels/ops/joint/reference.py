@@ -420,7 +420,8 @@ class _Read(NamedTuple):
         if candidates[0].dim() == 3:
             found = [torch.stack(found, 1)]
         all_of = zip((query, *candidates), (self.t.pulled(d_t)[first:last], *found), needed, strict=True)
-        return [g.to(x.dtype) if want else x.new_empty((0,)) for x, g, want in all_of]
+        # Copies: an operator's outputs are no views of more.
+        return [g.to(x.dtype, copy=True) if want else x.new_empty((0,)) for x, g, want in all_of]
 
 
 def _read(
