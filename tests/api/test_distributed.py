@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pmrl_kernels import PMRLLoss, inputs, instance_contrastive_loss, pmrl_loss, uniformity
+from pmrl_kernels import (
+    JointContrastiveLoss,
+    PMRLLoss,
+    inputs,
+    instance_contrastive_loss,
+    joint_contrastive_loss,
+    pmrl_loss,
+    uniformity,
+)
 from tests import ROOT, TOOLS
 from tests.tools import distributed_worker as worker
 
@@ -215,16 +223,17 @@ def test_no_process_group_is_this_process_alone(world):
         close(found["alone"][0], pmrl_loss([x[rows] for x in xs], mask=mask[rows]))
 
 
-def test_copies_of_a_module_share_its_group(group):
+@pytest.mark.parametrize("module", [PMRLLoss, JointContrastiveLoss])
+def test_copies_of_a_module_share_its_group(module, group):
     """As an average of models needs. A group cannot leave its process, and the error says so."""
-    loss = PMRLLoss(0.5, learnable_temperature=True, group=group)
-    xs = torch.randn(4, 3, 5)
+    loss = module(temperature=0.5, learnable_temperature=True, group=group)
+    xs = [torch.randn(4, 5) for _ in range(3)]
     averaged = torch.optim.swa_utils.AveragedModel(loss)
     averaged.update_parameters(loss)
     for twin in (copy.deepcopy(loss), averaged.module):
         assert twin.group is group
         assert twin.temperature is not loss.temperature
-        assert torch.equal(twin(xs), loss(xs))
+        assert torch.equal(twin(*xs), loss(*xs))
     assert "group of 1" in repr(loss)
     with pytest.raises(pickle.PicklingError, match=r"^group: .* state_dict"):
         pickle.dumps(loss)
@@ -308,6 +317,20 @@ def test_other_things_are_no_group(bad):
 def test_wrong_sizes(group, sizes, error, message):
     with pytest.raises(error, match=message):
         pmrl_loss(torch.randn(4, 3, 5), group=group, local_sizes=sizes)
+
+
+def test_wrong_sizes_of_queries_and_candidates(group):
+    t, C, positives = torch.randn(4, 5), torch.randn(3, 2, 5), torch.tensor([0, 0, 1, 2])
+    for sizes, error, message in (
+        ([4], TypeError, r"local_sizes: got \[4\], wanted a list of pairs"),
+        ([(4, 4)], ValueError, r"local_sizes\[0\]: got 4, wanted 3, the rows of this process"),
+        ([(3, 3)], ValueError, r"local_sizes\[0\]: got 3, wanted 4"),
+        ([(4, 3), (1, 1)], ValueError, "local_sizes: got 2 numbers, wanted 1"),
+    ):
+        with pytest.raises(error, match=message):
+            joint_contrastive_loss(t, C, positives=positives, group=group, local_sizes=sizes)
+    found = joint_contrastive_loss(t, C, positives=positives, group=group, local_sizes=[(4, 3)])
+    assert found == joint_contrastive_loss(t, C, positives=positives)
 
 
 def test_sizes_without_a_group():

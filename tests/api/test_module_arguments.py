@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pmrl_kernels import DominantSVLoss, PMRLLoss
+from pmrl_kernels import DominantSVLoss, GRAMLoss, JointContrastiveLoss, PMRLLoss, TRIANGLELoss
 from pmrl_kernels.modules import Temperature
 
 BAD_TEMPERATURES = [
@@ -42,6 +42,21 @@ BAD: list[tuple[Callable[..., Any], str, Any, type[Exception], str]] = [
             ("min_temperature", "x", TypeError, "got str"),
             ("min_temperature", None, TypeError, "got NoneType"),
             ("min_temperature", torch.tensor(0.01), TypeError, "got Tensor"),
+        ]
+    ),
+    *((JointContrastiveLoss, "temperature", *bad) for bad in BAD_TEMPERATURES),
+    (JointContrastiveLoss, "temperature", 1e-300, ValueError, "got 1e-300"),
+    (JointContrastiveLoss, "score", "area", ValueError, "got 'area', wanted one of 'volume'"),
+    (JointContrastiveLoss, "normalize", 1, TypeError, "got int"),
+    *(
+        (module, *bad)
+        for module in (JointContrastiveLoss, GRAMLoss, TRIANGLELoss)
+        for bad in [
+            ("label_smoothing", 1.1, ValueError, "got 1.1, wanted a number from 0 to 1"),
+            ("half_gradient", None, TypeError, "got NoneType"),
+            ("min_temperature", -1, ValueError, "got -1"),
+            ("group", "everyone", TypeError, "got 'everyone'"),
+            ("backend", "gpu", ValueError, "got 'gpu'"),
         ]
     ),
     (DominantSVLoss, "reduction", "average", ValueError, "got 'average'"),

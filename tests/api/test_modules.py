@@ -17,7 +17,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmrl_kernels import DominantSVLoss, PMRLComponents, PMRLLoss, dominant_sv_loss, pmrl_loss
+from pmrl_kernels import (
+    DominantSVLoss,
+    GRAMLoss,
+    JointContrastiveLoss,
+    PMRLComponents,
+    PMRLLoss,
+    TRIANGLELoss,
+    dominant_sv_loss,
+    gram_loss,
+    joint_contrastive_loss,
+    pmrl_loss,
+    triangle_loss,
+)
 from pmrl_kernels.modules import Temperature
 from tests import ROOT
 
@@ -45,8 +57,8 @@ FORMS: dict[str, Callable[[list[Tensor], Tensor | None], tuple[tuple[Any, ...], 
     "list": lambda xs, mask: ((xs,), mask),
     "stack": lambda xs, mask: ((torch.stack(xs, 1),), mask),
     "dict": lambda xs, mask: (
-        (dict(zip("abc", xs, strict=True)),),
-        None if mask is None else dict(zip("abc", mask.unbind(1), strict=True)),
+        (dict(zip("abc", xs, strict=False)),),
+        None if mask is None else dict(zip("abc", mask.unbind(1), strict=False)),
     ),
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -96,11 +108,39 @@ def test_pmrl_loss_module_is_the_function(options, form, mask):
         assert torch.equal(a, b)
 
 
+@masked
+@each_form
+@pytest.mark.parametrize(
+    ("module", "function", "options"),
+    [
+        (JointContrastiveLoss, joint_contrastive_loss, {}),
+        (JointContrastiveLoss, joint_contrastive_loss, {"score": "cosine", "temperature": 0.3, "normalize": False}),
+        (JointContrastiveLoss, joint_contrastive_loss, {"label_smoothing": 0.2, "half_gradient": True}),
+        (GRAMLoss, gram_loss, {}),
+        (GRAMLoss, gram_loss, {"temperature": 0.3, "label_smoothing": 0.0, "backend": "reference"}),
+        (TRIANGLELoss, triangle_loss, {"half_gradient": True}),
+    ],
+    ids=str,
+)
+def test_joint_contrasts_modules_are_the_functions(module, function, options, form, mask):
+    query, *xs = modalities()
+    arguments, given = form(xs, None if mask is None else mask[:, 1:])
+    where = {} if module is TRIANGLELoss else {"mask": given}
+    for positives in (None, torch.tensor([0, 0, 2, -1, 4, 4])):
+        found = module(**options)(query, *arguments, positives=positives, **where)
+        expected = function(query, *arguments, positives=positives, **where, **options)
+        assert torch.equal(found, expected)
+        gradients = (torch.autograd.grad(loss, (query, *xs)) for loss in (found, expected))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_the_mask_matters():
     """Else the tests above could not see one that is dropped on the way."""
     xs, mask = modalities(), some_mask()
     for loss in (DominantSVLoss(), PMRLLoss(), PMRLLoss(contrast="modality")):
         assert loss(xs) != loss(xs, mask=mask)
+    for loss in (JointContrastiveLoss(), GRAMLoss()):
+        assert loss(xs[0], xs[1:]) != loss(xs[0], xs[1:], mask=mask[:, 1:])
 
 
 @pytest.mark.parametrize("contrast", ["leading", "leave_one_out"])
@@ -139,7 +179,18 @@ def test_learned_temperature_starts_at_its_initial_value(initial, minimum):
     torch.testing.assert_close(tau.item(), initial, rtol=1e-6, atol=0.0)
 
 
+class Joint(JointContrastiveLoss):
+    """The first modality as the query, so that it is called as the others are."""
+
+    def forward(self, xs: list[Tensor], mask: Tensor | None = None) -> Tensor:
+        return super().forward(xs[0], *xs[1:], mask=None if mask is None else mask[:, 1:])
+
+
 LEARNING = {
+    "JointContrastiveLoss": (
+        lambda: Joint(temperature=0.2, learnable_temperature=True),
+        ["temperature.log_excess"],
+    ),
     "DominantSVLoss": (lambda: DominantSVLoss(0.2, learnable_temperature=True), ["temperature.log_excess"]),
     "PMRLLoss": (
         lambda: PMRLLoss(0.2, 0.3, learnable_temperature=True, learnable_instance_temperature=True),
@@ -452,6 +503,15 @@ def test_train_and_eval_are_the_same():
             ["DominantSVLoss", "0.07", "normalize=False", "reduction='sum'", "objective='leading'"],
         ),
         (DominantSVLoss(learnable_temperature=True), ["learnable=True", "minimum=0.01"]),
+        (
+            JointContrastiveLoss("sine", 0.3, label_smoothing=0.2, half_gradient=True),
+            ["JointContrastiveLoss", "'sine'", "0.3", "label_smoothing=0.2", "half_gradient=True"],
+        ),
+        (
+            GRAMLoss(learnable_temperature=True),
+            ["GRAMLoss", "'volume'", "0.07", "label_smoothing=0.1", "learnable=True"],
+        ),
+        (TRIANGLELoss(), ["TRIANGLELoss", "'area2'", "normalize=True"]),
         (
             PMRLLoss(0.07, 0.3, 0.5, contrast="modality", learnable_instance_temperature=True),
             ["PMRLLoss", "0.07", "0.3", "instance_weight=0.5", "contrast='modality'", "learnable=True"],
