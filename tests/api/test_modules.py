@@ -120,7 +120,7 @@ def test_pmrl_loss_module_is_the_function(options, form, mask):
         (GRAMLoss, gram_loss, {"temperature": 0.3, "label_smoothing": 0.0, "backend": "reference"}),
         (TRIANGLELoss, triangle_loss, {"half_gradient": True}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
 def test_joint_contrasts_modules_are_the_functions(module, function, options, form, mask):
     query, *xs = modalities()

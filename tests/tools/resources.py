@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 
 from pmrl_kernels.ops.contrast.spec import kind
 from pmrl_kernels.ops.contrast.triton import launch as contrast
+from pmrl_kernels.ops.joint import spec as joint
+from pmrl_kernels.ops.joint.triton import launch as joint_launch
 from pmrl_kernels.ops.spectral import spec
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import runtime
@@ -50,6 +52,7 @@ SPILLED = {
     "similar_kernel": {"gfx1100": 100},
     "weights_kernel": {"gfx1100": 144},
     "product_kernel": {"gfx1100": 12},
+    "scores_kernel": {"sm_80": 24, "sm_120": 40},
 }
 """Bytes that a kernel may spill for k <= 8, and where. On an H200 parameters that leave solve_kernel none take up to
 three times as long. Those of contrasts spill with tiles of 128 (product_kernel of 64), once for a tile: not in loops
@@ -69,6 +72,9 @@ CALLS = {
 
 
 CONTRASTS = {"instances": "leading", "modality": "modality", "one_out": "leave_one_out", "pairs": "pairs"}
+
+
+SCORES = {"volume": joint.VOLUME, "gain": joint.GAIN, "area2": joint.AREA2}
 
 
 class Case(NamedTuple):
@@ -103,6 +109,13 @@ CASES = [
     *(Case(target, "alignment", "fp32", 16) for target in ("sm_80", "sm_100", "sm_120", "gfx942")),
     *(Case("sm_90", call, "fp32", 1 if call == "instances" else 3) for call in CONTRASTS),
     *(Case(target, "modality", "fp32", 3) for target in ("sm_80", "sm_100", "sm_120", "gfx942", "gfx1100")),
+    *(Case("sm_90", call, "fp32", k) for call in ("volume", "gain") for k in (2, 3, 4, 5, 8)),
+    *(
+        Case(target, call, "fp32", 4)
+        for call in ("volume", "gain")
+        for target in ("sm_80", "sm_100", "sm_120", "gfx942")
+    ),
+    Case("sm_90", "area2", "fp32", 3),
 ]
 
 
@@ -127,6 +140,15 @@ def contrast_calls(case: Case, d: int) -> None:
         contrast.backward(*arguments, losses, state, tau)
 
 
+def joint_calls(case: Case, d: int) -> None:
+    precision = joint_launch.precision
+    joint_launch.precision = lambda: "ieee" if case.target.startswith("gfx") else "tf32x3"
+    try:
+        joint_launch.forward(torch.ones(8, d), [torch.ones(8, case.k - 1, d)], None, SCORES[case.call], True)
+    finally:
+        joint_launch.precision = precision
+
+
 def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
     """The launches of forward and backward passes, with sums as the target has them."""
     recorded: list[runtime.Launch] = []
@@ -134,7 +156,10 @@ def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
     slow = runtime.slow_float64(TARGETS[case.target])
     sums, runtime.SUMS = runtime.SUMS, "float32" if slow else "float64"
     try:
-        (contrast_calls if case.call in CONTRASTS else spectral_calls)(case, d)
+        make_calls = (
+            contrast_calls if case.call in CONTRASTS else joint_calls if case.call in SCORES else spectral_calls
+        )
+        make_calls(case, d)
     finally:
         runtime.run, runtime.SUMS = make, sums
     seen = set()

@@ -34,6 +34,10 @@ def test_a_sample_of_the_contrasts():
     assert run_interpreted("tests/triton/test_contrasts.py", "-m", "not slow", "--every", "8") >= 5
 
 
+def test_a_sample_of_joint_scores():
+    assert run_interpreted("tests/triton/test_joint.py", "--every", "8") >= 8
+
+
 def test_a_sample_of_what_compilers_do_with_it():
     assert run_interpreted("tests/pytorch", "-k", "triton and compile", "--one-in", "6") >= 4
 
@@ -51,6 +55,7 @@ def test_the_contract(sampled):
         ("tests/contract", f"triton-double-float and {CONTRACT}", sampled(8)),
         ("tests/triton/test_gpu.py", "test", sampled(1, "--every")),
         ("tests/triton/test_contrasts.py", "test", sampled(1, "--every")),
+        ("tests/triton/test_joint.py", "test", sampled(1, "--every")),
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         started = [pool.submit(run_interpreted, path, "-k", which, *share) for path, which, share in parts]

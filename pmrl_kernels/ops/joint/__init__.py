@@ -16,4 +16,8 @@ def implementations(backend: str) -> Mapping[str, Pair]:
         from .reference import PAIRS
 
         return PAIRS
+    if backend == "triton":
+        from . import triton  # modulefinder takes ``from .triton`` for the package triton
+
+        return triton.PAIRS
     return {}

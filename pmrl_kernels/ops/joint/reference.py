@@ -136,6 +136,9 @@ class _Pairs(Protocol):
     def single(self, i: Tensor | slice, j: Tensor | slice) -> Tensor:
         """Scores (P,) of query i[p] with candidate j[p]."""
 
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """For kernels: what t is multiplied by, (n, Ng, d), and numbers (·, Ng) of each candidate."""
+
     def begin(self) -> None:
         """Makes room for gradients."""
 
@@ -196,6 +199,10 @@ class _Planes:
         self.factors = factors
         self.of_volumes = score in (spec.VOLUME, spec.VOLUME2, spec.SINE)
         self.volume = factors.prod(0) if score in (spec.VOLUME, spec.VOLUME2) else torch.ones_like(factors[0])
+
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """And μ, or √det K."""
+        return self.of.u, self.volume[None] if self.of_volumes else self.of.mu.T.contiguous()
 
     def begin(self) -> None:
         self.basis = self.of.u if self.of_volumes else self.of.u * self.of.root[:, :, None]
@@ -279,6 +286,12 @@ class _Triangles:
         self.direction = (a - v) / torch.where(self.length == 0, 1.0, self.length)[:, None]
         self.beta = (t * t).sum(1, keepdim=True)
 
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """ĝ and m; and ½‖g‖², m·ĝ and ‖m‖²."""
+        m, direction = self.middle, self.direction
+        numbers = (self.length**2 / 2, (m * direction).sum(1), (m * m).sum(1))
+        return torch.stack((direction, m)), torch.stack(numbers)
+
     def begin(self) -> None:
         self.d_t, self.d_m, self.d_g = (torch.zeros_like(x) for x in (self.t, self.middle, self.middle))
 
@@ -320,6 +333,9 @@ class _Dots:
 
     def __init__(self, t: Tensor, C: Tensor) -> None:
         self.t, self.c = t, C[:, 0]
+
+    def planes(self) -> tuple[Tensor, Tensor]:
+        return self.c[None], torch.ones_like(self.c[:, :1]).T
 
     def begin(self) -> None:
         self.d_t, self.d_c = torch.zeros_like(self.t), torch.zeros_like(self.c)
@@ -389,7 +405,7 @@ def _pull(
 # ------------------------------------------------------------------------------------------------
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """What an operator takes, as rows in float64."""
 
     t: _Rows
@@ -424,19 +440,19 @@ class _Read(NamedTuple):
         return [g.to(x.dtype, copy=True) if want else x.new_empty((0,)) for x, g, want in all_of]
 
 
-def _read(
+def read_arguments(
     query: Tensor,
     candidates: Sequence[Tensor],
     mask: Tensor | None,
     score: int,
     normalize: bool,
     seen: Tensor | None = None,
-) -> _Read:
+) -> Read:
     present = None if mask is None else read_mask(mask)
     xs, of_candidates = spec.modalities(candidates), normalize and score != spec.DOT
     rows = [_rows(x, None if present is None else present[:, m], of_candidates) for m, x in enumerate(xs)]
     float64_input = spec.output_dtype(query, candidates) == torch.float64
-    return _Read(_rows(query, seen, normalize), rows, present, torch.stack([x.z for x in rows], 1), float64_input)
+    return Read(_rows(query, seen, normalize), rows, present, torch.stack([x.z for x in rows], 1), float64_input)
 
 
 def forward(
@@ -444,7 +460,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores (Nq, Ng); the state is what K decomposes into."""
     with torch.autocast(query.device.type, enabled=False):
-        read, scores = _read(query, candidates, mask, score, normalize), spec.scores_like(query, candidates)
+        read, scores = read_arguments(query, candidates, mask, score, normalize), spec.scores_like(query, candidates)
         state = read.decomposed(score)
         pairs = read.pairs(score, state)
         for Q, J in _tiles(*_every(scores.shape), pairs.modalities(), scores.device):
@@ -464,7 +480,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the query and the candidates from that of the scores."""
     with torch.autocast(query.device.type, enabled=False):
-        read = _read(query, candidates, mask, score, normalize)
+        read = read_arguments(query, candidates, mask, score, normalize)
         pairs = read.pairs(score, state)
         pairs.begin()
         every = _every((len(query), len(read.C)))
@@ -478,7 +494,7 @@ def _state_like(query: Tensor, candidates: Sequence[Tensor], score: int) -> list
     return [query.new_empty(shape, dtype=torch.float64) for shape in shapes]
 
 
-def _forward_shapes(
+def forward_shapes(
     query: Tensor, candidates: Sequence[Tensor], mask: Tensor | None, score: int, normalize: bool
 ) -> tuple[Tensor, list[Tensor]]:
     return spec.scores_like(query, candidates), _state_like(query, candidates, score)
@@ -659,7 +675,7 @@ def contrast_forward(
         tau = read_temperature(temperature, fixed_temperature, contrast=True)
         Ng = candidates[0].shape[0]
         roles = _roles(len(query), Ng, mask, positives, query.device)
-        read = _read(query, candidates, mask, score, normalize, roles.seen)
+        read = read_arguments(query, candidates, mask, score, normalize, roles.seen)
         state = read.decomposed(score)
         pairs, sign = read.pairs(score, state), spec.SIGNS[score]
         known = _positives(pairs, roles, positives, tau, sign)
@@ -710,7 +726,7 @@ def contrast_backward(
     with torch.autocast(query.device.type, enabled=False):
         tau = read_temperature(temperature, fixed_temperature, contrast=True)
         roles = _roles(len(query), candidates[0].shape[0], mask, positives, query.device)
-        read = _read(query, candidates, mask, score, normalize, roles.seen)
+        read = read_arguments(query, candidates, mask, score, normalize, roles.seen)
         pairs = read.pairs(score, state[2:])
         pairs.begin()
         contrast = _Contrast(roles, _Positives(*state[:2]), tau, spec.SIGNS[score], smoothing)
@@ -745,7 +761,7 @@ def _contrast_shapes(
 
 def _registered() -> tuple[Operators, dict[str, Pair]]:
     operators = Operators(f"{NAMESPACE}_joint")
-    joint = operators.define(spec.JOINT, forward, backward, _forward_shapes)
+    joint = operators.define(spec.JOINT, forward, backward, forward_shapes)
     contrast = operators.define(spec.JOINT_CONTRAST, contrast_forward, contrast_backward, _contrast_shapes)
     pairs = {spec.JOINT.name: joint, spec.JOINT_CONTRAST.name: contrast}
     return operators, {name: Pair(NAME, *pair, rejects) for name, pair in pairs.items()}
