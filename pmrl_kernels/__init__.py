@@ -10,6 +10,7 @@ from .diagnostics import alignment_score, effective_rank, uniformity
 from .joint import joint_scores
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
 from .modules import DominantSVLoss, PMRLLoss
+from .retrieval import Recall, Retrieved, recall_at, retrieval_ranks, retrieval_topk
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
 
 __version__ = "0.1.0"
@@ -19,6 +20,8 @@ __all__ = [
     "DominantTriplet",
     "PMRLComponents",
     "PMRLLoss",
+    "Recall",
+    "Retrieved",
     "alignment_score",
     "dominant_singular_triplet",
     "dominant_singular_value",
@@ -27,6 +30,9 @@ __all__ = [
     "instance_contrastive_loss",
     "joint_scores",
     "pmrl_loss",
+    "recall_at",
+    "retrieval_ranks",
+    "retrieval_topk",
     "singular_values",
     "uniformity",
     "warm_up",

@@ -210,6 +210,52 @@ def query(x: Any, candidates: Batch) -> Tensor:
     return result
 
 
+def positives(value: Any, queries: int, candidates: Batch) -> Tensor:
+    """The candidate of every query (Nq,), -1 where there is none; None: its own number."""
+    Ng, device = candidates.B, candidates.device
+    if value is None:
+        if queries != Ng:
+            raise ValueError(
+                f"positives: got None with {queries} queries and {Ng} candidates, wanted the index of each query's "
+                "candidate, or as many queries as candidates"
+            )
+        return torch.arange(queries, device=device)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"positives: got {type(value).__name__}, wanted an int64 tensor ({queries},)")
+    if value.dtype != torch.int64:
+        raise TypeError(f"positives: got dtype {value.dtype}, wanted torch.int64, the index of each query's candidate")
+    _check_dense(value, "positives")
+    if tuple(value.shape) != (queries,):
+        raise ValueError(f"positives: got shape {_shape(value)}, wanted ({queries},), one for each query")
+    if value.device != device:
+        raise ValueError(f"positives: got device {value.device}, wanted {device} as the candidates have it")
+    if value.device.type == "cpu" and len(value) and int(value.max()) >= Ng:  # elsewhere the host would have to wait
+        raise ValueError(f"positives: got {int(value.max())}, wanted indices below {Ng}, the number of candidates")
+    return torch.where((value >= 0) & (value < Ng), value, -1)
+
+
+def ranks(value: Any) -> Tensor:
+    """Checks the 0-based ranks (N,) of ``recall_at``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ranks: got {type(value).__name__}, wanted an int64 tensor (N,)")
+    if value.dtype != torch.int64:
+        raise TypeError(f"ranks: got dtype {value.dtype}, wanted torch.int64")
+    _check_dense(value, "ranks")
+    if value.dim() != 1:
+        raise ValueError(f"ranks: got shape {_shape(value)}, wanted (N,)")
+    return value
+
+
+def count(value: Any, name: str, most: int | None = None) -> int:
+    """A Python int of at least 1."""
+    wanted = "an int of at least 1" + ("" if most is None else f" and at most {most}, the number of candidates")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+    return value
+
+
 def examples(embeddings: Sequence[Any], masks: Sequence[Any]) -> None:
     """Checks the tensors that ``warm_up`` makes others like."""
     for x in embeddings:

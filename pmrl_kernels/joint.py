@@ -11,7 +11,7 @@ from .ops import function, resolve
 from .ops.joint.spec import AREA2, JOINT, SCORES, Joint
 from .ops.spectral.spec import SPECTRAL, Spectral, U, Z
 
-_NAMES = (*SCORES, "cosine", "mip")
+NAMES = (*SCORES, "cosine", "mip")
 
 
 def joint_scores(
@@ -90,7 +90,7 @@ def joint_scores(
         tensor([[1.],
                 [0.]])
     """
-    score = inputs.one_of(score, "score", _NAMES)
+    score = inputs.one_of(score, "score", NAMES)
     batch = inputs.canonical(candidates, mask)
     query = inputs.query(query, batch)
     normalize = inputs.flag(normalize, "normalize")

@@ -19,8 +19,8 @@ from tests.tools.backends import PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("",),
-    ("modules", "compilation", "diagnostics", "joint"),
-    ("losses", "spectral"),
+    ("modules", "compilation", "diagnostics", "retrieval"),
+    ("losses", "spectral", "joint"),
     ("inputs", "ops", "ops.objective"),
     ("ops.FAMILY",),
     ("ops.FAMILY.cuda",),
