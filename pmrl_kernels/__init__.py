@@ -10,6 +10,7 @@ from .diagnostics import alignment_score, effective_rank, uniformity
 from .joint import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
 from .modules import DominantSVLoss, GRAMLoss, JointContrastiveLoss, PMRLLoss, TRIANGLELoss
+from .retrieval import Recall, Retrieved, recall_at, retrieval_ranks, retrieval_topk
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
 
 __version__ = "0.1.0"
@@ -21,6 +22,8 @@ __all__ = [
     "JointContrastiveLoss",
     "PMRLComponents",
     "PMRLLoss",
+    "Recall",
+    "Retrieved",
     "TRIANGLELoss",
     "alignment_score",
     "dominant_singular_triplet",
@@ -32,6 +35,9 @@ __all__ = [
     "joint_contrastive_loss",
     "joint_scores",
     "pmrl_loss",
+    "recall_at",
+    "retrieval_ranks",
+    "retrieval_topk",
     "singular_values",
     "triangle_loss",
     "uniformity",

@@ -241,6 +241,28 @@ def positives(x: Any, queries: int, candidates: Batch) -> Tensor | None:
     return result
 
 
+def ranks(value: Any) -> Tensor:
+    """Checks the 0-based ranks (N,) of ``recall_at``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ranks: got {type(value).__name__}, wanted an int64 tensor (N,)")
+    if value.dtype != torch.int64:
+        raise TypeError(f"ranks: got dtype {value.dtype}, wanted torch.int64")
+    _check_dense(value, "ranks")
+    if value.dim() != 1:
+        raise ValueError(f"ranks: got shape {_shape(value)}, wanted (N,)")
+    return value
+
+
+def count(value: Any, name: str, most: int | None = None) -> int:
+    """A Python int of at least 1."""
+    wanted = "an int of at least 1" + ("" if most is None else f" and at most {most}, the number of candidates")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+    return value
+
+
 def smoothing(value: Any) -> float:
     """A label smoothing in [0, 1]."""
     number = real(value, "label_smoothing")

@@ -497,6 +497,7 @@ while stop == 0 or stop <= total:
 """
 
 
+@pytest.mark.slow
 def test_a_retry_after_an_interrupted_import():
     told = twice(INTERRUPTED, **with_triton_if_there_is_one()).splitlines()
     total, number = map(int, told[0].removeprefix("0: ").split())

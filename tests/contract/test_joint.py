@@ -232,7 +232,7 @@ def test_roots_of_hard_spectra():
         w = torch.rand(n, 1, N, dtype=FLOAT64) * 10.0 ** (-wide * torch.rand(n, 1, N))
         w[0, :, ::5] = 0
         excess = 2 * torch.rand(1, N, dtype=FLOAT64) - 1
-        x = reference._largest_root(w, poles, excess)
+        x = reference.largest_root(w, poles, excess)
         A = torch.diag_embed((-poles[:, 0]).T)  # of which the arrow's largest eigenvalue is x
         arrow = torch.zeros(N, n + 1, n + 1, dtype=FLOAT64)
         arrow[:, 1:, 1:], arrow[:, 0, 0] = A, -excess[0]

@@ -241,7 +241,8 @@ def test_pairs_are_nearly_as_exact_as_float64(k):
         assert (x - y).abs().nan_to_num(0.0).max() <= 2e-7 * y.nan_to_num(0.0).abs().max()
 
 
-@pytest.mark.parametrize("dtype", [*FLOAT32, slow(*BFLOAT16), slow(*FLOAT16)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [*FLOAT32, *BFLOAT16, *FLOAT16], ids=str)
 def test_passes_have_no_float64_where_it_is_slow(dtype):
     """Rows twice as long take not one instruction of it more."""
 
@@ -288,7 +289,8 @@ def test_kernels_of_every_k(k, taken):
         assert k == 8 or not CALLS_OR_STACK.search(cuda.compiled(k, architecture))
 
 
-@pytest.mark.parametrize("k", [slow(3), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [3, 4])
 def test_the_same_bits_whoever_is_beside(k):
     """An instance alone, in a batch, by either layout's order of sums: lanes do not read one another's instances."""
     xs = batch(k, 33, 24, FLOAT32)

@@ -151,6 +151,7 @@ def test_other_peoples_sources_beside_the_package(tmp_path):
     assert told == dict.fromkeys(STRANGERS, ("works", ""))
 
 
+@pytest.mark.slow
 @needs_library
 def test_a_library_that_was_not_built_from_the_sources_beside_it(tmp_path):
     """In a checkout, a warning; where warnings are errors the import still succeeds, and the reason is the warning."""

@@ -344,6 +344,7 @@ def test_the_parts_of_a_small_call(tmp_path):
         assert row["function"] in done.stdout
 
 
+@pytest.mark.slow
 def test_launches_are_counted(tmp_path):
     pytest.importorskip("triton", reason="Triton has no packages for this system")
     command = [sys.executable, str(FOLDER / "launches.py"), "--quick", "--output", str(tmp_path)]

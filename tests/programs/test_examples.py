@@ -366,7 +366,7 @@ def test_numbers_that_make_no_run(option, bad, capsys):
     assert f"got '{bad}', wanted a number from 1 on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("contrast", ["leading", "leave_one_out"])
+@pytest.mark.parametrize("contrast", ["leading", pytest.param("leave_one_out", marks=pytest.mark.slow)])
 def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, contrast):
     """21 rows over two processes train as one process does with all of them; one progress bar, on rank 0."""
     alone = load("examples/train_ddp.py").main([*SMALL, "--steps", "6", "--contrast", contrast])

@@ -196,6 +196,7 @@ def test_rows_that_are_not_aligned():
     assert run_compiled("tests/contract/test_spectral_precision.py", "-k", which) == 1
 
 
+@pytest.mark.slow
 def test_contrasts_on_tensor_cores_that_cut():
     """fp16 products of a warp, and of four, whose sums are not rounded."""
     which = "same_bits and cone or as_exact and 0.05-cone-modality"

@@ -8,7 +8,7 @@ eigenvector of its own, which mixes with nothing, and is dropped. So is a μ_m t
 **Volumes.** det G = det K · r, r = ‖t‖² − Σ q_m².
 
 **Largest eigenvalues.** In the basis [t, C/√μ] G is diagonal but for one row, and x = λ₁ − μ₁ >= 0 is the largest root
-of x + Δ = Σ_m w_m/(x + δ_m), with Δ = μ₁ − ‖t‖², w_m = μ_m q_m², δ_m = μ₁ − μ_m. See ``_largest_root``. The eigenvector
+of x + Δ = Σ_m w_m/(x + δ_m), with Δ = μ₁ − ‖t‖², w_m = μ_m q_m², δ_m = μ₁ − μ_m. See ``largest_root``. The eigenvector
 is v₀ (1, ŷ), ŷ_m = √μ_m q_m/(x + δ_m).
 
 **Gradients** are those of ĉ_m = (Vᵀ C)_m with V frozen, which is exact, since scores do not depend on the basis: no
@@ -64,7 +64,14 @@ class _Rows(NamedTuple):
         return torch.where(self.norm == 0, 0.0, found)
 
 
-def _rows(x: Tensor, present: Tensor | None, normalize: bool) -> _Rows:
+def _lengths(z: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return found
+
+
+def unit_rows(
+    x: Tensor, present: Tensor | None, normalize: bool, lengths: Callable[[Tensor], Tensor] = _lengths
+) -> _Rows:
     """Absent ones are 0, whatever they hold."""
     x = x.double()
     if present is not None:
@@ -74,11 +81,11 @@ def _rows(x: Tensor, present: Tensor | None, normalize: bool) -> _Rows:
     scale = x.abs().amax(1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
     z = x / scale  # whose squares neither overflow nor vanish
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    norm = lengths(z)
     return _Rows(z / torch.where(norm == 0, 1.0, norm), scale, norm)
 
 
-class _Candidates(NamedTuple):
+class Basis(NamedTuple):
     """(Ng, ...) of everyone."""
 
     mu: Tensor  # (Ng, n), 0 where dropped
@@ -87,6 +94,10 @@ class _Candidates(NamedTuple):
     root: Tensor  # √μ, (n, Ng)
     there: Tensor  # (n, Ng), False for absent modalities
     kept: Tensor  # (n, Ng)
+
+    def factors(self) -> Tensor:
+        """Of √det K, (n, Ng): an absent modality is none."""
+        return torch.where(self.there, self.root, 1.0)
 
 
 def _decomposed(C: Tensor, present: Tensor | None) -> list[Tensor]:
@@ -97,7 +108,12 @@ def _decomposed(C: Tensor, present: Tensor | None) -> list[Tensor]:
     return list(eigenpairs(K))
 
 
-def _candidates(C: Tensor, state: Sequence[Tensor], float64_input: bool) -> _Candidates:
+def basis_of(
+    C: Tensor,
+    state: Sequence[Tensor],
+    float64_input: bool,
+    rotated: Callable[[Tensor, Tensor], Tensor] = lambda V, C: V.mT @ C,
+) -> Basis:
     mu, V = state
     n = mu.shape[1]
     floor = constants.singular_value_floor(n, float64_input) ** 2
@@ -106,8 +122,26 @@ def _candidates(C: Tensor, state: Sequence[Tensor], float64_input: bool) -> _Can
     mu = mu.masked_fill(dropped, 0.0)
     root = mu.sqrt()
     inverse = torch.where(dropped, 0.0, 1.0 / torch.where(dropped, 1.0, root))
-    u = (V.mT @ C) * inverse[:, :, None]
-    return _Candidates(mu, V, u.transpose(0, 1).contiguous(), root.T, ~absent.T, ~dropped.T)
+    u = rotated(V, C) * inverse[:, :, None]
+    return Basis(mu, V, u.transpose(0, 1).contiguous(), root.T, ~absent.T, ~dropped.T)
+
+
+def ordered_sum(x: Tensor, dim: int = 0) -> Tensor:
+    """The sum along a dimension, by adding halves until one is left: each with the same additions in the same order,
+    wherever it is, among however many, on every device and with any number of threads. ``Tensor.sum`` promises that
+    of none of these."""
+    size = x.shape[dim]
+    while size > 1:
+        half = (size + 1) // 2
+        first, second = x.narrow(dim, 0, half), x.narrow(dim, half, size - half)
+        if size % 2:
+            first = first.clone()
+            first.narrow(dim, 0, size - half).add_(second)
+            x = first
+        else:
+            x = first + second
+        size = half
+    return x.select(dim, 0)
 
 
 def _without_each(factors: Tensor) -> Tensor:
@@ -149,7 +183,7 @@ class _Pairs(Protocol):
         """Of t (Nq, d) and of C (Ng, n, d)."""
 
 
-def _largest_root(w: Tensor, poles: Tensor, excess: Tensor) -> Tensor:
+def largest_root(w: Tensor, poles: Tensor, excess: Tensor) -> Tensor:
     """The largest x >= 0 with x + excess = Σ_m w_m/(x + poles_m), or 0 if there is none: w (n, ...), poles (n, ...),
     the first of them 0; excess (...).
 
@@ -166,8 +200,8 @@ def _largest_root(w: Tensor, poles: Tensor, excess: Tensor) -> Tensor:
         near, inverse = poles <= x, 1.0 / (x + poles).clamp_min(tiny)
         term = w * inverse
         slope = term * inverse
-        phi, phi_slope = torch.where(near, term, 0.0).sum(0), torch.where(near, slope, 0.0).sum(0)
-        psi, psi_slope = torch.where(near, 0.0, term).sum(0), torch.where(near, 0.0, slope).sum(0)
+        phi, phi_slope = ordered_sum(torch.where(near, term, 0.0)), ordered_sum(torch.where(near, slope, 0.0))
+        psi, psi_slope = ordered_sum(torch.where(near, 0.0, term)), ordered_sum(torch.where(near, 0.0, slope))
         y = torch.where(phi_slope == 0, x, phi / torch.where(phi_slope == 0, 1.0, phi_slope))
         a, b = 1.0 + psi_slope, excess - psi - psi_slope * x + (1.0 + psi_slope) * (x - y)
         s = torch.sqrt(b * b + 4.0 * a * phi * y)
@@ -193,10 +227,9 @@ class _Planes:
     dĈ_m = c_m (S_mᵀ T + Σ_l M_ml B_l), B_m the basis vector times a length."""
 
     def __init__(self, score: int, t: Tensor, C: Tensor, state: Sequence[Tensor], float64_input: bool) -> None:
-        self.score, self.t, self.of = score, t, _candidates(C, state, float64_input)
+        self.score, self.t, self.of = score, t, basis_of(C, state, float64_input)
         self.beta = (t * t).sum(1, keepdim=True)
-        factors = torch.where(self.of.there, self.of.root, 1.0)  # of √det K: an absent modality is none
-        self.factors = factors
+        self.factors = factors = self.of.factors()
         self.of_volumes = score in (spec.VOLUME, spec.VOLUME2, spec.SINE)
         self.volume = factors.prod(0) if score in (spec.VOLUME, spec.VOLUME2) else torch.ones_like(factors[0])
 
@@ -226,7 +259,7 @@ class _Planes:
         """r, or x."""
         if self.of_volumes:
             return _distance2(beta, q)
-        return _largest_root(mu * q * q, mu[:1] - mu, mu[0] - beta)
+        return largest_root(mu * q * q, mu[:1] - mu, mu[0] - beta)
 
     def _score(self, core: Tensor, volume: Tensor, largest: Tensor) -> Tensor:
         if self.score in (spec.VOLUME, spec.SINE):
@@ -275,15 +308,27 @@ class _Planes:
         return self.d_t, of.V @ d_c.transpose(0, 1)
 
 
+class Edge(NamedTuple):
+    """Of two modalities v and a: their middle m, their difference g, its length and its direction."""
+
+    middle: Tensor  # (Ng, d)
+    length: Tensor  # (Ng,)
+    direction: Tensor  # (Ng, d), 0 where the length is
+
+
+def edge_of(C: Tensor, lengths: Callable[[Tensor], Tensor] = lambda z: _lengths(z)[:, 0]) -> Edge:
+    v, a = C.unbind(1)
+    length = lengths(a - v)
+    return Edge((v + a) / 2, length, (a - v) / torch.where(length == 0, 1.0, length)[:, None])
+
+
 class _Triangles:
     """Pairs by the height of a triangle over the edge g of two modalities v and a, with their middle m: ½‖g‖²ρ,
     ρ = ‖t − m‖² − q², q = ĝ·(t − m). With e = t − m − q ĝ: ∂t = ‖g‖² e, ∂m = −‖g‖² e, ∂g = ρ g − q ‖g‖ e."""
 
     def __init__(self, t: Tensor, C: Tensor) -> None:
-        v, a = C.unbind(1)
-        self.t, self.middle = t, (v + a) / 2
-        self.length = torch.linalg.vector_norm(a - v, dim=1)
-        self.direction = (a - v) / torch.where(self.length == 0, 1.0, self.length)[:, None]
+        self.t = t
+        self.middle, self.length, self.direction = edge_of(C)
         self.beta = (t * t).sum(1, keepdim=True)
 
     def planes(self) -> tuple[Tensor, Tensor]:
@@ -450,9 +495,9 @@ def read_arguments(
 ) -> Read:
     present = None if mask is None else read_mask(mask)
     xs, of_candidates = spec.modalities(candidates), normalize and score != spec.DOT
-    rows = [_rows(x, None if present is None else present[:, m], of_candidates) for m, x in enumerate(xs)]
+    rows = [unit_rows(x, None if present is None else present[:, m], of_candidates) for m, x in enumerate(xs)]
     float64_input = spec.output_dtype(query, candidates) == torch.float64
-    return Read(_rows(query, seen, normalize), rows, present, torch.stack([x.z for x in rows], 1), float64_input)
+    return Read(unit_rows(query, seen, normalize), rows, present, torch.stack([x.z for x in rows], 1), float64_input)
 
 
 def forward(
