@@ -3,7 +3,7 @@
 #   make demo      train a six-view model on scanned digits and draw the comparison
 #   make study     every loss on digits and emoji, seeds and gaps: tables and a figure; ARGS='--quick' for a look
 #   make test      the suite, doctests included, by two processes; JOBS=4 for more, JOBS=0 for none (a debugger, say)
-#   make test-slow what is slower alone; SAMPLE=4 for a fourth of the suites in it, which one by SEED, that is the commit
+#   make test-slow what is slower alone; SAMPLE=4 for a fourth of the suites in it and half of the rest, by SEED, the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
 #   make lint      ruff, ruff format, mypy
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
