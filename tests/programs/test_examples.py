@@ -98,6 +98,22 @@ def test_migrating_page_runs():
     assert names["text"].grad.isfinite().all()
 
 
+def test_joint_scores_page_runs():
+    """Its blocks, one after the other; most of what they say they assert themselves."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/joint-scores.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 7
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+        if "loss" in names:
+            assert all(x.grad.isfinite().all() for x in names["xs"])
+    assert names["of_queries"] > 0.99
+    assert names["of_candidates"] < 0.9
+    assert (names["clips"] != torch.arange(500)).all()
+    assert (names["texts"] != torch.arange(500)).all()
+    assert names["learned"](*names["xs"]).item() == pytest.approx(names["loss"].item(), rel=1e-6)
+
+
 @pytest.fixture
 def drop_in(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "examples" / "drop_in")
@@ -289,6 +305,99 @@ def test_recipes_figure_agrees_with_the_closed_forms(tmp_path):
     assert recipes.largest_error() < 1e-9
     assert recipes.saturation_cosine(4, 0.05) == pytest.approx(0.159, abs=1e-3)
     assert recipes.saturation_cosine(4, 1.0) is None
+
+
+# ------------------------------------------------------------------------------------------------
+# examples/joint_retrieval.py
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joint_retrieval(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return load("examples/joint_retrieval.py")
+
+
+@pytest.mark.usefixtures("ordinary_memory")
+@pytest.mark.parametrize("more", [[], ["--fine-tune", "volume", "--scores-only"]])
+def test_joint_retrieval(joint_retrieval, tmp_path, capsys, more):
+    """All of it in small, at k = 3; published formulations rank as the scores do that they compute."""
+    threads = torch.get_num_threads()
+    results = joint_retrieval.main(["--quick", "--k", "3", "--seeds", "1", "--output", str(tmp_path), *more])
+    assert torch.get_num_threads() == threads
+    found = results["sets"]["digits"]
+    rows = found["k"]["3"]
+    assert list(rows) == [way.name for way in joint_retrieval.ways(3, scores_only=bool(more))]
+    for name, row in rows.items():
+        assert all(0 <= row[key]["mean"] <= 1 for key in ("r1", "r5", "back", "hub"))
+        assert (row["missing"] is None) == (name in ("area2", "gram", "triangle", "eigvalsh"))
+    pairs = [("volume2", "volume"), ("lambda", "sigma")]
+    for theirs, ours in pairs if more else [*pairs, ("gram", "volume"), ("triangle", "area2"), ("eigvalsh", "sigma")]:
+        for key in ("r1", "r5", "back"):
+            assert rows[theirs][key]["mean"] == pytest.approx(rows[ours][key]["mean"], abs=0.02)  # of 240 ranks
+    assert rows["volume"]["back"]["mean"] == pytest.approx(rows["sine"]["back"]["mean"], abs=0.02)
+    assert list(found["cost"]) == ([] if more else ["3"])
+    for cost in found["cost"].get("3", {}).values():
+        assert cost["ms"] > 0
+        assert cost["MiB"] is None or 0 <= cost["MiB"] < 1000
+    assert "| gain |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "joint_retrieval.json").read_text(encoding="utf-8")) == results
+    assert (tmp_path / "joint_retrieval.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("k", "theirs", "score"), [(3, "volumes", "volume"), (4, "volumes", "volume"), (3, "areas", "area2")]
+)
+def test_published_formulations_agree(joint_retrieval, k, theirs, score):
+    torch.manual_seed(0)
+    query, *candidates = torch.nn.functional.normalize(torch.randn(k, 200, 64), dim=2)
+    found = getattr(joint_retrieval, theirs)(query, candidates)
+    expected = joint_retrieval.joint_scores(query, *candidates, score=score)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("case", ["one-hot", "random"])
+def test_published_formulations_have_no_gradient_at_alignment(joint_retrieval, k, case):
+    torch.manual_seed(0)
+    x = torch.eye(16)[:4] if case == "one-hot" else torch.nn.functional.normalize(torch.randn(4, 16), dim=1)
+    xs = [x.clone().requires_grad_() for _ in range(k)]
+    theirs = torch.autograd.grad(joint_retrieval.volumes(xs[0], xs[1:]).sum(), xs)
+    ours = torch.autograd.grad(joint_retrieval.joint_scores(*xs, score="volume").sum(), xs)
+    if case == "one-hot":  # elsewhere rounding may keep the determinant from 0
+        assert all(g.isnan().any() for g in theirs)
+    assert not any(g.any() for g in ours)
+
+
+def test_joint_retrieval_without_a_set(joint_retrieval, tmp_path, monkeypatch, capsys):
+    """Synthetic views show the bias of volumes; a set that is not installed is left out."""
+    monkeypatch.setitem(joint_retrieval.SYNTHETIC, "instances", 100)
+    quiet = ["--seeds", "1", "--k", "4", "--scores-only", "--no-figure", "--output", str(tmp_path)]
+    rows = joint_retrieval.main(["--synthetic", *quiet])["sets"]["synthetic"]["k"]["4"]
+    assert rows["volume"]["r1"]["mean"] < rows["sine"]["r1"]["mean"] - 0.2
+    assert not list(tmp_path.glob("*.png"))
+
+    def nowhere(name: str) -> None:
+        raise joint_retrieval.NotInstalledError("pip install it")
+
+    monkeypatch.setattr(joint_retrieval, "load", nowhere)
+    with pytest.raises(SystemExit, match="None of these sets is installed"):
+        joint_retrieval.main(["--sets", "mfeat6", *quiet])
+    assert "mfeat6 is left out. For it: pip install it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sets", "emoji3"], "'emoji3' is none of digits, mfeat6"),
+        (["--k", "2,3"], "got '2,3', wanted some of 3,4,5,6"),
+        (["--fine-tune", "area2"], "invalid choice: 'area2'"),
+    ],
+)
+def test_joint_retrieval_arguments_that_make_no_run(joint_retrieval, arguments, told, capsys):
+    with pytest.raises(SystemExit):
+        joint_retrieval.main(arguments)
+    assert told in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
