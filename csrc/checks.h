@@ -117,6 +117,14 @@ class IncomingGradients {
   size_t next_ = 0;
 };
 
+// ---- joint scores -------------------------------------------------------------------------------
+
+// An index of the scores that spec.py names: seven, of which the last, of triangles, takes two modalities that are there.
+inline void check_joint_score(int64_t score, int64_t n, bool masked) {
+  STD_TORCH_CHECK(score >= 0 && score < 7, "pmrl_kernels: score must be in 0..6, got ", score);
+  STD_TORCH_CHECK(score != 6 || (n == 2 && !masked), "pmrl_kernels: triangles are of two modalities, without a mask");
+}
+
 // ---- contrasts ----------------------------------------------------------------------------------
 
 // The first of the vectors: (B, d). The others have to be like it.

@@ -12,8 +12,10 @@ OPS = (JOINT,)
 
 def implementations(backend: str) -> Mapping[str, Pair]:
     """A backend's pairs, by the names of the ops. (By statements, which tools that freeze programs can see.)"""
-    if backend == "reference":
+    if backend == "native":
+        from .native import PAIRS
+    elif backend == "reference":
         from .reference import PAIRS
-
-        return PAIRS
-    return {}
+    else:
+        return {}
+    return PAIRS

@@ -1,0 +1,115 @@
+// The operators of joint scores for CPU tensors: arguments are checked and become plain pointers, joint.h makes scores
+// and gradients of these.
+//
+//   joint_forward    reads queries (Nq, d), candidates' modalities, mask; writes scores (Nq, Ng) and the state, which is
+//                    eigenvalues and eigenvectors of each candidate's Gram matrix, (Ng, n + n^2) float64
+//   joint_backward   reads these and dL/d score; writes the gradients of queries and candidates, in their dtypes
+#include "joint.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+namespace pmrl {
+namespace {
+
+// Tensors that a batch points into.
+struct HeldJoint {
+  Tensor query;
+  std::vector<Tensor> candidates;
+  std::optional<Tensor> mask;
+};
+
+// Everything but what Joint makes.
+JointBatch make_joint(const Tensor& query, const std::vector<Tensor>& candidates, const std::optional<Tensor>& mask,
+                      int64_t score, bool normalize, HeldJoint& held) {
+  const Embeddings all = check_embeddings(candidates);
+  const Dtype dtype = dtype_of(query);
+  STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == all.d, "pmrl_kernels: query must be (Nq, d), as candidates are");
+  STD_TORCH_CHECK(all.k < kMaxModalities, "pmrl_kernels: candidates must be of at most ", kMaxModalities - 1,
+                  " modalities");
+  check_joint_score(score, all.k, mask.has_value());
+  JointBatch batch{};
+  batch.Nq = query.size(0);
+  batch.Ng = all.B;
+  batch.d = all.d;
+  batch.n = static_cast<int>(all.k);
+  batch.score = static_cast<Score>(score);
+  batch.normalize = normalize;
+  batch.is_float64 = all.float64_input || dtype == Dtype::kFloat64;
+  const auto rows = [](const Tensor& x, int64_t m) {
+    const int64_t element = x.element_size();
+    char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+    return Rows{data + (x.dim() == 3 ? m * x.stride(1) * element : 0), x.stride(0) * element, dtype_of(x)};
+  };
+  held.query = with_rows(query);
+  batch.query = rows(held.query, 0);
+  for (const Tensor& x : candidates) held.candidates.push_back(with_rows(x));
+  for (int64_t m = 0; m < all.k; ++m) batch.candidates[m] = rows(held.candidates[all.stacked ? 0 : m], m);
+  if (mask) {
+    check_mask(*mask, all.B, all.k);
+    held.mask = torch::stable::contiguous(*mask);
+    batch.mask = mask_data(*held.mask);
+  }
+  return batch;
+}
+
+int64_t joint_state_size(const JointBatch& b) { return b.Ng * (b.n + b.n * b.n); }
+
+// function(Joint of the batch), in the dtype of its outputs.
+template <class Function>
+auto in_elements(const Tensor& like, const JointBatch& batch, Function function) {
+  if (batch.is_float64) return function(Joint<double>(kernels(), like, batch));
+  return function(Joint<float>(kernels(), like, batch));
+}
+
+// (scores, state)
+std::tuple<Tensor, std::vector<Tensor>> joint_forward(Tensor query, std::vector<Tensor> candidates,
+                                                      std::optional<Tensor> mask, int64_t score, bool normalize) {
+  HeldJoint held;
+  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, held);
+  Tensor scores = make(query, {batch.Nq, batch.Ng}, float_dtype(batch.is_float64));
+  Tensor state = make(query, {batch.Ng, batch.n + batch.n * batch.n}, ScalarType::Double);
+  in_elements(query, batch, [&](auto joint) {
+    joint.prepare(static_cast<double*>(state.mutable_data_ptr()), true);
+    using Element = std::remove_pointer_t<decltype(joint.rows(JointPlace{}))>;
+    joint.forward(static_cast<Element*>(scores.mutable_data_ptr()));
+  });
+  return {scores, {state}};
+}
+
+// Gradients of the query and of the candidates, (0,) for those that need none.
+std::vector<Tensor> joint_backward(Tensor query, std::vector<Tensor> candidates, std::optional<Tensor> mask,
+                                   int64_t score, bool normalize, std::vector<Tensor> state, Tensor grad,
+                                   std::vector<bool> needed) {
+  HeldJoint held;
+  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, held);
+  STD_TORCH_CHECK(state.size() == 1, "pmrl_kernels: state is not that of this batch");
+  check_state(state[0], joint_state_size(batch), ScalarType::Double);
+  STD_TORCH_CHECK(needed.size() == 1 + candidates.size(), "pmrl_kernels: needed must name each embedding");
+  STD_TORCH_CHECK(grad.scalar_type() == float_dtype(batch.is_float64) && has_sizes(grad, {batch.Nq, batch.Ng}),
+                  "pmrl_kernels: an incoming gradient must have its output's shape and dtype");
+  const std::vector<bool> of_candidates(needed.begin() + 1, needed.end());
+  std::vector<Tensor> found;
+  Rows to_query[1] = {}, to_candidates[kMaxModalities] = {};
+  const bool any_query = make_gradients({query}, {needed[0]}, to_query, found);
+  const bool any_candidate = make_gradients(candidates, of_candidates, to_candidates, found);
+  if (!any_query && !any_candidate) return found;
+  const Tensor rows = with_rows(grad);
+  in_elements(query, batch, [&](auto joint) {
+    joint.prepare(static_cast<double*>(const_cast<void*>(state[0].const_data_ptr())), false);
+    JointSums sums = joint.sums(any_query, any_candidate);
+    sums.query = to_query[0];
+    std::copy_n(to_candidates, kMaxModalities, sums.candidates);
+    joint.backward(rows, sums);
+  });
+  return found;
+}
+
+}  // namespace
+}  // namespace pmrl
+
+STABLE_TORCH_LIBRARY_IMPL(pmrl_kernels, CPU, m) {
+  m.impl("joint_forward", TORCH_BOX(&pmrl::joint_forward));
+  m.impl("joint_backward", TORCH_BOX(&pmrl::joint_backward));
+}
