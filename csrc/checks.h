@@ -119,10 +119,12 @@ class IncomingGradients {
 
 // ---- joint scores -------------------------------------------------------------------------------
 
-// An index of the scores that spec.py names: seven, of which the last, of triangles, takes two modalities that are there.
-inline void check_joint_score(int64_t score, int64_t n, bool masked) {
-  STD_TORCH_CHECK(score >= 0 && score < 7, "pmrl_kernels: score must be in 0..6, got ", score);
+// An index of the scores that spec.py names. Triangles are of two modalities that are there; an eighth, dot products, is a
+// contrast's alone.
+inline void check_joint_score(int64_t score, int64_t n, bool masked, bool contrast) {
+  STD_TORCH_CHECK(score >= 0 && score < 7 + contrast, "pmrl_kernels: score is none of those there are, got ", score);
   STD_TORCH_CHECK(score != 6 || (n == 2 && !masked), "pmrl_kernels: triangles are of two modalities, without a mask");
+  STD_TORCH_CHECK(score != 7 || n == 1, "pmrl_kernels: dot products are of one vector");
 }
 
 // ---- contrasts ----------------------------------------------------------------------------------

@@ -13,61 +13,11 @@
 namespace pmrl {
 namespace {
 
-// Tensors that a batch points into.
-struct HeldJoint {
-  Tensor query;
-  std::vector<Tensor> candidates;
-  std::optional<Tensor> mask;
-};
-
-// Everything but what Joint makes.
-JointBatch make_joint(const Tensor& query, const std::vector<Tensor>& candidates, const std::optional<Tensor>& mask,
-                      int64_t score, bool normalize, HeldJoint& held) {
-  const Embeddings all = check_embeddings(candidates);
-  const Dtype dtype = dtype_of(query);
-  STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == all.d, "pmrl_kernels: query must be (Nq, d), as candidates are");
-  STD_TORCH_CHECK(all.k < kMaxModalities, "pmrl_kernels: candidates must be of at most ", kMaxModalities - 1,
-                  " modalities");
-  check_joint_score(score, all.k, mask.has_value());
-  JointBatch batch{};
-  batch.Nq = query.size(0);
-  batch.Ng = all.B;
-  batch.d = all.d;
-  batch.n = static_cast<int>(all.k);
-  batch.score = static_cast<Score>(score);
-  batch.normalize = normalize;
-  batch.is_float64 = all.float64_input || dtype == Dtype::kFloat64;
-  const auto rows = [](const Tensor& x, int64_t m) {
-    const int64_t element = x.element_size();
-    char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-    return Rows{data + (x.dim() == 3 ? m * x.stride(1) * element : 0), x.stride(0) * element, dtype_of(x)};
-  };
-  held.query = with_rows(query);
-  batch.query = rows(held.query, 0);
-  for (const Tensor& x : candidates) held.candidates.push_back(with_rows(x));
-  for (int64_t m = 0; m < all.k; ++m) batch.candidates[m] = rows(held.candidates[all.stacked ? 0 : m], m);
-  if (mask) {
-    check_mask(*mask, all.B, all.k);
-    held.mask = torch::stable::contiguous(*mask);
-    batch.mask = mask_data(*held.mask);
-  }
-  return batch;
-}
-
-int64_t joint_state_size(const JointBatch& b) { return b.Ng * (b.n + b.n * b.n); }
-
-// function(Joint of the batch), in the dtype of its outputs.
-template <class Function>
-auto in_elements(const Tensor& like, const JointBatch& batch, Function function) {
-  if (batch.is_float64) return function(Joint<double>(kernels(), like, batch));
-  return function(Joint<float>(kernels(), like, batch));
-}
-
 // (scores, state)
 std::tuple<Tensor, std::vector<Tensor>> joint_forward(Tensor query, std::vector<Tensor> candidates,
                                                       std::optional<Tensor> mask, int64_t score, bool normalize) {
   HeldJoint held;
-  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, held);
+  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, false, held);
   Tensor scores = make(query, {batch.Nq, batch.Ng}, float_dtype(batch.is_float64));
   Tensor state = make(query, {batch.Ng, batch.n + batch.n * batch.n}, ScalarType::Double);
   in_elements(query, batch, [&](auto joint) {
@@ -83,7 +33,7 @@ std::vector<Tensor> joint_backward(Tensor query, std::vector<Tensor> candidates,
                                    int64_t score, bool normalize, std::vector<Tensor> state, Tensor grad,
                                    std::vector<bool> needed) {
   HeldJoint held;
-  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, held);
+  const JointBatch batch = make_joint(query, candidates, mask, score, normalize, false, held);
   STD_TORCH_CHECK(state.size() == 1, "pmrl_kernels: state is not that of this batch");
   check_state(state[0], joint_state_size(batch), ScalarType::Double);
   STD_TORCH_CHECK(needed.size() == 1 + candidates.size(), "pmrl_kernels: needed must name each embedding");

@@ -28,22 +28,31 @@ struct JointPlace {
   int64_t row, rows, column, columns, width;  // `width`: columns with padding
 };
 
-// Row tiles and column tiles, in each of which the pairs come in rounds: of one round no two share rows or columns.
+// Rows [first, Nq) in row tiles, and column tiles that hold [begin, Ng). The pairs of a row tile and a column tile come
+// in rounds: of one round no two share rows or columns.
 struct JointGrid {
-  int64_t Nq, Ng, height, width, down, across;
+  int64_t first, Nq, begin, Ng, all, height, width, down, across;
 
-  JointGrid(int64_t Nq, int64_t Ng) : Nq(Nq), Ng(Ng), width(std::min(kJointColumns, padded(Ng))) {
-    down = (Nq + kJointRows - 1) / kJointRows;
+  JointGrid(int64_t Nq, int64_t Ng) : JointGrid(0, Nq, 0, Ng, Ng, std::min(kJointColumns, padded(Ng))) {}
+  JointGrid(int64_t first, int64_t Nq, int64_t begin, int64_t Ng, int64_t all, int64_t width)
+      : first(first), Nq(Nq), begin(width ? begin / width * width : 0), Ng(Ng), all(all), width(width) {
+    const int64_t rows = Nq - first;
+    down = (rows + kJointRows - 1) / kJointRows;
     if (down > 1) down += down % 2;  // evenly, for two threads
-    height = down ? (Nq + down - 1) / down : 0;
-    down = height ? (Nq + height - 1) / height : 0;
-    across = width ? (Ng + width - 1) / width : 0;
+    height = down ? (rows + down - 1) / down : 0;
+    down = height ? (rows + height - 1) / height : 0;
+    across = width && Ng > begin ? (Ng - this->begin + width - 1) / width : 0;
+  }
+  // Of some queries and some candidates, in the same column tiles.
+  JointGrid part(int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    return {first, last, begin, end, all, width};
   }
   int64_t rounds() const { return std::min(down, across) ? std::max(down, across) : 0; }
   JointPlace at(int64_t i, int64_t j) const {
-    const int64_t row = i * height, column = j * width, columns = std::min(width, Ng - column);
+    const int64_t row = first + i * height, column = begin + j * width, columns = std::min(width, all - column);
     return {row, std::min(height, Nq - row), column, columns, padded(columns)};
   }
+  int64_t number(const JointPlace& at) const { return (at.row - first) / height * across + (at.column - begin) / width; }
   int64_t size() const { return height * width; }
 
   // function(place, scratch) for all tiles in any order; `prepare` makes the scratch of one thread.
@@ -246,13 +255,18 @@ struct Joint {
     if (count) run.pair_gradients(with_scratch(room), sums, room.pairs.data(), count);
   }
 
-  void finish(const JointSums& sums) const {
+  // Gradients of queries [first, last) and candidates [begin, end), from row 0 of the outputs on.
+  void finish(JointSums sums, int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    sums.query.data -= sums.query.data ? first * sums.query.stride : 0;
+    for (Rows& x : sums.candidates) x.data -= x.data ? begin * x.stride : 0;
     if (sums.query.data)
-      over(batch.Nq, grain() * batch.n,
-           [&](const JointBatch& b, int64_t begin, int64_t end) { run.finish_queries(b, sums, begin, end); });
+      over(last - first, grain() * batch.n, [&](const JointBatch& b, int64_t from, int64_t to) {
+        run.finish_queries(b, sums, first + from, first + to);
+      });
     if (sums.dC)
-      over(batch.Ng, grain(),
-           [&](const JointBatch& b, int64_t begin, int64_t end) { run.finish_candidates(b, sums, begin, end); });
+      over(end - begin, grain(), [&](const JointBatch& b, int64_t from, int64_t to) {
+        run.finish_candidates(b, sums, begin + from, begin + to);
+      });
   }
 
   void backward(const Tensor& grad, JointSums& sums) const {
@@ -273,9 +287,61 @@ struct Joint {
       }
       add(t, at, sums, room);
     });
-    finish(sums);
+    finish(sums, 0, batch.Nq, 0, batch.Ng);
   }
 };
+
+// ---- arguments of operators --------------------------------------------------------------------
+
+// Tensors that a batch points into.
+struct HeldJoint {
+  Tensor query;
+  std::vector<Tensor> candidates;
+  std::optional<Tensor> mask;
+};
+
+// Everything but what Joint makes.
+JointBatch make_joint(const Tensor& query, const std::vector<Tensor>& candidates, const std::optional<Tensor>& mask,
+                      int64_t score, bool normalize, bool contrast, HeldJoint& held) {
+  const Embeddings all = check_embeddings(candidates);
+  const Dtype dtype = dtype_of(query);
+  STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == all.d, "pmrl_kernels: query must be (Nq, d), as candidates are");
+  STD_TORCH_CHECK(all.k < kMaxModalities, "pmrl_kernels: candidates must be of at most ", kMaxModalities - 1,
+                  " modalities");
+  check_joint_score(score, all.k, mask.has_value(), contrast);
+  JointBatch batch{};
+  batch.Nq = query.size(0);
+  batch.Ng = all.B;
+  batch.d = all.d;
+  batch.n = static_cast<int>(all.k);
+  batch.score = static_cast<Score>(score);
+  batch.normalize = normalize;
+  batch.is_float64 = all.float64_input || dtype == Dtype::kFloat64;
+  const auto rows = [](const Tensor& x, int64_t m) {
+    const int64_t element = x.element_size();
+    char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+    return Rows{data + (x.dim() == 3 ? m * x.stride(1) * element : 0), x.stride(0) * element, dtype_of(x)};
+  };
+  held.query = with_rows(query);
+  batch.query = rows(held.query, 0);
+  for (const Tensor& x : candidates) held.candidates.push_back(with_rows(x));
+  for (int64_t m = 0; m < all.k; ++m) batch.candidates[m] = rows(held.candidates[all.stacked ? 0 : m], m);
+  if (mask) {
+    check_mask(*mask, all.B, all.k);
+    held.mask = torch::stable::contiguous(*mask);
+    batch.mask = mask_data(*held.mask);
+  }
+  return batch;
+}
+
+int64_t joint_state_size(const JointBatch& b) { return b.Ng * (b.n + b.n * b.n); }
+
+// function(Joint of the batch), in the dtype of its outputs.
+template <class Function>
+auto in_elements(const Tensor& like, const JointBatch& batch, Function function) {
+  if (batch.is_float64) return function(Joint<double>(kernels(), like, batch));
+  return function(Joint<float>(kernels(), like, batch));
+}
 
 }  // namespace
 }  // namespace pmrl

@@ -301,11 +301,18 @@ PMRL_INLINE Floats sqrt(Floats x) {
   return x;
 }
 PMRL_INLINE bool any(FloatsMask condition) {
-  const FloatsMask::Part both = condition.part[0] | condition.part[1];
-  PackMask wide;
-  memcpy(&wide.part[0], &both, sizeof both);
-  wide.part[1] = wide.part[0];
-  return any(wide);
+  const FloatsMask::Part all = condition.part[0] | condition.part[1];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)all) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)all) != 0;
+#else
+  int32_t found = 0;
+  for (int j = 0; j < 2 * kNative; ++j) found |= all[j];
+  return found != 0;
+#endif
 }
 PMRL_INLINE double sum(Floats x) {
   const Floats::Part both = x.part[0] + x.part[1];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,4 +19,21 @@ def _forward_shapes(
     return scores, [query.new_empty((scores.shape[1], n + n * n), dtype=torch.float64)]
 
 
-PAIRS = {spec.JOINT.name: native.pair(spec.JOINT, _forward_shapes)}
+def _contrast_forward_shapes(
+    query: Tensor,
+    candidates: Sequence[Tensor],
+    mask: Tensor | None,
+    positives: Tensor | None,
+    own: Sequence[int],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    scores, state = _forward_shapes(query, candidates, mask, 0, True)
+    first, last, begin, end = own
+    losses = (query.new_empty(n, dtype=torch.float64) for n in (last - first, end - begin))
+    return scores.new_empty(()), *losses, state
+
+
+PAIRS = {
+    spec.JOINT.name: native.pair(spec.JOINT, _forward_shapes),
+    spec.JOINT_CONTRAST.name: native.pair(spec.JOINT_CONTRAST, _contrast_forward_shapes),
+}
