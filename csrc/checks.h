@@ -117,6 +117,16 @@ class IncomingGradients {
   size_t next_ = 0;
 };
 
+// ---- joint scores -------------------------------------------------------------------------------
+
+// An index of the scores that spec.py names. Triangles are of two modalities that are there; an eighth, dot products, is a
+// contrast's alone.
+inline void check_joint_score(int64_t score, int64_t n, bool masked, bool contrast) {
+  STD_TORCH_CHECK(score >= 0 && score < 7 + contrast, "pmrl_kernels: score is none of those there are, got ", score);
+  STD_TORCH_CHECK(score != 6 || (n == 2 && !masked), "pmrl_kernels: triangles are of two modalities, without a mask");
+  STD_TORCH_CHECK(score != 7 || n == 1, "pmrl_kernels: dot products are of one vector");
+}
+
 // ---- contrasts ----------------------------------------------------------------------------------
 
 // The first of the vectors: (B, d). The others have to be like it.

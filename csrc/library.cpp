@@ -21,6 +21,19 @@ STABLE_TORCH_LIBRARY(pmrl_kernels, m) {
       "paired_backward(Tensor[] vectors, int[] pairs, bool[] directions, Tensor? mask, Tensor[] everyone, "
       "Tensor? everyone_mask, int start, Tensor? temperature, float fixed_temperature, Tensor losses, Tensor state, "
       "Tensor grad) -> (Tensor[], Tensor)");
+  m.def(
+      "joint_forward(Tensor query, Tensor[] candidates, Tensor? mask, int score, bool normalize) -> (Tensor, Tensor[])");
+  m.def(
+      "joint_backward(Tensor query, Tensor[] candidates, Tensor? mask, int score, bool normalize, Tensor[] state, "
+      "Tensor grad, bool[] needed) -> Tensor[]");
+  m.def(
+      "joint_contrast_forward(Tensor query, Tensor[] candidates, Tensor? mask, Tensor? positives, int[] own, int score, "
+      "bool normalize, float smoothing, Tensor? temperature, float fixed_temperature) "
+      "-> (Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "joint_contrast_backward(Tensor query, Tensor[] candidates, Tensor? mask, Tensor? positives, int[] own, int score, "
+      "bool normalize, float smoothing, Tensor? temperature, float fixed_temperature, Tensor row_losses, "
+      "Tensor column_losses, Tensor[] state, Tensor grad, bool half, bool[] needed) -> Tensor[]");
   // What was built, one "name: value" a line, and which instruction set runs (or why none does).
   m.def("build_info() -> str");
   // Why no kernel for CUDA runs on that device, or "". This starts CUDA, where there is any.

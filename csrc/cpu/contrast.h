@@ -22,15 +22,13 @@
 // Vectors that do not take part are left out: the others are copied side by side, those that have a loss first.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <vector>
 
-#include "tensors.h"
+#include "products.h"
 
 namespace pmrl {
 namespace {
@@ -45,8 +43,6 @@ constexpr int64_t kLeastApart = int64_t(1) << 14;  // similarities of a product 
 constexpr int64_t kMostApart = int64_t(1) << 22;   // and at most
 constexpr int64_t kSavedSize = int64_t(1) << 23;  // similarities kept for the backward pass at most
 
-int64_t padded(int64_t n) { return (n + kTilePadding - 1) / kTilePadding * kTilePadding; }
-
 enum class Mode { kTriangle, kRows, kBoth };
 
 // What is kept for the backward pass, which may run in another thread and with another number of them, lies the same way
@@ -60,32 +56,6 @@ int64_t tile_rows(Mode mode, int64_t columns) {
 // What the similarities of n rows take, in whole tiles. pmrl_kernels/ops/contrast/native.py computes the same.
 int64_t saved_size(Mode mode, int64_t n, int64_t columns) {
   return mode == Mode::kTriangle ? n * (n + kTileRows + 2 * kTilePadding) / 2 : n * (columns + kTilePadding);
-}
-
-// ---- matrix products ----------------------------------------------------------------------------
-
-template <class Element>
-constexpr ScalarType scalar_type() {
-  return float_dtype(sizeof(Element) == 8);
-}
-
-// A tensor over memory that must outlive it.
-template <class Element>
-Tensor view(const Element* data, int64_t n, int64_t m, int64_t stride0, int64_t stride1) {
-  const int64_t sizes[] = {n, m}, strides[] = {stride0, stride1};
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_create_tensor_from_blob(const_cast<Element*>(data), 2, sizes, strides, 0,
-                                                     code_of(scalar_type<Element>()), aoti_torch_device_type_cpu(), 0,
-                                                     &handle) == AOTI_TORCH_SUCCESS,
-                  "pmrl_kernels: no view of a tile");
-  return Tensor(handle);
-}
-
-// out = x y, or out += x y.
-void multiply(const Tensor& out, const Tensor& x, const Tensor& y, bool add) {
-  const auto status = add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), 1.0, 1.0)
-                          : aoti_torch_cpu_mm_out(out.get(), x.get(), y.get());
-  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "pmrl_kernels: a matrix product failed");
 }
 
 // ---- one side of the similarities ---------------------------------------------------------------

@@ -18,20 +18,6 @@
 namespace pmrl {
 namespace {
 
-template <class V>
-struct Lanes;
-template <>
-struct Lanes<Floats> {
-  using Element = float;
-  static constexpr int width = 2 * kParts * kNative;
-};
-template <>
-struct Lanes<Pack> {
-  using Element = double;
-  static constexpr int width = kParts * kNative;
-};
-static_assert(kTilePadding % Lanes<Floats>::width == 0 && kTileColumns % kTilePadding == 0, "groups are whole packs");
-
 // A sum of floats has at most this many terms; the sum of those sums is a double.
 constexpr int64_t kShortSum = 32;
 

@@ -3,6 +3,7 @@
 //
 //   spectral_kernels.h   forward, backward
 //   contrast_kernels.h   maxima, sums, weights, row_dots
+//   joint_kernels.cpp    joint; a file of its own, since either takes a compiler a while
 //   here                 the solvers of common/ alone, for tests: they read matrices and write eigenpairs
 #include "kernels.h"
 
@@ -83,15 +84,14 @@ void map_log1p(const double* x, int64_t n, double* y) {
 
 }  // namespace
 
-#define PMRL_JOIN(a, b) PMRL_JOIN_(a, b)
-#define PMRL_JOIN_(a, b) a##b
 #define PMRL_STRING(a) PMRL_STRING_(a)
 #define PMRL_STRING_(a) #a
 
+extern const JointKernels PMRL_JOIN(joint_kernels_, PMRL_ISA);
 extern const Kernels PMRL_JOIN(kernels_, PMRL_ISA);
 const Kernels PMRL_JOIN(kernels_, PMRL_ISA) = {
     PMRL_STRING(PMRL_ISA), kLanes,         forward,           backward, maxima,    sums, weights,
-    row_dots,              all_eigenpairs, all_leading_pairs, map_exp,  map_log1p,
+    row_dots, &PMRL_JOIN(joint_kernels_, PMRL_ISA), all_eigenpairs, all_leading_pairs, map_exp,  map_log1p,
 };
 
 }  // namespace pmrl

@@ -103,6 +103,83 @@ struct BackwardTile {
   double* slopes;  // (groups,); null: not asked for
 };
 
+// ---- joint scores -------------------------------------------------------------------------------
+
+// pmrl_kernels/ops/joint/spec.py names them.
+enum class Score : int32_t { kVolume, kVolume2, kSine, kSigma, kLambda, kGain, kArea2, kDot };
+
+// Queries t_i, candidates of n modalities, and what is made of them once for all pairs. "Element" is float, or double
+// with `is_float64`. Candidates stand in column tiles of `width`, the last of them narrower and padded with zeros, w in
+// all: in each (n, w, d) of U and (joint_constants(n), w) of constants follow one another.
+struct JointBatch {
+  int64_t Nq, Ng, d;
+  int n;
+  Score score;
+  bool normalize, is_float64;
+  bool float64_input;    // what outputs and thresholds are by
+  const char* seen;      // (Nq,), or null: queries that are not count as zeros, and are not read
+  Rows query, candidates[kMaxModalities];
+  const uint8_t* mask;   // (Ng, n), contiguous, or null
+  int64_t width;
+  double* query_norms;   // (Nq, 3): row i counts as x 2^-e f; e, f, and its square then
+  double* norms;         // (Ng, n, 2): e and f
+  double* decomposed;    // (Ng, n + n^2): eigenvalues mu of C C^T, 0 where dropped, -1 where absent; eigenvectors
+  void* T;               // (Nq, d) of Elements
+  void* beta;            // (Nq,): squares of these rows' norms
+  void* U;               // the rows u_m = (V^T C)_m / sqrt(mu_m)
+  void* constants;       // of each candidate: mu_m, mu_1 - mu_m, and three numbers of its score
+  double* scratch;       // what one thread needs for itself: joint_scratch(...) numbers
+};
+
+PMRL_INLINE constexpr int joint_constants(int n) { return 2 * n + 3; }
+PMRL_INLINE constexpr int64_t joint_scratch(int n, int64_t d) { return (kMostLanes * n + 2) * d + n * d; }
+
+// Pairs of a row tile and a column tile.
+struct JointTile {
+  Score score;
+  int n;
+  bool is_float64;
+  int64_t rows, width;
+  void* q;                // (rows, n, width): u_m . t; gradients overwrites it by S
+  void* base;             // (rows, width): what a score is made of
+  const void* beta;       // (rows,)
+  const void* constants;
+  int32_t* near;          // (rows * width,): places of near copies, which float32 cannot tell
+  const void* weights;    // (rows, stride): dL/d score
+  int64_t stride;
+  double* own;            // (rows,): added to
+  void* moments;          // (triangle_size(n) + 1, width): added to
+};
+
+// A pair by itself, in float64.
+struct JointPair {
+  int64_t i, j;
+  double base, score;  // written by pairs
+  double weight;       // dL/d score, read by pair_gradients
+};
+
+// Sums over all queries, from which the gradients of candidates are made, laid out as U and the constants are.
+struct JointSums {
+  void* dT;         // (Nq, d): sum_j S_ij u_j
+  double* own;      // (Nq,)
+  void* dC;         // as U: sum_i S_ij t_i
+  double* moments;  // (triangle_size(n) + 1, w) in each tile
+  Rows query, candidates[kMaxModalities];  // gradients; data null: not asked for
+};
+
+struct JointKernels {
+  void (*prepare_queries)(const JointBatch&, int64_t begin, int64_t end);
+  // Of blocks of `lanes` candidates [begin, end); decompose: writes `decomposed`, else it is read.
+  void (*prepare_candidates)(const JointBatch&, bool decompose, int64_t begin, int64_t end);
+  int64_t (*bases)(const JointTile&);  // q -> base; returns how many places it wrote to near
+  void (*scores)(const JointTile&, int64_t columns, void* out, int64_t stride);  // base -> scores
+  void (*gradients)(const JointTile&);
+  void (*pairs)(const JointBatch&, JointPair*, int64_t count);
+  void (*pair_gradients)(const JointBatch&, const JointSums&, const JointPair*, int64_t count);
+  void (*finish_queries)(const JointBatch&, const JointSums&, int64_t begin, int64_t end);
+  void (*finish_candidates)(const JointBatch&, const JointSums&, int64_t begin, int64_t end);
+};
+
 // ---- of one instruction set ---------------------------------------------------------------------
 
 struct Kernels {
@@ -116,12 +193,16 @@ struct Kernels {
   void (*weights)(const BackwardTile&, int64_t group, int64_t begin, int64_t end, bool columns);
   // x_i . y_i for rows [begin, end) of float32 or float64.
   void (*row_dots)(const Rows& x, const Rows& y, int64_t d, int64_t begin, int64_t end, double* out);
+  const JointKernels* joint;
   // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.
   void (*eigenpairs)(const double* A, int64_t n, int k, double* values, double* vectors);
   void (*leading_pair)(const double* A, int64_t n, int k, bool float64_input, double* values, double* vectors);
   void (*exp_nonpositive)(const double* x, int64_t n, double* y);
   void (*log1p_nonnegative)(const double* x, int64_t n, double* y);
 };
+
+#define PMRL_JOIN(a, b) PMRL_JOIN_(a, b)
+#define PMRL_JOIN_(a, b) a##b
 
 // One per instruction set that the library was compiled for, best first; null ends the list.
 extern const Kernels* const kCompiled[];

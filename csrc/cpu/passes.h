@@ -471,7 +471,7 @@ Passes<RowType> passes_for(int k) {
   return for_k<PassesOf<RowType>>(k);
 }
 template <>
-Passes<AnyRow> passes_for<AnyRow>(int) {
+[[maybe_unused]] Passes<AnyRow> passes_for<AnyRow>(int) {
   return PassesOf<AnyRow>::make_any();
 }
 

@@ -257,7 +257,9 @@ struct Floats {
 PMRL_PACK_BINARY(Floats, Floats, +)
 PMRL_PACK_BINARY(Floats, Floats, -)
 PMRL_PACK_BINARY(Floats, Floats, *)
+PMRL_PACK_BINARY(Floats, Floats, /)
 PMRL_PACK_BINARY(FloatsMask, Floats, <)
+PMRL_PACK_BINARY(FloatsMask, Floats, <=)
 PMRL_PACK_BINARY(FloatsMask, Floats, ==)
 #undef PMRL_PACK_BINARY
 
@@ -280,6 +282,38 @@ PMRL_INLINE Floats max(Floats a, Floats b) {  // a if either is NaN
   }
   return a;
 }
+PMRL_INLINE Floats operator-(Floats a) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = -a.part[i];
+  return a;
+}
+PMRL_INLINE Floats sqrt(Floats x) {
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    x.part[i] = (Floats::Part)_mm512_sqrt_ps((__m512)x.part[i]);
+#elif defined(__AVX__)
+    x.part[i] = (Floats::Part)_mm256_sqrt_ps((__m256)x.part[i]);
+#elif defined(__SSE2__)
+    x.part[i] = (Floats::Part)_mm_sqrt_ps((__m128)x.part[i]);
+#else
+    for (int j = 0; j < 2 * kNative; ++j) x.part[i][j] = __builtin_sqrtf(x.part[i][j]);
+#endif
+  }
+  return x;
+}
+PMRL_INLINE bool any(FloatsMask condition) {
+  const FloatsMask::Part all = condition.part[0] | condition.part[1];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)all) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)all) != 0;
+#else
+  int32_t found = 0;
+  for (int j = 0; j < 2 * kNative; ++j) found |= all[j];
+  return found != 0;
+#endif
+}
 PMRL_INLINE double sum(Floats x) {
   const Floats::Part both = x.part[0] + x.part[1];
   F32 half[2];
@@ -288,6 +322,21 @@ PMRL_INLINE double sum(Floats x) {
 }
 PMRL_INLINE double sum(Pack x) { return sum(x.part[0] + x.part[1]); }
 static_assert(kParts == 2, "sums add two registers");
+
+// What a pack is of, and how many.
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<Floats> {
+  using Element = float;
+  static constexpr int width = 2 * kParts * kNative;
+};
+template <>
+struct Lanes<Pack> {
+  using Element = double;
+  static constexpr int width = kParts * kNative;
+};
+static_assert(kTilePadding % Lanes<Floats>::width == 0 && kTileColumns % kTilePadding == 0, "groups are whole packs");
 
 // What exp2_of_product has to know of a number format. n + magic has the integer n in its low bits; those of n + magic
 // + bias, moved up by `shift`, are the number 2^n. Below n = least that would be subnormal. `terms`: of the polynomial.

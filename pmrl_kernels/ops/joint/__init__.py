@@ -12,12 +12,14 @@ OPS = (JOINT, JOINT_CONTRAST)
 
 def implementations(backend: str) -> Mapping[str, Pair]:
     """A backend's pairs, by the names of the ops. (By statements, which tools that freeze programs can see.)"""
-    if backend == "reference":
-        from .reference import PAIRS
-
-        return PAIRS
-    if backend == "triton":
+    if backend == "native":
+        from .native import PAIRS
+    elif backend == "triton":
         from . import triton  # modulefinder takes ``from .triton`` for the package triton
 
         return triton.PAIRS
-    return {}
+    elif backend == "reference":
+        from .reference import PAIRS
+    else:
+        return {}
+    return PAIRS
