@@ -235,8 +235,9 @@ for code in codes:
     log.truncate(log.seek(0))
     pathlib.Path("pmrl_kernels", "ops", family, "native.py").write_text(code)
     importlib.invalidate_caches()
-    from pmrl_kernels import ops, dominant_sv_loss, info, instance_contrastive_loss
+    from pmrl_kernels import ops, dominant_sv_loss, info, instance_contrastive_loss, joint_scores
     dominant_sv_loss(torch.eye(3), torch.eye(3)), instance_contrastive_loss(torch.eye(3))
+    joint_scores(torch.eye(3), torch.eye(3))
     line = next(line for line in info.report().splitlines() if line.startswith("backend native"))
     print(json.dumps([line.split(None, 2)[2], log.getvalue()]))
 """
@@ -245,7 +246,7 @@ WHOLE = (
 )
 
 
-@pytest.mark.parametrize("family", ["spectral", "contrast"])
+@pytest.mark.parametrize("family", ["spectral", "contrast", "joint"])
 def test_importing_survives_pairs_that_cannot_be_imported(tmp_path, family):
     """Of a backend that has others: both are told, and the reference computes what is lacking."""
     folder = copy_of_the_package(tmp_path) / "ops"

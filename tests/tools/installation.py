@@ -18,7 +18,7 @@ from tests import ROOT
 PACKAGE = Path(pmrl_kernels.__file__).parent
 LIBRARY = PACKAGE / "libpmrl_kernels.so"
 RECORD = "native_build.txt"
-OBJECTS = sorted((ROOT / "build" / "native" / "CMakeFiles").glob("kernels_*.dir/csrc/cpu/kernels.cpp.o"))
+OBJECTS = sorted((ROOT / "build" / "native" / "CMakeFiles").glob("kernels_*.dir/csrc/cpu/*kernels.cpp.o"))
 COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])), None)
 # cmake and ninja may be where pip put them, and the environments under test have nothing there.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
