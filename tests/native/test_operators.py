@@ -14,7 +14,7 @@ from torch import Tensor
 from pmrl_kernels import dominant_sv_loss, pmrl_loss
 from pmrl_kernels.ops.contrast import native
 from pmrl_kernels.ops.spectral import spec
-from tests.tools import contrasts
+from tests.tools import contrasts, joints
 from tests.tools.backends import operators
 from tests.tools.contrasts import Calls
 from tests.tools.native import ALL, OPS, everything, modalities, run, same_bits, some_mask
@@ -136,6 +136,7 @@ SAMPLES = {
     "spectral_forward": forward_samples,
     "spectral_backward": backward_samples,
     **contrasts.samples(OPS),
+    **joints.samples(OPS),
 }
 CHECKED = [(op, sample) for op, make in SAMPLES.items() for sample in make()]
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from pmrl_kernels import pmrl_loss
-from pmrl_kernels.ops.joint import spec as joint
 from pmrl_kernels.ops.spectral import spec
-from tests.tools import contrasts
+from tests.tools import contrasts, joints
 from tests.tools.backends import operators
 from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import SCALARS, SEVERAL, each_backend, each_scalar, gradients, modalities, some_mask
@@ -107,51 +106,11 @@ def spectral_backward_samples() -> Iterator[tuple[Any, ...]]:
             yield *sample, state, [*(None for _ in grads[1:]), grads[-1]], needed
 
 
-def joint_samples() -> Iterator[tuple[Any, ...]]:
-    for score, name in enumerate(joint.SCORES):
-        x, *candidates = data(3, 5, 7, torch.bfloat16 if name == "gain" else torch.float64)
-        mask = None if name == "area2" else some_mask(5, 2)
-        yield x[:4], candidates, mask, score, True
-        yield x[:4], [torch.stack(candidates, 1)], None, score, False
-
-
-def joint_backward_samples() -> Iterator[tuple[Any, ...]]:
-    for sample in joint_samples():
-        scores, state = OPS.joint_forward(*sample)
-        needed = [True] * (1 + len(sample[1]))
-        yield *sample, state, torch.ones_like(scores), needed
-        yield *sample, state, torch.ones_like(scores), [False, *needed[1:]]
-
-
-def joint_contrast_samples() -> Iterator[tuple[Any, ...]]:
-    tau = torch.tensor(0.3)
-    for score in (joint.VOLUME, joint.GAIN, joint.AREA2, joint.DOT):
-        x, *candidates = data({joint.DOT: 2}.get(score, 3), 5, 7, torch.float32 if score % 2 else torch.float64)
-        n = len(candidates)
-        mask = None if score == joint.AREA2 else some_mask(5, n)
-        positives = torch.tensor([0, 3, 3, -1])
-        yield x[:4], candidates, mask, positives, [0, 4, 0, 5], score, True, 0.1, tau, 1.0
-        yield x, [torch.stack(candidates, 1)], None, None, [1, 3, 2, 5], score, False, 0.0, None, 0.3
-
-
-def joint_contrast_backward_samples() -> Iterator[tuple[Any, ...]]:
-    for sample in joint_contrast_samples():
-        query, candidates, mask, positives, _, *options = sample
-        everyone = [0, len(query), 0, len(candidates[0])]
-        _, rows, columns, state = OPS.joint_contrast_forward(query, candidates, mask, positives, everyone, *options)
-        needed = [True] * (1 + len(candidates))
-        yield *sample, rows, columns, state, torch.ones(()), False, needed
-        yield *sample, rows, columns, state, torch.ones(()), True, [False, *needed[1:]]
-
-
 SAMPLES = {
     "spectral_forward": spectral_samples,
     "spectral_backward": spectral_backward_samples,
     **contrasts.samples(OPS),
-    "joint_forward": joint_samples,
-    "joint_backward": joint_backward_samples,
-    "joint_contrast_forward": joint_contrast_samples,
-    "joint_contrast_backward": joint_contrast_backward_samples,
+    **joints.samples(OPS),
 }
 
 

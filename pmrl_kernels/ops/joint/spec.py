@@ -195,8 +195,9 @@ class JointContrast(NamedTuple):
         sizes = query.shape[0], candidates[0].shape[0]
         everyone = self._everyone(query, candidates, mask, positives)
         if everyone:
-            query, stack, mask, *chosen = everyone
+            query, stack, present, *chosen = everyone
             candidates, positives = [stack], chosen[0] if chosen else None
+            mask = None if self.score == AREA2 else present  # which is nothing without all of its corners
         arguments = self._arguments(query, candidates, mask, positives, temperature, sizes)
         loss, rows, columns, state = self.pair.forward(*arguments)
         if self.queries is not None and self.gallery is not None:
@@ -213,7 +214,8 @@ class JointContrast(NamedTuple):
         sizes, wanted, given = (query.shape[0], candidates[0].shape[0]), list(needed[3:]), candidates
         if self.queries is not None:
             grad = grad.double() * len(self.queries.sizes)
-            query, stack, mask, *rest = rest
+            query, stack, present, *rest = rest
+            mask = None if self.score == AREA2 else present
             if positives is not None:
                 positives, *rest = rest
             candidates, wanted = [stack], [wanted[0], any(wanted[1:])]
