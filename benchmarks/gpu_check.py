@@ -53,7 +53,10 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
     selected = ["-k", f"(triton or cuda-cuda) and {where} and not oracle", "--one-in", str(share)]
-    on_gpus = ["tests/triton/test_gpu.py", *(["--every", "2"] if dry else ["tests/triton/test_contrasts.py"])]
+    on_gpus = [
+        "tests/triton/test_gpu.py",
+        *(["--every", "2"] if dry else ["tests/triton/test_contrasts.py", "tests/triton/test_joint.py"]),
+    ]
     on_gpus.append("tests/cuda/test_gpu.py")
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
