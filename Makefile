@@ -3,7 +3,7 @@
 #   make demo      train a six-view model on scanned digits and draw the comparison
 #   make study     every loss on digits and emoji, seeds and gaps: tables and a figure; ARGS='--quick' for a look
 #   make test      the suite, doctests included, by two processes; JOBS=4 for more, JOBS=0 for none (a debugger, say)
-#   make test-slow what is slower alone; SAMPLE=4 for a fourth of the suites in it and half of the rest, by SEED, the commit
+#   make test-slow what is slower alone; SAMPLE=8 for an eighth of the suites in it and a third of the rest, by SEED, the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
 #   make lint      ruff, ruff format, mypy
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
@@ -13,6 +13,7 @@
 #   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-contrast   the contrasts and the whole objective beside their matrix products
+#   make bench-joint      joint scores, their losses and ranks beside their matrix products; ARGS='--threads 1'
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
 VENV   := .venv
@@ -35,7 +36,7 @@ JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-record lint format clean
+.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -97,6 +98,9 @@ bench: $(BUILT)
 
 bench-contrast: $(BUILT)
 	$(BIN)/python benchmarks/contrast.py $(ARGS)
+
+bench-joint: $(BUILT)
+	$(BIN)/python benchmarks/joint.py $(ARGS)
 
 bench-record: $(BUILT)
 	$(BIN)/python -m pytest benchmarks/test_record.py --benchmark-autosave $(ARGS)

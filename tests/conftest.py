@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--one-in", type=int, default=1, help="of Triton's tests, one in so many; k <= 8 from 10 on")
     parser.addoption("--every", type=int, default=1, help="of all tests, one in so many")
     parser.addoption(
-        "--sample", type=int, default=1, help="slow tests that run suites take so many times fewer; of others, half"
+        "--sample", type=int, default=1, help="N: slow tests that run suites take N times fewer; of others, 1 in log2 N"
     )
     parser.addoption("--seed", default="", help="which tests these are: any word, such as a commit")
     parser.addoption("--unpoisoned", action="store_true", help="leave memory uninitialised, for tools that look for it")
@@ -80,7 +80,7 @@ def sampled(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where kernels are interpreted, or compiled for every test, a sample must do: with one seed always the same."""
     share, every, seed = (config.getoption(name) for name in ("--one-in", "--every", "--seed"))
-    sampling = config.getoption("--sample") > 1
+    of_slow = max(1, config.getoption("--sample").bit_length() - 1)
     kept = []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -90,8 +90,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
         number = zlib.crc32(f"{seed}{item.nodeid}".encode())
-        # Of slow tests that run no suite, a half.
-        if sampling and number % 2 and item.get_closest_marker("slow") and "sampled" not in item.fixturenames:
+        # Of slow tests that run no suite, a third with --sample 8.
+        if number % of_slow and item.get_closest_marker("slow") and "sampled" not in item.fixturenames:
             continue
         chosen = (k <= 8 or share < 10) and number % share == 0
         if number % every == 0 and (variant not in (*LAUNCHES, "triton") or (chosen and not repeats)):

@@ -27,7 +27,7 @@ class Comparison(NamedTuple):
     section: str
     cases: Sequence[Case]
     calls: Callable[[Case], Mapping[str, Call]]
-    """By name, forward + backward each, the floor first: the least that the work can cost."""
+    """By name, the floor first: the least that the work can cost."""
     share: float = 1.0
     """Of the seconds for a case."""
 
@@ -92,9 +92,10 @@ def main(
 ) -> dict[str, Any]:
     """The command: ``seconds`` for each case, results to ``name``.json."""
     parser = run.parser(doc, quick="a tenth of the time", force=True, output=f"folder for {name}.json")
+    parser.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
     parser.set_defaults(output=run.RESULTS)
     options = parser.parse_args(argv)
-    conditions = run.on_a_cpu(options.force)
+    conditions = run.on_a_cpu(options.force, options.threads)
     gate(checks())
     seconds = seconds / 10 if options.quick else seconds
     jobs = [functools.partial(rows, comparison, case) for comparison in comparisons() for case in comparison.cases]

@@ -1,4 +1,4 @@
-"""The contrasts and the whole PMRL objective as they are written elsewhere: plain PyTorch, float32.
+"""The contrasts, the whole PMRL objective and joint scores as they are written elsewhere: plain PyTorch, float32.
 
 Each objective takes k embeddings (B, d) and returns the mean alignment loss plus the instance contrast of the leading
 singular vectors. The two in k-space are meant to be the strongest that plain PyTorch allows, as in formulations.py:
@@ -39,6 +39,51 @@ def all_pairs(embeddings: Sequence[Tensor], tau: float) -> Tensor:
             s = zs[m] @ zs[n].T / tau
             total = total + cross_entropy(s, everyone) + cross_entropy(s.T, everyone)
     return total / (len(zs) * (len(zs) - 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Joint scores (N, N) of queries and candidates, each as its published code goes about it: the first is the query
+# ------------------------------------------------------------------------------------------------
+
+
+def gram_matrices(xs: Sequence[Tensor]) -> Tensor:
+    """(N, N, k, k): inner products of [t_i, c_j1, ..., c_jn] for every pair."""
+    query, *candidates = (normalize(x, dim=1) for x in xs)
+    N, k = len(query), len(xs)
+    entries = {(0, 0): query.square().sum(1)[:, None].expand(N, N)}
+    for m, c in enumerate(candidates, start=1):
+        entries[0, m] = query @ c.T
+        for n, other in enumerate(candidates[:m], start=1):
+            entries[n, m] = (c * other).sum(1).expand(N, N)
+    rows = [torch.stack([entries[min(m, n), max(m, n)] for n in range(k)], 2) for m in range(k)]
+    return torch.stack(rows, 2)
+
+
+def determinant_volumes(xs: Sequence[Tensor]) -> Tensor:
+    """As GRAM: the root of the determinant's modulus."""
+    return torch.linalg.det(gram_matrices(xs)).abs().sqrt()
+
+
+def eigenvalue_sigmas(xs: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.eigvalsh(gram_matrices(xs))[..., -1].sqrt()
+
+
+def eigenvalue_gains(xs: Sequence[Tensor]) -> Tensor:
+    alone = torch.stack([normalize(x, dim=1) for x in xs[1:]], 1)
+    return torch.linalg.eigvalsh(gram_matrices(xs))[..., -1] - torch.linalg.eigvalsh(alone @ alone.mT)[:, -1]
+
+
+def difference_areas(xs: Sequence[Tensor]) -> Tensor:
+    """As TRIANGLE, from differences (N, N, d): (|u|²|w|² − (u·w)²)/2."""
+    t, a, b = (normalize(x, dim=1) for x in xs)
+    u, w = t[:, None] - a, t[:, None] - b
+    return (u.square().sum(2) * w.square().sum(2) - (u * w).sum(2).square()) / 2
+
+
+def joint_contrast(logits: Tensor, label_smoothing: float) -> Tensor:
+    """Both directions, the diagonal being right."""
+    everyone = torch.arange(len(logits), device=logits.device)
+    return sum(cross_entropy(s, everyone, label_smoothing=label_smoothing) for s in (logits, logits.T)) / 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,22 +7,29 @@
 
 namespace pmrl {
 
-extern const Kernels kernels_baseline;
-#if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
-const Kernels* const kCompiled[] = {&kernels_avx512, &kernels_avx2, &kernels_baseline, nullptr};
-#else
-const Kernels* const kCompiled[] = {&kernels_baseline, nullptr};
+// PMRL_HAS_<set>: CMakeLists.txt has its kernels in the build.
+extern const Kernels kernels_avx512, kernels_avx2, kernels_baseline;
+const Kernels* const kCompiled[] = {
+#ifdef PMRL_HAS_avx512
+    &kernels_avx512,
 #endif
+#ifdef PMRL_HAS_avx2
+    &kernels_avx2,
+#endif
+#ifdef PMRL_HAS_baseline
+    &kernels_baseline,
+#endif
+    nullptr};
 
 bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
   // These builtins also ask whether the operating system saves the registers, without which they cannot be used.
-  if (&kernels == &kernels_avx512)
+  const auto is = [&](const char* isa) { return std::strcmp(kernels.isa, isa) == 0; };
+  if (is("avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  if (&kernels == &kernels_avx2)
+  if (is("avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return true;

@@ -363,7 +363,7 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["example", pytest.param("compiled", marks=pytest.mark.slow), "worker"])
 def test_nothing_keeps_the_process_group(script):
     """A group that lives until the interpreter ends has threads that want it then, which aborts the process."""
     path, *arguments = SCRIPTS[script]

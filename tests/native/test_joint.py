@@ -148,7 +148,7 @@ def test_areas_of_near_copies():
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, 12, 31])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 31))])
 def test_roots_of_hard_spectra_in_float32(n):
     """Candidates whose singular values differ widely or not at all, queries along any of them: λ₁ within 4 eps32."""
     N, d = 300, 40

@@ -33,6 +33,7 @@ def benchmark_modules() -> Iterator[SimpleNamespace]:
     import contrast
     import cpu
     import figure
+    import joint
     from lib import accuracy, cases, measure, memory, ratios, run
 
     yield SimpleNamespace(
@@ -41,6 +42,7 @@ def benchmark_modules() -> Iterator[SimpleNamespace]:
         contrast=contrast,
         cpu=cpu,
         figure=figure,
+        joint=joint,
         measure=measure,
         memory=memory,
         ratios=ratios,
@@ -315,6 +317,39 @@ def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypat
         monkeypatch.setattr(contrast, "RIVALS", {"wrong": wrong})
         with pytest.raises(SystemExit, match=f"wrong is {error} from float64"):
             contrast.compare.gate(contrast.checks())
+
+
+def test_the_benchmark_of_joint_scores(benchmark_modules, monkeypatch, tmp_path, capsys):
+    """Every section once, at toy sizes; what holds all pairs at once is left out where there are too many."""
+    joint, cases = benchmark_modules.joint, benchmark_modules.cases
+    monkeypatch.setattr(joint, "CASES", (cases.Case(64, 16, 3), cases.Case(80, 16, 4)))
+    monkeypatch.setattr(joint, "MOST_PAIRS", 64 * 64)
+    monkeypatch.setattr(joint, "LARGE", (512, 64, 3))
+    monkeypatch.setattr(joint, "OF_MEMORY", ("area2",))
+    monkeypatch.setattr(joint, "SCORES", ("volume", "gain"))
+    monkeypatch.setattr(joint, "SECONDS", 0.1)
+    results = joint.main(["--force", "--threads", "1", "--output", str(tmp_path)])
+    rows = results["time"]
+    assert {row["section"] for row in rows} == {"scores, forward", "scores, forward + backward", "contrast"}
+    assert all(row["of_floor"] > 0 and row["ms"] > 0 for row in rows)
+    assert {row["floor"] for row in rows} == {"2 products", "8 products", "3 products", "12 products"}
+    published = {(row["B"], row["call"]) for row in rows} & {(B, p.name) for B in (64, 80) for p in joint.PUBLISHED}
+    assert published == {(64, p.name) for p in joint.PUBLISHED}
+    assert {(row["k"], row["call"]) for row in rows} >= {(3, "area2"), (4, "gain")}
+    memory = {(row["call"], row["score"]): row["MiB"] for row in results["memory"]}
+    assert memory["(N, N, d): TRIANGLE", "area2"] > 64 > memory["scores", "area2"]
+    assert results["conditions"]["threads"] == 1
+    assert json.loads((tmp_path / "joint.json").read_text())["time"] == rows
+    assert "MiB beyond embeddings" in capsys.readouterr().out
+
+
+@measures_native
+def test_the_benchmark_of_joint_scores_stops_a_wrong_score(benchmark_modules, monkeypatch):
+    joint = benchmark_modules.joint
+    wrong = joint.Published("wrong", "sigma", lambda xs: 1.01 * joint.objectives.eigenvalue_sigmas(xs))
+    monkeypatch.setattr(joint, "PUBLISHED", (wrong,))
+    with pytest.raises(SystemExit, match=r"joint_scores, sigma is \d\.\de-0\d from float64"):
+        joint.compare.gate(joint.checks())
 
 
 def test_the_figure_is_drawn_again(benchmark_modules, tmp_path, capsys):

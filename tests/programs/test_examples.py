@@ -493,6 +493,7 @@ def test_processes_share_a_batch_unevenly_and_resume(ordinary_memory, tmp_path, 
         assert "halves.pt is of another recipe: --seed 0 there, 1 here" in done.stderr
 
 
+@pytest.mark.slow
 def test_processes_compiled_under_autocast(ordinary_memory, tmp_path):
     """More processes than rows would divide by, compiled without Inductor, which would take its time."""
     plain, compiled = str(tmp_path / "plain.pt"), str(tmp_path / "compiled.pt")
