@@ -28,6 +28,7 @@
 #include <optional>
 #include <vector>
 
+#include "choices.h"
 #include "products.h"
 
 namespace pmrl {
@@ -161,38 +162,29 @@ void over_groups(const Tile& t, Function function) {
   });
 }
 
-// log(1 + sum 2^power)
-double loss_of(double power, double sum) {
-  const double x = power * kLog2 + std::log(sum);
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
-
 // One contrast of two sides. `bound`: no similarity is larger.
 template <class Element>
 struct Contrast {
+  using Sharp = Sharpness<Element>;
+
   const Kernels& run;
   const Tensor& like;
   Mode mode;
   int64_t d, start, paired;  // row i < paired has its positive in column start + i
-  double factor;     // log2(e) / tau as an Element, in forward and backward: two roundings of it would not fit together
-  double steepness;  // the same, also where log2(e) / tau is larger than any Element
+  Sharp sharp;
   bool shared;       // 2^(s factor - offset) is in range for every s
   bool bounded;      // rounding a similarity or a loss may change a power of two a lot
   double offset;
 
   static constexpr Element infinity = std::numeric_limits<Element>::infinity();
   static constexpr bool is_float64 = sizeof(Element) == 8;
-  static constexpr double kRounding = std::numeric_limits<Element>::epsilon();
-  static constexpr double kDigits = 1 / (8 * kRounding);  // exponents up to here have digits after the point
-  static constexpr double kTold = 0x1p42;                 // losses up to here are exact to 2^-10
 
   Contrast(const Tensor& like, Mode mode, int64_t d, int64_t start, int64_t paired, double temperature, double bound,
            double offset)
       : run(kernels()), like(like), mode(mode), d(d), start(start), paired(paired),
-        factor(static_cast<Element>(std::min<double>(1 / (temperature * kLog2), std::numeric_limits<Element>::max()))),
-        steepness(factor < std::numeric_limits<Element>::max() ? factor : 1 / (temperature * kLog2)),
-        shared(bound * factor - offset <= (is_float64 ? 400 : 60) && bound * factor <= kDigits),
-        bounded(!(bound * factor <= kDigits / 4)),
+        sharp(temperature),
+        shared(bound * sharp.factor - offset <= (is_float64 ? 400 : 60) && bound * sharp.factor <= Sharp::kDigits),
+        bounded(!(bound * sharp.factor <= Sharp::kDigits / 4)),
         offset(shared ? std::floor(offset) : 0) {}
 
   Tensor buffer(int64_t n) const { return make(like, {n}, scalar_type<Element>()); }
@@ -238,7 +230,7 @@ struct Contrast {
       parts.assign(t.groups.size() * t.rows, 0.0);
       row_shift.assign(t.rows, Element(0));
       sums.assign(t.rows, 0.0);
-      ForwardTile pass{s,      t.rows,           t.stride,     is_float64,    shared,  factor,
+      ForwardTile pass{s,      t.rows,           t.stride,     is_float64,    shared,  sharp.factor,
                        offset, row_shift.data(), parts.data(), maxima.data(), nullptr, nullptr};
       if (columns) pass.column_shift = column_shift.data() + t.column, pass.column_sums = column_sums.data() + t.column;
       if (!shared)
@@ -250,7 +242,7 @@ struct Contrast {
         const Element before = mode == Mode::kTriangle ? column_shift[t.first + i] : -infinity;
         double now = before;
         for (size_t g = 0; g < t.groups.size(); ++g) now = std::max(now, parts[g * t.rows + i]);
-        if (before < now) sums[i] *= std::exp2((before - now) * factor);
+        if (before < now) sums[i] *= std::exp2((before - now) * sharp.factor);
         row_shift[i] = now == -infinity ? Element(0) : static_cast<Element>(now);
       }
       over_groups(t, [&](int64_t g, const Group& x) { run.sums(pass, g, x.begin, x.end, x.columns); });
@@ -267,7 +259,7 @@ struct Contrast {
 
   double loss(double shift, double sum, double positive) const {
     if (sum == 0) return positive - positive;  // there is nobody else: 0, or NaN
-    return loss_of(shared ? offset - positive * factor : (shift - positive) * steepness, sum);
+    return loss_of(shared ? offset - positive * sharp.factor : (shift - positive) * sharp.steepness, sum);
   }
 
   // What a side's probabilities are made of, see TileSide and Powers. Padding chooses nobody.
@@ -283,30 +275,14 @@ struct Contrast {
     Choices found{zeros, zeros, zeros, std::vector<Element>(size, infinity)};
     for (int64_t i = 0; i < side.n; ++i) {
       if (side.losses[i] == infinity) continue;
-      const double positive = side.positive[i], loss = side.losses[i] / kLog2;
-      double shift = 0, offset = 0, weight = 0;
-      if (shared) {
-        weight = std::exp2(this->offset - positive * factor - loss);
-      } else {
-        // Relative to log sum exp, rounded to an Element. Relative to a positive far away, the rounding error of a
-        // difference of similarities would be one of the exponent.
-        shift = static_cast<Element>(positive + loss / steepness);
-        const double rest = loss - (shift - positive) * steepness;
-        if (bounded && (loss > kTold || std::abs(rest) > kDigits)) {
-          // The loss is too inexact to tell how many similarities share the largest value. Each of them, and each that
-          // comes near enough to be the largest if products are summed in another order, gets half of the 2 at which
-          // powers are cut off.
-          shift -= 8 * kRounding * (std::abs(loss / steepness) + std::abs(shift)) + 1 / steepness;
-          weight = 0.5;
-        } else {
-          offset = std::floor(rest);
-          weight = std::exp2(offset - rest);
-        }
-      }
+      const double positive = side.positive[i], loss = side.losses[i];
+      const typename Sharp::Choice choice =
+          shared ? typename Sharp::Choice{0, 0, std::exp2(offset - positive * sharp.factor - loss / kLog2)}
+                 : sharp.choice(positive, loss, bounded);
       found.positive[i] = side.positive[i];
-      found.shift[i] = static_cast<Element>(shift);
-      found.offset[i] = static_cast<Element>(offset);
-      found.weight[i] = static_cast<Element>(weight);
+      found.shift[i] = static_cast<Element>(choice.shift);
+      found.offset[i] = static_cast<Element>(choice.offset);
+      found.weight[i] = static_cast<Element>(choice.weight);
     }
     return found;
   }
@@ -330,8 +306,8 @@ struct Contrast {
         similarities(a, b, t, w);
       slopes.assign(t.groups.size(), 0.0);
       const Powers powers = shared ? Powers::kShared : bounded ? Powers::kBounded : Powers::kRelative;
-      const BackwardTile pass{s, w, t.rows, t.stride, is_float64, powers, factor, offset, 2 * kDigits / factor, scale,
-                              of_rows.from(t.first), of_columns.from(t.column), slope ? slopes.data() : nullptr};
+      const BackwardTile pass{s, w, t.rows, t.stride, is_float64, powers, sharp.factor, offset, sharp.limit(), scale,
+                              of_rows.from(t.first), of_columns.from(t.column), slope ? slopes.data() : nullptr, true};
       over_groups(t, [&](int64_t g, const Group& x) { run.weights(pass, g, x.begin, x.end, x.columns); });
       for (double x : slopes) total += x;
       for (int64_t i = 0; i < t.rows && t.first + i < paired; ++i) {
@@ -350,7 +326,7 @@ struct Contrast {
                  view(w + t.rows, t.width - t.rows, t.rows, 1, t.stride), rows, add_a || later);
     }
     if (all.empty() && grad_b && !add_b) std::fill(grad_b, grad_b + b.n * d, Element(0));
-    return total * factor * kLog2;
+    return total * sharp.factor * kLog2;
   }
 };
 

@@ -95,7 +95,7 @@ void tile_sums(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, 
 }
 
 // G into weights, which may be the similarities' own memory. If slopes are wanted, the sum of P (s - positive) into
-// them, and of R (s - positive) if `columns` are.
+// them if they are of rows, and of R (s - positive) if `columns` are.
 template <class V, Powers kPowers>
 void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {
   using Element = typename Lanes<V>::Element;
@@ -128,7 +128,7 @@ void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t e
       }
       ((P + R) * scale).store(weights + i * t.stride + j);
       if (t.slopes) {  // 0 beside an infinite delta counts as 0
-        total = total + select(P == zero, zero, P * (x - positive));
+        if (t.row_slopes) total = total + select(P == zero, zero, P * (x - positive));
         if (columns) total = total + select(R == zero, zero, R * (x - load(t.column.positive, j)));
       }
     }

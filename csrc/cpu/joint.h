@@ -6,12 +6,15 @@
 //   S and sums       overwrite q; dT += S U, dC += S^T T
 //
 // Forward reads T and U and writes scores; backward reads these and dL/d score and adds to the sums. Tiles do not depend
-// on how many threads there are, and each sum takes what tiles have for it in one order.
+// on how many threads there are, and each sum takes what tiles have for it in one order. (BLAS may still share out the
+// products of a tile that is alone in its round, with other bits for other numbers of threads.)
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "products.h"
@@ -58,23 +61,44 @@ struct JointGrid {
   // function(place, scratch) for all tiles in any order; `prepare` makes the scratch of one thread.
   template <class Prepare, class Function>
   void everywhere(Prepare prepare, Function function) const {
-    torch::stable::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
-      auto scratch = prepare();
-      for (int64_t t = begin; t < end; ++t) function(at(t % down, t / down), scratch);
-    });
+    Idle<decltype(prepare())> idle;
+    share_out(down * across, idle, prepare, [&](int64_t t, auto& scratch) { function(at(t % down, t / down), scratch); });
   }
   // The same, one round after the other.
   template <class Prepare, class Function>
   void by_rounds(Prepare prepare, Function function) const {
     const int64_t each = std::min(down, across), all = rounds();
+    Idle<decltype(prepare())> idle;
     for (int64_t round = 0; round < all; ++round)
-      torch::stable::parallel_for(0, each, 1, [&](int64_t begin, int64_t end) {
-        auto scratch = prepare();
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t other = (t + round) % all;
-          function(down <= across ? at(t, other) : at(other, t), scratch);
-        }
+      share_out(each, idle, prepare, [&](int64_t t, auto& scratch) {
+        const int64_t other = (t + round) % all;
+        function(down <= across ? at(t, other) : at(other, t), scratch);
       });
+  }
+
+ private:
+  // Scratch that no thread is using. Making it anew for every round would cost up to 7 % of a backward pass, in pages.
+  template <class Scratch>
+  struct Idle {
+    std::mutex mutex;
+    std::vector<Scratch> all;
+  };
+  template <class Scratch, class Prepare, class Function>
+  static void share_out(int64_t n, Idle<Scratch>& idle, Prepare& prepare, Function function) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      std::optional<Scratch> scratch;
+      {
+        const std::lock_guard<std::mutex> lock(idle.mutex);
+        if (!idle.all.empty()) {
+          scratch.emplace(std::move(idle.all.back()));
+          idle.all.pop_back();
+        }
+      }
+      if (!scratch) scratch.emplace(prepare());
+      for (int64_t t = begin; t < end; ++t) function(t, *scratch);
+      const std::lock_guard<std::mutex> lock(idle.mutex);
+      idle.all.push_back(std::move(*scratch));
+    });
   }
 };
 
@@ -144,12 +168,26 @@ struct Joint {
     });
   }
 
-  // Whether all norms are such that products of two squares are within float32's range.
+  // Whether all numbers that scores are made of are such that their products are within float32's range.
   bool moderate() const {
-    const auto within = [](double square) { return !(square > 0x1p50) && !(square > 0 && square < 0x1p-50); };
+    const auto within = [](double x, double most) { return !(x > most) && !(x > 0 && x < 1 / most); };
+    constexpr double square = 0x1p50, volume = 0x1p76;
     bool found = true;
-    for (int64_t i = 0; i < batch.Nq; ++i) found = found && within(batch.query_norms[3 * i + 2]);
-    for (int64_t j = 0; j < batch.Ng; ++j) found = found && within(batch.decomposed[j * (batch.n + batch.n * batch.n)]);
+    for (int64_t i = 0; i < batch.Nq; ++i) found = found && within(batch.query_norms[3 * i + 2], square);
+    for (int64_t j = 0; j < batch.Ng; ++j) {
+      const double* mu = batch.decomposed + j * (batch.n + batch.n * batch.n);
+      if (batch.score == Score::kArea2) {  // the squares of the direction and of the middle
+        const JointPlace at = grid.at(0, j / grid.width);
+        const double middle = constants(at)[(2 * batch.n + 1) * at.width + j - at.column];
+        found = found && within(mu[1], square) && within(middle, square);
+      } else if (batch.score != Score::kDot) {
+        double det = 1.0;
+        for (int m = 0; m < batch.n; ++m) det *= mu[m] < 0 ? 1.0 : mu[m];
+        found = found && within(mu[0], square);
+        if (batch.score == Score::kVolume) found = found && within(std::sqrt(det), volume);
+        if (batch.score == Score::kVolume2) found = found && within(det, volume);
+      }
+    }
     return found;
   }
 
@@ -165,7 +203,6 @@ struct Joint {
   struct Room {
     Tensor numbers, places, doubles;
     Element *q, *base, *weights, *moments;
-    double* own;
     int32_t* near;
     std::vector<JointPair> pairs;
   };
@@ -174,13 +211,12 @@ struct Joint {
     Room found;
     found.numbers = make(like, {(batch.n + 2) * size + planes * grid.width}, scalar_type<Element>());
     found.places = make(like, {is_float64 ? 0 : size}, ScalarType::Float);  // as wide as int32
-    found.doubles = make(like, {joint_scratch(batch.n, batch.d) + grid.height}, ScalarType::Double);
+    found.doubles = make(like, {joint_pair_scratch(batch.n, batch.d)}, ScalarType::Double);
     found.q = static_cast<Element*>(found.numbers.mutable_data_ptr());
     found.base = found.q + batch.n * size;
     found.weights = found.base + size;
     found.moments = found.weights + size;
     found.near = static_cast<int32_t*>(found.places.mutable_data_ptr());
-    found.own = static_cast<double*>(found.doubles.mutable_data_ptr()) + joint_scratch(batch.n, batch.d);
     return found;
   }
   JointBatch with_scratch(const Room& room) const {
@@ -192,7 +228,7 @@ struct Joint {
   // q and bases of a tile; near copies' anew, in float64, which `room.pairs` then has.
   JointTile bases(const JointPlace& at, Room& room) const {
     JointTile t{batch.score, batch.n, is_float64, at.rows, at.width, room.q, room.base,
-                static_cast<const Element*>(batch.beta) + at.row, constants(at), room.near, nullptr, 0, room.own,
+                static_cast<const Element*>(batch.beta) + at.row, constants(at), room.near, nullptr, 0, nullptr,
                 room.moments};
     const int64_t wide = batch.n * at.width, d = batch.d;
     multiply(view(room.q, at.rows, wide, wide, 1), view(rows(at), at.rows, d, d, 1), view(basis(at), d, wide, 1, d),
@@ -315,6 +351,7 @@ JointBatch make_joint(const Tensor& query, const std::vector<Tensor>& candidates
   const Embeddings all = check_embeddings(candidates);
   const Dtype dtype = dtype_of(query);
   STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == all.d, "pmrl_kernels: query must be (Nq, d), as candidates are");
+  STD_TORCH_CHECK(all.d > 0, "pmrl_kernels: embeddings must have a dimension");
   STD_TORCH_CHECK(all.k < kMaxModalities, "pmrl_kernels: candidates must be of at most ", kMaxModalities - 1,
                   " modalities");
   check_joint_score(score, all.k, mask.has_value(), contrast);

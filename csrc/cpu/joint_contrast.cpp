@@ -14,6 +14,7 @@
 
 #include <tuple>
 
+#include "choices.h"
 #include "joint.h"
 
 namespace pmrl {
@@ -21,19 +22,13 @@ namespace {
 
 constexpr double kSigns[] = {-1, -1, -1, 1, 1, 1, -1, 1};  // of scores: 1 where the largest is best
 
-// log(1 + 2^power sum)
-double log1p_of(double power, double sum) {
-  const double x = power * kLog2 + std::log(sum);
-  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-}
-
 // Of one direction: numbers of each of its rows, or columns.
 template <class Element>
 struct Direction {
   std::vector<char> seen, counted;  // may be chosen, has a loss
   std::vector<double> positive;     // sign score, not yet over tau
   std::vector<double> losses;
-  std::vector<Element> shift;       // forward: the largest score so far. backward: see Choices
+  std::vector<Element> shift;       // forward: the largest sign score so far. backward: see TileSide
   std::vector<double> sums, totals;  // of powers relative to it; of sign score
   std::vector<Element> wide_positive, weight, offset;
   int64_t number = 0, choices = 0;  // how many have a loss, and how many the other direction may choose
@@ -74,23 +69,21 @@ struct Roles {
 template <class Element>
 struct JointContrast {
   static constexpr Element infinity = std::numeric_limits<Element>::infinity();
-  static constexpr double kDigits = 1 / (8 * double(std::numeric_limits<Element>::epsilon()));
 
   Joint<Element>& joint;
-  const Kernels& run;
+  const Kernels& passes;
   const JointBatch& batch;
   const ContrastArguments& x;
-  double sign, factor, steepness;
+  double sign;
+  Sharpness<Element> sharp;
   bool whole;  // this process has everyone's losses
   std::vector<int64_t> positive;  // of each query, -1: none
   std::vector<JointPair> pairs;   // queries with their positives
   Direction<Element> rows, columns;
 
   JointContrast(Joint<Element>& joint, const ContrastArguments& x, const Roles& roles)
-      : joint(joint), run(kernels()), batch(joint.batch), x(x), sign(kSigns[static_cast<int>(batch.score)]),
-        factor(static_cast<Element>(
-            std::min<double>(1 / (x.temperature * kLog2), std::numeric_limits<Element>::max()))),
-        steepness(factor < std::numeric_limits<Element>::max() ? factor : 1 / (x.temperature * kLog2)),
+      : joint(joint), passes(kernels()), batch(joint.batch), x(x), sign(kSigns[static_cast<int>(batch.score)]),
+        sharp(x.temperature),
         whole(x.first == 0 && x.last == batch.Nq && x.begin == 0 && x.end == batch.Ng) {
     const int64_t Nq = batch.Nq, Ng = batch.Ng;
     columns.seen = roles.there;
@@ -179,20 +172,20 @@ struct JointContrast {
       similarities(at, room, x.smoothing != 0);
       std::vector<Element> maxima(at.width);
       std::vector<double> parts(at.rows);
-      ForwardTile pass{room.weights, at.rows, at.width, joint.is_float64, false, factor, 0.0,
+      ForwardTile pass{room.weights, at.rows, at.width, joint.is_float64, false, sharp.factor, 0.0,
                        rows.shift.data() + at.row, parts.data(), maxima.data(), columns.shift.data() + at.column,
                        columns.sums.data() + at.column};
-      run.maxima(pass, 0, 0, at.width, true);
+      passes.maxima(pass, 0, 0, at.width, true);
       std::vector<Element> shifts(at.rows);
       for (int64_t i = 0; i < at.rows; ++i) {
         Element& before = rows.shift[at.row + i];
         const Element now = std::max(before, static_cast<Element>(parts[i]));
-        if (before < now) rows.sums[at.row + i] *= std::exp2((double(before) - now) * factor);
+        if (before < now) rows.sums[at.row + i] *= std::exp2((double(before) - now) * sharp.factor);
         before = now;
         shifts[i] = now == -infinity ? Element(0) : now;
       }
       pass.row_shift = shifts.data();
-      run.sums(pass, 0, 0, at.width, true);
+      passes.sums(pass, 0, 0, at.width, true);
       for (int64_t i = 0; i < at.rows; ++i) rows.sums[at.row + i] += parts[i];
     });
   }
@@ -204,7 +197,7 @@ struct JointContrast {
       out[i - begin] = 0;
       if (!side.counted[i]) continue;
       const double p = side.positive[i], shift = side.shift[i] == -infinity ? 0.0 : double(side.shift[i]);
-      out[i - begin] = side.sums[i] == 0 ? p - p : log1p_of((shift - p) * steepness, side.sums[i]);
+      out[i - begin] = side.sums[i] == 0 ? p - p : loss_of((shift - p) * sharp.steepness, side.sums[i]);
       total += out[i - begin];
       if (x.smoothing != 0) total += x.smoothing * (p - side.totals[i] / side.choices) / x.temperature;
     }
@@ -237,46 +230,56 @@ struct JointContrast {
     return total * (x.temperature / x.temperature);
   }
 
-  // What contrast_kernels.h's weights reads of one direction: relative to log sum exp, rounded to an Element. Whoever has
-  // no loss chooses nobody.
-  void choose(Direction<Element>& side, int64_t n, double scale) const {
+  // What contrast_kernels.h's weights reads of one direction, [begin, end) of it; the others, and whoever has no loss,
+  // choose nobody.
+  void choose(Direction<Element>& side, int64_t n, int64_t begin, int64_t end, double scale) const {
     side.shift.assign(n, 0);
     side.weight.assign(n, 0);
     side.wide_positive.assign(n, 0);
     side.offset.assign(n, infinity);
-    for (size_t i = 0; i < side.counted.size(); ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       if (!side.counted[i]) continue;
-      const double p = side.positive[i], loss = side.losses[i] / kLog2;
-      const Element shift = static_cast<Element>(p + loss / steepness);
-      const double rest = loss - (shift - p) * steepness, offset = std::floor(rest);
-      side.shift[i] = shift;
-      side.wide_positive[i] = static_cast<Element>(p);
-      side.offset[i] = static_cast<Element>(offset);
-      side.weight[i] = static_cast<Element>(scale * std::exp2(offset - rest));
+      const auto choice = sharp.choice(side.positive[i], side.losses[i], true);
+      side.wide_positive[i] = static_cast<Element>(side.positive[i]);
+      side.shift[i] = static_cast<Element>(choice.shift);
+      side.offset[i] = static_cast<Element>(choice.offset);
+      side.weight[i] = static_cast<Element>(scale * choice.weight);
     }
   }
   static TileSide side_of(const Direction<Element>& side, int64_t at) {
     return {side.wide_positive.data() + at, side.shift.data() + at, side.weight.data() + at, side.offset.data() + at};
   }
 
-  // Adds to the sums what a rectangle has for them. a, b: of the rows' and columns' losses, 0 where they do not count.
-  void weigh(const JointGrid& grid, double a, double b, const JointSums& sums) {
-    choose(rows, batch.Nq, a);
-    choose(columns, padded(batch.Ng), b);
+  // What a pass over tiles is to find of sum (s - s+) dL/ds: that of own rows' losses, that of own columns'.
+  struct Slope {
+    bool rows, columns;
+    double found = 0;
+  };
+
+  // Adds to the sums, if they are of anything, what a pass has for them, and to the slope. Over own rows and all columns,
+  // or over all rows and own columns; a, b: of the rows' and columns' losses, 0 where they do not count.
+  void weigh(bool of_rows, double a, double b, const JointSums& sums, Slope& slope) {
+    const JointGrid grid = of_rows ? rectangle(x.first, x.last, 0, batch.Ng) : rectangle(0, batch.Nq, x.begin, x.end);
+    choose(rows, batch.Nq, 0, batch.Nq, a);
+    choose(columns, padded(batch.Ng), of_rows ? 0 : x.begin, of_rows ? batch.Ng : x.end, b);
     const double row_rest = a * x.smoothing / std::max<int64_t>(1, rows.choices);
     const double column_rest = b * x.smoothing / std::max<int64_t>(1, columns.choices);
+    const bool smooth = row_rest != 0 || column_rest != 0, sloping = slope.rows || slope.columns;
+    std::vector<double> parts(sloping ? grid.down * grid.across : 0, 0.0);
+    begin_totals();
     grid.by_rounds([&] { return joint.room(grid); }, [&](const JointPlace& at, auto& room) {
-      JointTile t = similarities(at, room, false);
+      JointTile t = similarities(at, room, sloping && x.smoothing != 0);
       Element* w = room.weights;
       std::vector<char> hidden;
-      const bool smooth = row_rest != 0 || column_rest != 0;
       if (smooth) {
         hidden.resize(at.rows * at.width);
         for (int64_t e = 0; e < at.rows * at.width; ++e) hidden[e] = w[e] == -infinity;
       }
-      const BackwardTile pass{w, w, at.rows, at.width, joint.is_float64, Powers::kBounded, factor, 0.0,
-                              2 * kDigits / factor, sign, side_of(rows, at.row), side_of(columns, at.column), nullptr};
-      run.weights(pass, 0, 0, at.width, false);
+      const BackwardTile pass{w, w, at.rows, at.width, joint.is_float64, Powers::kBounded, sharp.factor, 0.0,
+                              sharp.limit(), sign, side_of(rows, at.row), side_of(columns, at.column),
+                              sloping ? &parts[grid.number(at)] : nullptr, slope.rows};
+      passes.weights(pass, 0, 0, at.width, slope.columns);
+      if (!sums.dT && !sums.dC) return;
       for (int64_t i = 0; smooth && i < at.rows; ++i) {
         const double own = rows.counted[at.row + i] ? row_rest : 0.0;
         for (int64_t j = 0; j < at.columns; ++j) {
@@ -290,58 +293,34 @@ struct JointContrast {
     });
     std::vector<JointPair> list;
     for (JointPair p : pairs) {
+      const double s = sign * p.score, share = std::exp((s - columns.positive[p.j]) / x.temperature);
+      const double of_row = a * (std::expm1(-rows.losses[p.i]) + x.smoothing);
+      const double of_column = b * share * (std::expm1(-columns.losses[p.j]) + x.smoothing);
+      rows.totals[p.i] += s;
+      columns.totals[p.j] += s;
+      // A row's positive is its s+ itself.
+      if (slope.columns && p.j >= x.begin && p.j < x.end && s != columns.positive[p.j])
+        slope.found += of_column * (s - columns.positive[p.j]);
       if (p.i < grid.first || p.i >= grid.Nq || p.j < grid.begin || p.j >= grid.Ng) continue;
-      const double share = std::exp((sign * p.score - columns.positive[p.j]) / x.temperature);
-      p.weight = sign * (a * (std::expm1(-rows.losses[p.i]) + x.smoothing) - row_rest +
-                         b * share * (std::expm1(-columns.losses[p.j]) + x.smoothing) - column_rest);
+      p.weight = sign * (of_row - row_rest + of_column - column_rest);
       list.push_back(p);
     }
+    for (double part : parts) slope.found += part;
+    if (slope.rows) slope.found -= rest_of(rows, x.first, x.last, a);
+    if (slope.columns) slope.found -= rest_of(columns, x.begin, x.end, b);
+    if (!sums.dT && !sums.dC) return;
     // One after the other, since several may be of one candidate.
     joint.over(1, 1, [&](const JointBatch& own, int64_t, int64_t) {
       joint.run.pair_gradients(own, sums, list.data(), static_cast<int64_t>(list.size()));
     });
   }
 
-  // sum (s - s+) dL/ds over own rows and over own columns, times -1/tau.
-  double slope(double a, double b) {
-    const double tau = x.temperature;
-    double total = 0;
-    for (const bool of_rows : {true, false}) {
-      const JointGrid grid = of_rows ? rectangle(x.first, x.last, 0, batch.Ng) : rectangle(0, batch.Nq, x.begin, x.end);
-      choose(rows, batch.Nq, of_rows ? a : 0.0);
-      choose(columns, padded(batch.Ng), of_rows ? 0.0 : b);
-      begin_totals();
-      std::vector<double> parts(grid.down * grid.across, 0.0);
-      grid.by_rounds([&] { return joint.room(grid); }, [&](const JointPlace& at, auto& room) {
-        similarities(at, room, x.smoothing != 0);
-        if (!of_rows)  // columns that are not this process's
-          for (int64_t i = 0; i < at.rows; ++i)
-            for (int64_t j = 0; j < at.columns; ++j)
-              if (at.column + j < x.begin || at.column + j >= x.end) room.weights[i * at.width + j] = -infinity;
-        double* part = &parts[grid.number(at)];
-        const BackwardTile pass{room.weights, room.weights, at.rows, at.width, joint.is_float64, Powers::kBounded,
-                                factor, 0.0, 2 * kDigits / factor, 1.0, side_of(rows, at.row),
-                                side_of(columns, at.column), part};
-        run.weights(pass, 0, 0, at.width, true);
-      });
-      double found = 0;
-      for (double part : parts) found += part;
-      for (const JointPair& p : pairs) {
-        const bool own = of_rows ? p.i >= x.first && p.i < x.last : p.j >= x.begin && p.j < x.end;
-        if (!own) continue;
-        const double s = sign * p.score, away = s - columns.positive[p.j];
-        if (!of_rows && away != 0)
-          found += b * std::exp(away / tau) * (std::expm1(-columns.losses[p.j]) + x.smoothing) * away;
-        rows.totals[p.i] += s;
-        columns.totals[p.j] += s;
-      }
-      const Direction<Element>& side = of_rows ? rows : columns;
-      for (int64_t i = of_rows ? x.first : x.begin; i < (of_rows ? x.last : x.end) && x.smoothing != 0; ++i)
-        if (side.counted[i])
-          found -= (of_rows ? a : b) * x.smoothing * (side.totals[i] / side.choices - side.positive[i]);
-      total += found;
-    }
-    return -total / tau / tau;
+  // sum eps (mean s - s+) of [begin, end), times scale.
+  double rest_of(const Direction<Element>& side, int64_t begin, int64_t end, double scale) const {
+    double found = 0;
+    for (int64_t i = begin; i < end && x.smoothing != 0; ++i)
+      if (side.counted[i]) found += scale * x.smoothing * (side.totals[i] / side.choices - side.positive[i]);
+    return found;
   }
 };
 
@@ -430,22 +409,34 @@ std::vector<Tensor> joint_contrast_backward(
     contrast.columns.losses.assign(l_columns, l_columns + batch.Ng);
     const double a = scale / 2 / contrast.rows.mean_over(), b = scale / 2 / contrast.columns.mean_over();
     const double tau = x.temperature;
-    // Together where both are of everything, and of the same weights.
-    const bool once = contrast.whole && !half && any_query && any_candidate;
+    typename JointContrast<Element>::Slope rest{temperature.has_value(), temperature.has_value()};  // not found yet
+    double total = 0;
+    // One pass has everything where both losses are of everyone, with the same weights.
+    const bool once = contrast.whole && !half;
+    const auto pass = [&](bool of_rows, const JointSums& sums) {
+      typename JointContrast<Element>::Slope slope{rest.rows && (of_rows || once), rest.columns && (!of_rows || once)};
+      contrast.weigh(of_rows, half && !of_rows ? 0.0 : a / tau, half && of_rows ? 0.0 : b / tau, sums, slope);
+      rest.rows = rest.rows && !slope.rows;
+      rest.columns = rest.columns && !slope.columns;
+      total += slope.found;
+    };
+    const bool together = once && any_query && any_candidate;
     if (any_query) {
-      JointSums sums = joint.sums(true, once);
-      contrast.weigh(contrast.rectangle(x.first, x.last, 0, batch.Ng), a / tau, half ? 0.0 : b / tau, sums);
+      JointSums sums = joint.sums(true, together);
+      pass(true, sums);
       sums.query = to_query[0];
-      if (once) std::copy_n(to_candidates, kMaxModalities, sums.candidates);
+      if (together) std::copy_n(to_candidates, kMaxModalities, sums.candidates);
       joint.finish(sums, x.first, x.last, 0, batch.Ng);
     }
-    if (any_candidate && !once) {
+    if (any_candidate && !together) {
       JointSums sums = joint.sums(false, true);
-      contrast.weigh(contrast.rectangle(0, batch.Nq, x.begin, x.end), half ? 0.0 : a / tau, b / tau, sums);
+      pass(false, sums);
       std::copy_n(to_candidates, kMaxModalities, sums.candidates);
       joint.finish(sums, 0, batch.Nq, x.begin, x.end);
     }
-    if (temperature) tau_gradient = contrast.slope(a, b);
+    if (rest.rows) pass(true, {});
+    if (rest.columns) pass(false, {});
+    if (temperature) tau_gradient = -total / tau;
   });
   found.push_back(slope);
   return found;

@@ -13,8 +13,8 @@
 //   finish_queries       dt = sum own t + sum S_m u_m, before it was normalised     writes rows of gradients
 //   finish_candidates    dC = V diag(1 / sqrt(mu)) (S^T t + M u), likewise          writes rows of gradients
 //
-// All scores have gradients of one form, dt = own (t + sum y_m u_m) and d u_m-ish = own y_m (t + sum y_l u_l): with y =
-// -q for volumes, mu_m q_m / (x + mu_1 - mu_m) for eigenvalues. V is frozen, which is exact: scores do not depend on
+// All scores have gradients of one form, own e for t, with e = t + sum y_l u_l, and own y_m e / sqrt(mu_m) for row m of
+// V^T C: with y = -q for volumes, mu_m q_m / (x + mu_1 - mu_m) for eigenvalues. V is frozen, which is exact: scores do not depend on
 // the basis. Of the triangle (area2) the "basis" is its middle and its direction, and y = (-1, -q).
 //
 // Near copies, of which r is mostly rounding in float32, are told by `bases` and done by pairs and pair_gradients.
@@ -335,6 +335,15 @@ struct Tiny<Floats> {
   static constexpr double value = 1.17549435082228751e-38;
 };
 
+template <class Real>
+struct Huge {
+  static constexpr double value = 1.7976931348623157e308;
+};
+template <>
+struct Huge<Floats> {
+  static constexpr double value = 3.40282346638528860e38;
+};
+
 // The largest x >= 0 with x + excess = sum_m w_m / (x + poles_m), or 0 if there is none; poles_0 = 0 and the others are
 // not negative. It begins with the largest root of one w_m alone. A step replaces the terms with near poles, at most x,
 // by one fraction with the same value and slope, and the others by their tangent: 1 / sum is concave and the others are
@@ -528,11 +537,10 @@ void scores(const JointTile& t, int64_t columns, void* out, int64_t stride) {
 template <class Real>
 PMRL_INLINE Real inverse_distance(Real r, Real beta) {
   const auto lost = r <= Real(16 * kEps64) * beta;
-  const Real least = max(Real(kEps32 * kEps32) * beta, Real(1e-30));
-  return select(lost, r * Real(0.0), Real(1.0) / sqrt(max(r, least)));
+  return select(lost, r * Real(0.0), Real(1.0) / sqrt(max(r, Real(kEps32 * kEps32) * beta)));
 }
 
-// own, y and what is added to the moments' diagonal. `known`: q with whatever is subtracted from it.
+// own, y and what is added to the moments' diagonal. Of triangles q has the middle's share subtracted.
 template <class Real, class Kind>
 PMRL_INLINE void slopes(Score score, const Real* q, const Real* mu, const Real* poles, Real base, Real beta,
                         Real volume, Real weight, int n, Real& own, Real* y, Real& extra, Kind) {
@@ -548,15 +556,17 @@ PMRL_INLINE void slopes(Score score, const Real* q, const Real* mu, const Real* 
       const Real sigma = sqrt(mu[0] + base);
       weight = select(sigma == zero, weight * zero, weight / (two * select(sigma == zero, one, sigma)));
     }
-    const auto still = base <= tiny;  // the query adds nothing: lambda_1 is mu_1
     Real squares = one;
     PMRL_UNROLL(8)
     for (int m = 0; m < n; ++m) {
       const Real a = q[m] / max(base + poles[m], tiny);
       y[m] = mu[m] * a;
       squares = squares + y[m] * a;
-      y[m] = select(still, zero, y[m]);
     }
+    // The query adds nothing, or less than has a square: lambda_1 is mu_1.
+    const auto still = Real(Huge<Real>::value) < select(base <= tiny, Real(HUGE_VAL), squares);
+    PMRL_UNROLL(8)
+    for (int m = 0; m < n; ++m) y[m] = select(still, zero, y[m]);
     own = select(still, weight * zero, two * weight / squares);
     extra = select(still, two * weight, weight * zero);
     if (score == Score::kGain) extra = extra - two * weight;

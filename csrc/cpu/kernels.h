@@ -100,7 +100,8 @@ struct BackwardTile {
   Powers powers;
   double factor, offset, limit, scale;
   TileSide row, column;
-  double* slopes;  // (groups,); null: not asked for
+  double* slopes;   // (groups,); null: not asked for
+  bool row_slopes;  // whether they are of the rows too
 };
 
 // ---- joint scores -------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ struct JointBatch {
 
 PMRL_INLINE constexpr int joint_constants(int n) { return 2 * n + 3; }
 PMRL_INLINE constexpr int64_t joint_scratch(int n, int64_t d) { return (kMostLanes * n + 2) * d + n * d; }
+PMRL_INLINE constexpr int64_t joint_pair_scratch(int n, int64_t d) { return (n + 2) * d; }  // of pairs and pair_gradients
 
 // Pairs of a row tile and a column tile.
 struct JointTile {
