@@ -241,6 +241,49 @@ def test_roots_of_hard_spectra():
         torch.testing.assert_close(x[0], largest, rtol=1e-12, atol=1e-14)
 
 
+def spectral_gradients(score: str, t: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    t, C = (x.detach().requires_grad_() for x in (t, C))
+    return torch.autograd.grad(plain(score, t, C).sum(), (t, C))
+
+
+@pytest.mark.parametrize("score", ["sigma", "lambda", "gain"])
+def test_queries_that_add_next_to_nothing(score, backend):
+    """x is lost where it is added to μ₁; the eigenvector, and with it the gradient, is not to be."""
+    Q = torch.linalg.qr(torch.randn(8, 8, dtype=FLOAT64))[0]
+    given = [
+        (Q[:1], torch.stack([Q[1:2], 0.9 * Q[1:2] + 0.1 * Q[2:3]], 1)),
+        (torch.tensor([[1e-3, 1, 0, 0]], dtype=FLOAT64), torch.tensor([[[1e6, 0, 0, 0]]], dtype=FLOAT64)),
+        (torch.tensor([[1e-5, 1, 0, 0]], dtype=FLOAT64), torch.tensor([[[1e6, 0, 0, 0], [1, 1, 1, 0]]]).double()),
+        (1e-9 * Q[:3], Q[2:6, None] + Q[:2]),
+    ]
+    for t, C in given:
+        t, C = (x.clone().requires_grad_() for x in (t, C))
+        found = joint_scores(t, C, score=score, normalize=False, backend=backend)
+        wanted = spectral_gradients(score, t, C)
+        # The difference of the two eigenvalues of the gain leaves rounding of the gradient of either.
+        size = spectral_gradients("sigma" if score == "sigma" else "lambda", t, C)
+        for x, y, z in zip(torch.autograd.grad(found.sum(), (t, C)), wanted, size, strict=True):
+            assert (x - y).abs().max() < 1e-13 * z.abs().max() + 1e-16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("norm", [1.0, 30.0, 1e3, 1e6])
+def test_gains_of_long_candidates(dtype, norm, backend):
+    """Of one modality the gain is a root of a quadratic. Its gradient is small beside either eigenvalue's, and of it
+    alone the digits count."""
+    t, C = torch.randn(7, 9, dtype=FLOAT64).to(dtype), (norm * unit(torch.randn(5, 1, 9, dtype=FLOAT64))).to(dtype)
+    t = unit(t) / 2
+    wide = [x.double().requires_grad_() for x in (t, C)]
+    w, beta, mu = (wide[0] @ wide[1][:, 0].T) ** 2, (wide[0] ** 2).sum(1)[:, None], (wide[1][:, 0] ** 2).sum(1)
+    wanted = 2 * w / (mu - beta + ((mu - beta) ** 2 + 4 * w).sqrt())
+    t, C = (x.requires_grad_() for x in (t, C))
+    found = joint_scores(t, C, score="gain", normalize=False, backend=backend)
+    within = 1e-13 if dtype == FLOAT64 else 2e-6
+    assert off(found.double(), wanted) < within
+    for x, y in zip(torch.autograd.grad(found.sum(), (t, C)), torch.autograd.grad(wanted.sum(), wide), strict=True):
+        assert off(x.double(), y) < 10 * within
+
+
 def test_any_backend_may_be_asked_for(backend, device):
     """Whoever has no kernels for it leaves it to the next one."""
     t, C, _ = (None if x is None else x.to(device) for x in embeddings(3, "random"))
