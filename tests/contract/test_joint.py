@@ -241,6 +241,136 @@ def test_roots_of_hard_spectra():
         torch.testing.assert_close(x[0], largest, rtol=1e-12, atol=1e-14)
 
 
+def spectral_gradients(score: str, t: Tensor, C: Tensor) -> tuple[Tensor, ...]:
+    t, C = (x.detach().requires_grad_() for x in (t, C))
+    return torch.autograd.grad(plain(score, t, C).sum(), (t, C))
+
+
+@pytest.mark.parametrize("score", ["sigma", "lambda", "gain"])
+def test_queries_that_add_next_to_nothing(score, backend):
+    """x is lost where it is added to μ₁; the eigenvector, and with it the gradient, is not to be."""
+    Q = torch.linalg.qr(torch.randn(8, 8, dtype=FLOAT64))[0]
+    given = [
+        (Q[:1], torch.stack([Q[1:2], 0.9 * Q[1:2] + 0.1 * Q[2:3]], 1)),
+        (torch.tensor([[1e-3, 1, 0, 0]], dtype=FLOAT64), torch.tensor([[[1e6, 0, 0, 0]]], dtype=FLOAT64)),
+        (torch.tensor([[1e-5, 1, 0, 0]], dtype=FLOAT64), torch.tensor([[[1e6, 0, 0, 0], [1, 1, 1, 0]]]).double()),
+        (1e-9 * Q[:3], Q[2:6, None] + Q[:2]),
+    ]
+    for t, C in given:
+        t, C = (x.clone().requires_grad_() for x in (t, C))
+        found = joint_scores(t, C, score=score, normalize=False, backend=backend)
+        wanted = spectral_gradients(score, t, C)
+        # The difference of the two eigenvalues of the gain leaves rounding of the gradient of either.
+        size = spectral_gradients("sigma" if score == "sigma" else "lambda", t, C)
+        for x, y, z in zip(torch.autograd.grad(found.sum(), (t, C)), wanted, size, strict=True):
+            assert (x - y).abs().max() < 1e-13 * z.abs().max() + 1e-16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("norm", [1.0, 30.0, 1e3, 1e6])
+def test_gains_of_long_candidates(dtype, norm, backend):
+    """Of one modality the gain is a root of a quadratic. Its gradient is small beside either eigenvalue's, and of it
+    alone the digits count."""
+    t, C = torch.randn(7, 9, dtype=FLOAT64).to(dtype), (norm * unit(torch.randn(5, 1, 9, dtype=FLOAT64))).to(dtype)
+    t = unit(t) / 2
+    wide = [x.double().requires_grad_() for x in (t, C)]
+    w, beta, mu = (wide[0] @ wide[1][:, 0].T) ** 2, (wide[0] ** 2).sum(1)[:, None], (wide[1][:, 0] ** 2).sum(1)
+    wanted = 2 * w / (mu - beta + ((mu - beta) ** 2 + 4 * w).sqrt())
+    t, C = (x.requires_grad_() for x in (t, C))
+    found = joint_scores(t, C, score="gain", normalize=False, backend=backend)
+    within = 1e-13 if dtype == FLOAT64 else 2e-6
+    assert off(found.double(), wanted) < within
+    for x, y in zip(torch.autograd.grad(found.sum(), (t, C)), torch.autograd.grad(wanted.sum(), wide), strict=True):
+        assert off(x.double(), y) < 10 * within
+
+
+def raw(t: Tensor, C: Tensor, score: str, backend: str, W: Tensor | None = None) -> list[Tensor]:
+    """Scores of vectors as they are, and gradients of their sum, or of that times W."""
+    t, C = (x.detach().requires_grad_() for x in (t, C))
+    found = joint_scores(t, C, score=score, normalize=False, backend=backend)
+    return [found.detach(), *gradients(found, found.new_ones(()) if W is None else W, t, C)]
+
+
+TINY_NORMS = [
+    (torch.float32, 1e-16, 1.0),
+    (torch.float32, 1e-20, 1.0),
+    (FLOAT64, 1e-16, 1.0),
+    (FLOAT64, 1e-20, 1.0),
+    (FLOAT64, 1e-30, 1e30),
+    (FLOAT64, 1e-60, 1e-60),
+]
+
+
+@pytest.mark.parametrize("score", ["volume", "sine"])
+@pytest.mark.parametrize(("dtype", "of_t", "of_C"), TINY_NORMS)
+def test_slopes_do_not_depend_on_norms(score, dtype, of_t, of_C, backend):
+    """The root of a volume has slopes wherever r is more than rounding of ‖t‖², however small that is."""
+    e, one = torch.eye(8, dtype=FLOAT64), torch.ones(1, 1, dtype=FLOAT64)
+    random = (torch.randn(*shape, dtype=FLOAT64) for shape in ((5, 16), (6, 2, 16), (5, 6)))
+    for t, C, W in (random, (e[:1], e[1:2, None], one)):
+        size = of_C ** C.shape[1] if score == "volume" else 1.0  # of scores, and of gradients of t
+        found = raw((of_t * t).to(dtype), (of_C * C).to(dtype), score, backend, W.to(dtype))
+        wanted = raw(t, C, score, "reference", W)
+        within = 1e-12 if dtype == FLOAT64 else 2e-6
+        for x, y, z in zip(found, wanted, (size * of_t, size, size * of_t / of_C), strict=True):
+            if backend != "triton" or x is not found[0]:  # its scores are from squares in float32
+                assert off(x.double() / z, y) < within
+
+
+def test_slopes_between_float32s_ends(backend):
+    """Norms that are as far apart as float32 has them, of a gradient that it can hold."""
+    t, C = 1e-30 * torch.randn(5, 16), 1e15 * torch.randn(6, 2, 16)
+    for score in ("sine", "volume"):
+        _, found, _ = raw(t, C, score, backend)
+        _, wanted, _ = raw(t.double(), C.double(), score, "reference")
+        assert off(found.double(), wanted) < 2e-6
+
+
+def at_float32s_ends() -> dict[str, tuple[str, Tensor, Tensor]]:
+    """Numbers of float32 whose score is one too, and whose squares or products are not."""
+    e, here = torch.eye(16), torch.zeros(1, 2, 8)
+    here[0, 1, 0] = 1e-23
+    return {
+        "a large triangle": ("area2", torch.randn(4, 16), 1e9 * torch.randn(5, 2, 16)),
+        "a long and narrow triangle": ("area2", 1e7 * torch.eye(8)[7:], here),
+        "short queries": ("volume2", 1e-6 * torch.eye(8)[[0, 7]], 1e6 * torch.eye(4, 8)[None]),
+        "a long query": ("volume2", 1e7 * torch.eye(8)[7:], 1e-6 * torch.eye(4, 8)[None]),
+        "a large volume with a query in its span": ("volume", e[:1], 1e4 * torch.eye(12, 16)[None]),
+        "a large volume": ("volume", 1e-12 * e[15:], 1e4 * torch.eye(12, 16)[None]),
+        "a small volume": ("volume", 1e12 * e[15:], 1e-4 * torch.eye(12, 16)[None]),
+    }
+
+
+@pytest.mark.parametrize("case", at_float32s_ends())
+def test_scores_at_the_ends_of_float32(case, backend):
+    """Scores are right wherever float32 can hold them, whatever is met on the way, and gradients where it can hold
+    all of them."""
+    if backend == "triton":
+        pytest.skip("its kernel computes in float32, from which these leave")
+    score, t, C = at_float32s_ends()[case]
+    found, wanted = raw(t, C, score, backend), raw(t.double(), C.double(), score, "reference")
+    for x, y in zip(found, wanted, strict=True):
+        if y.abs().max() < 3.4e38:
+            assert (x.double() - y).abs().max() <= 1e-6 * y.abs().max() + 1.2e-38
+    assert wanted[0].abs().max() < 3.4e38
+
+
+@pytest.mark.parametrize("score", ["sigma", "lambda", "gain"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("along", "norm"), [(2e-19, 10.0), (4e-19, 1e3), (1e-18, 1e5)])
+def test_eigenvectors_beyond_the_squares_of_float32(along, norm, n, score, backend):
+    """A query with next to nothing along a long candidate: the eigenvector is the candidate's, from which ŷ says how
+    far the query is, and ŷ² leaves float32."""
+    t, C = torch.zeros(1, 8), torch.zeros(1, n, 8)
+    t[0, 0], t[0, 1], C[0, -1, 2], C[0, 0, 1] = 1.0, along, 1.0, norm
+    if n == 1:
+        C[0, 0, 2] = 0.0
+    found, wanted = raw(t, C, score, backend), raw(t.double(), C.double(), score, "reference")
+    largest = raw(t.double(), C.double(), "sigma" if score == "sigma" else "lambda", "reference")
+    for x, y, z in zip(found, wanted, largest, strict=True):
+        assert (x - y).abs().max() <= 1e-6 * z.abs().max()
+
+
 def test_any_backend_may_be_asked_for(backend, device):
     """Whoever has no kernels for it leaves it to the next one."""
     t, C, _ = (None if x is None else x.to(device) for x in embeddings(3, "random"))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pmrl_kernels import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
 from pmrl_kernels.ops.joint import reference, spec
-from tests.contract.test_joint import FLOAT64, embeddings, off, plain, unit
+from tests.contract.test_joint import FLOAT64, TINY_NORMS, embeddings, off, plain, unit
 
 TAU = 0.3
 each_score = pytest.mark.parametrize("score", spec.NAMES)
@@ -185,6 +185,62 @@ def test_any_temperature(score, tau):
     torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-12, atol=0.0)
     for x in torch.autograd.grad(found, (t, C, temperature)):
         assert x.isfinite().all()
+
+
+TINY = [(torch.float32, tau) for tau in (1e-13, 1e-18)] + [(FLOAT64, tau) for tau in (1e-16, 1e-30)]
+
+
+@pytest.mark.parametrize(("dtype", "tau"), TINY)
+def test_tiny_temperatures_leave_the_best(dtype, tau, backend):
+    """Of a row's gradient: its best candidate's vector less its own, whatever the size of the logits."""
+    N = 40
+    t, C = torch.randn(N, 8, dtype=FLOAT64).to(dtype).requires_grad_(), torch.randn(N, 1, 8, dtype=FLOAT64).to(dtype)
+    options = {"score": "mip", "temperature": tau, "normalize": False, "half_gradient": True, "backend": backend}
+    (found,) = torch.autograd.grad(joint_contrastive_loss(t, C, **options), t)
+    c = C[:, 0].double()
+    best = (t.detach().double() @ c.T).argmax(1)
+    wanted = (c[best] - c) / (2 * N)
+    assert (best != torch.arange(N)).sum() > 30
+    torch.testing.assert_close(found.double() * tau, wanted, rtol=1e-5, atol=1e-7)
+
+
+@each_score
+@pytest.mark.parametrize(("dtype", "tau"), TINY)
+def test_tiny_temperatures(score, dtype, tau, backend):
+    """As the reference has it in float64, where all of a row is one pair's."""
+    t, C = torch.randn(40, 8, dtype=FLOAT64).to(dtype), torch.randn(40, 2, 8, dtype=FLOAT64).to(dtype)
+
+    def found(t: Tensor, C: Tensor, backend: str) -> list[Tensor]:
+        t, C = (x.detach().requires_grad_() for x in (t, C))
+        temperature = torch.tensor(tau, dtype=FLOAT64, requires_grad=True)
+        loss = joint_contrastive_loss(t, C, score=score, temperature=temperature, normalize=False, backend=backend)
+        slopes = torch.autograd.grad(loss, (t, C, temperature))
+        return [tau * x.detach().double() for x in (loss, *slopes)]
+
+    within = 1e-10 if dtype == FLOAT64 else 1e-4
+    for x, y in zip(found(t, C, backend), found(t.double(), C.double(), "reference"), strict=True):
+        assert off(x, y) < within
+
+
+@pytest.mark.parametrize("score", ["volume", "sine"])
+@pytest.mark.parametrize(("dtype", "of_t", "of_C"), TINY_NORMS[:-1])
+def test_slopes_do_not_depend_on_norms(score, dtype, of_t, of_C, backend):
+    """Of volumes and their temperature, both as much larger or smaller."""
+    t, C = torch.randn(9, 16, dtype=FLOAT64), torch.randn(9, 2, 16, dtype=FLOAT64)
+    size = of_t * (of_C**2 if score == "volume" else 1.0)
+
+    def found(t: Tensor, C: Tensor, tau: float, backend: str) -> list[Tensor]:
+        t, C = (x.detach().requires_grad_() for x in (t, C))
+        options = {"score": score, "temperature": tau, "normalize": False, "backend": backend}
+        loss = joint_contrastive_loss(t, C, label_smoothing=0.1, **options)
+        return [x.detach().double() for x in (loss, *torch.autograd.grad(loss, (t, C)))]
+
+    tau = 0.5
+    wanted = found(t, C, tau, "reference")
+    within = 1e-11 if dtype == FLOAT64 else 1e-5
+    given = (of_t * t).to(dtype), (of_C * C).to(dtype)
+    for x, y, z in zip(found(*given, size * tau, backend), wanted, (1.0, 1 / of_t, 1 / of_C), strict=True):
+        assert off(x / z, y) < within
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, torch.nan, torch.inf, 1e-40])

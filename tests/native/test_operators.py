@@ -216,6 +216,26 @@ def backward(
 ):
     return OPS.spectral_backward(
         x, None, None, 0.5, True, True, wanted, state, [alignment, sigma, u, v, *z, *w], list(needed))
+
+t, C = torch.randn(3, d), torch.randn(4, 2, d)
+own, here, no_columns = [0, 3, 0, 4], torch.arange(3), (torch.randn(3, 0), torch.randn(4, 2, 0))
+
+def scores(t=t, C=C, mask=None, score=0):
+    return OPS.joint_forward(t, [C], mask, score, True)
+
+of_scores = scores()[1]
+
+def slopes(t=t, C=C, state=of_scores, grad=torch.ones(3, 4), needed=(True, True)):
+    return OPS.joint_backward(t, [C], None, 0, True, state, grad, list(needed))
+
+def contrast(t=t, C=C, positives=here, own=own, score=0):
+    return OPS.joint_contrast_forward(t, [C], None, positives, own, score, True, 0.1, None, 0.1)
+
+_, rows, columns, of_contrast = contrast()
+
+def contrast_slopes(t=t, C=C, rows=rows, state=of_contrast, grad=torch.ones(()), needed=(True, True)):
+    return OPS.joint_contrast_backward(
+        t, [C], None, here, own, 0, True, 0.1, None, 0.1, rows, columns, state, grad, False, list(needed))
 """
 NONSENSE = {
     "no embeddings": "forward([])",
@@ -272,6 +292,39 @@ NONSENSE = {
     "a vector for a mean": "backward(alignment=torch.ones(B), wanted=ALL + 3)",
     "two reductions": "forward(wanted=6)",
     "a flag that is none": "forward(wanted=1024)",
+    "queries without columns": "scores(*no_columns)",
+    "modalities without columns": "OPS.joint_forward(no_columns[0], list(no_columns[1].unbind(1)), None, 0, True)",
+    "triangles without columns": "scores(*no_columns, score=6)",
+    "slopes without columns": "slopes(*no_columns)",
+    "a contrast without columns": "contrast(*no_columns)",
+    "a contrast of products without columns": "contrast(no_columns[0], no_columns[1][:, 0], score=7)",
+    "slopes of a contrast without columns": "contrast_slopes(*no_columns)",
+    "queries of other columns": "scores(t[:, :5])",
+    "a stack of queries": "scores(t[None])",
+    "32 modalities of candidates": "scores(C=torch.ones(4, 32, d))",
+    "a mask of other candidates": "scores(mask=torch.ones(3, 2, dtype=torch.bool))",
+    "a score that is none": "scores(score=7)",
+    "triangles with a mask": "scores(mask=torch.ones(4, 2, dtype=torch.bool), score=6)",
+    "triangles of one modality": "scores(C=C[:, :1], score=6)",
+    "scores without a state": "slopes(state=[])",
+    "a state of fewer candidates": "slopes(state=[of_scores[0][:1]])",
+    "slopes of fewer queries": "slopes(grad=torch.ones(2, 4))",
+    "slopes in float64": "slopes(grad=torch.ones(3, 4, dtype=torch.float64))",
+    "slopes that needed does not name": "slopes(needed=[True])",
+    "own rows beyond the queries": "contrast(own=[0, 4, 0, 4])",
+    "own rows before the queries": "contrast(own=[-1, 3, 0, 4])",
+    "own rows that end before they begin": "contrast(own=[2, 1, 0, 4])",
+    "own rows of one side": "contrast(own=[0, 3])",
+    "positives of fewer queries": "contrast(positives=here[:2])",
+    "positives in float32": "contrast(positives=here.float())",
+    "no positives, and other candidates": "contrast(positives=None)",
+    "products of two vectors": "contrast(score=7)",
+    "losses of fewer rows": "contrast_slopes(rows=rows[:2])",
+    "losses of rows in float32": "contrast_slopes(rows=rows.float())",
+    "a contrast without a state": "contrast_slopes(state=[])",
+    "a contrast's state in float32": "contrast_slopes(state=[x.float() for x in of_contrast])",
+    "slopes of a contrast in one dimension": "contrast_slopes(grad=torch.ones(3))",
+    "slopes of a contrast that needed does not name": "contrast_slopes(needed=[True])",
 }
 ONE_PROCESS_EACH = """
 for name, call in NONSENSE.items():
@@ -294,7 +347,9 @@ for name, call in NONSENSE.items():
 @pytest.fixture(scope="module")
 def answers() -> dict[str, str]:
     """What became of each call."""
-    done = run("-c", f"{SANE}\nNONSENSE = {NONSENSE!r}\nforward(); backward()\n{ONE_PROCESS_EACH}")
+    done = run(
+        "-c", f"{SANE}\nNONSENSE = {NONSENSE!r}\nforward(); backward(); slopes(); contrast_slopes()\n{ONE_PROCESS_EACH}"
+    )
     assert done.returncode == 0, done.stderr
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 

@@ -284,18 +284,20 @@ class _Planes:
                 sigma = (mu[0] + x).sqrt()
                 W = torch.where(sigma == 0, W * 0.0, W / (2.0 * torch.where(sigma == 0, 1.0, sigma)))
             still = x <= tiny  # the query adds nothing: λ₁ is μ₁
-            y = torch.where(still, q * 0.0, of.root[:, J][:, None] * q / (x + mu[:1] - mu).clamp_min(tiny))
+            # (Brackets: x may be nothing beside μ₁, and is all that there is for m = 0.)
+            y = torch.where(still, q * 0.0, of.root[:, J][:, None] * q / (x + (mu[:1] - mu)).clamp_min(tiny))
             own = torch.where(still, W * 0.0, 2.0 * W / (1.0 + (y * y).sum(0)))
             S = own * y
-            if of_C:
+            if of_C and self.score != spec.GAIN:
                 M[0, 0, J] += torch.where(still, 2.0 * W, W * 0.0).sum(0)
-                if self.score == spec.GAIN:
-                    M[0, 0, J] -= 2.0 * W.sum(0)
         if of_t:
             scaled = self.basis[:, J] * volume[J, None]
             self.d_t[Q] += (own * volume[J]).sum(1, keepdim=True) * self.t[Q] + (S @ scaled).sum(0)
         if of_C:
-            M[:, :, J] += torch.einsum("mij,lij->mlj", S, y)
+            added = torch.einsum("mij,lij->mlj", S, y)
+            if self.score == spec.GAIN:  # own y₀² − 2W, which would cancel
+                added[0, 0] = -(own * (1.0 + (y[1:] * y[1:]).sum(0))).sum(0)
+            M[:, :, J] += added
             self.d_c[:, J] += S.mT @ self.t[Q]
 
     def gradients(self) -> tuple[Tensor, Tensor]:
