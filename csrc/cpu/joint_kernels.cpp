@@ -540,7 +540,8 @@ PMRL_INLINE Real inverse_distance(Real r, Real beta) {
   return select(lost, r * Real(0.0), Real(1.0) / sqrt(max(r, Real(kEps32 * kEps32) * beta)));
 }
 
-// own, y and what is added to the moments' diagonal. Of triangles q has the middle's share subtracted.
+// own, y and what is added to the moments' diagonal. Of triangles q has the middle's share subtracted. Of gains it stands
+// in the place of own y_0^2 - 2 mu_0 dL/d score, which would cancel.
 template <class Real, class Kind>
 PMRL_INLINE void slopes(Score score, const Real* q, const Real* mu, const Real* poles, Real base, Real beta,
                         Real volume, Real weight, int n, Real& own, Real* y, Real& extra, Kind) {
@@ -556,20 +557,26 @@ PMRL_INLINE void slopes(Score score, const Real* q, const Real* mu, const Real* 
       const Real sigma = sqrt(mu[0] + base);
       weight = select(sigma == zero, weight * zero, weight / (two * select(sigma == zero, one, sigma)));
     }
-    Real squares = one;
+    Real first = zero, others = one;
     PMRL_UNROLL(8)
     for (int m = 0; m < n; ++m) {
       const Real a = q[m] / max(base + poles[m], tiny);
       y[m] = mu[m] * a;
-      squares = squares + y[m] * a;
+      if (m == 0)
+        first = y[m] * a;
+      else
+        others = others + y[m] * a;
     }
+    const Real squares = first + others;
     // The query adds nothing, or less than has a square: lambda_1 is mu_1.
     const auto still = Real(Huge<Real>::value) < select(base <= tiny, Real(HUGE_VAL), squares);
     PMRL_UNROLL(8)
     for (int m = 0; m < n; ++m) y[m] = select(still, zero, y[m]);
     own = select(still, weight * zero, two * weight / squares);
-    extra = select(still, two * weight, weight * zero);
-    if (score == Score::kGain) extra = extra - two * weight;
+    if (score == Score::kGain)
+      extra = -own * select(still, zero, others);
+    else
+      extra = select(still, two * weight, weight * zero);
     extra = extra * mu[0];
   } else {
     own = weight * volume;
@@ -588,6 +595,7 @@ PMRL_NOINLINE void tile_gradients(const JointTile& t) {
   const int64_t w = t.width;
   const Element *beta = static_cast<const Element*>(t.beta), *constants = static_cast<const Element*>(t.constants);
   Element* moments = static_cast<Element*>(t.moments);
+  const bool gain = t.score == Score::kGain;
   const bool skips = sizeof(Element) == 4 && (t.score == Score::kVolume || t.score == Score::kSine);
   for (int64_t i = 0; i < t.rows; ++i) {
     Element* rows = static_cast<Element*>(t.q) + i * n * w;
@@ -618,6 +626,7 @@ PMRL_NOINLINE void tile_gradients(const JointTile& t) {
       for (int m = 0; m < n; ++m) {
         const V s = own * y[m];
         s.store(rows + m * w + j);
+        if (Kind::eigenvalue && m == 0 && gain) continue;
         PMRL_UNROLL(8)
         for (int l = 0; l <= m; ++l) {
           Element* sum = moments + triangle(l, m) * w + j;
@@ -739,15 +748,22 @@ PMRL_INLINE void add_pair(const JointBatch& b, const JointSums& sums, const Join
     slopes(b.score, s.q, s.mu, s.poles, s.base, s.beta, s.volume, pair.weight, n, own, y, extra, Eigenvalue{});
   else
     slopes(b.score, s.q, s.mu, s.poles, s.base, s.beta, s.volume, pair.weight, n, own, y, extra, Distance{});
-  memcpy(e, s.t, b.d * sizeof *e);  // t + sum y_m u_m
-  for (int l = 0; l < n; ++l) {
-    double factor = 0.0;
-    for (int m = 0; m < n; ++m) factor += V[l * n + m] * inverse_root(b.decomposed[pair.j * (n + n * n) + m]) * y[m];
-    add_row(s.rows + l * b.d, factor, b.d, e);
-  }
+  const auto add_basis = [&](int from, int to) {  // sum y_m u_m of these
+    for (int l = 0; l < n; ++l) {
+      double factor = 0.0;
+      for (int m = from; m < to; ++m) factor += V[l * n + m] * inverse_root(b.decomposed[pair.j * (n + n * n) + m]) * y[m];
+      add_row(s.rows + l * b.d, factor, b.d, e);
+    }
+  };
+  memcpy(e, s.t, b.d * sizeof *e);
+  add_basis(1, n);
+  // Of gains `extra` has the rest.
+  const bool gain = b.score == Score::kGain;
+  if (gain && dC) add_to(dC + at.row(b, 0) * b.d, e, own * y[0], b.d);
+  add_basis(0, 1);
   if (sums.dT) add_to(dT, e, own, b.d);
   if (!dC) return;
-  for (int m = 0; m < n; ++m) add_to(dC + at.row(b, m) * b.d, e, own * y[m], b.d);
+  for (int m = gain ? 1 : 0; m < n; ++m) add_to(dC + at.row(b, m) * b.d, e, own * y[m], b.d);
   sums.moments[at.first * (triangle_size(n) + 1) + triangle_size(n) * at.width + at.column] += extra;
 }
 

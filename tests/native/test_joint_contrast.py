@@ -82,8 +82,8 @@ def test_losses_and_gradients(score, eps, case, Nq, Ng, dtype):
 
     for processes in ([whole], parts):
         found = [OPS.joint_contrast_forward(*arguments(own)) for own in processes]
-        total = sum(x[0].double() for x in found)
-        assert abs(total - (rows + columns)) < (1e-11 if dtype == torch.float64 else 2e-6) * max(1.0, float(total))
+        total, expected = (float(x.detach()) for x in (sum(x[0].double() for x in found), rows + columns))
+        assert abs(total - expected) < (1e-11 if dtype == torch.float64 else 2e-6) * max(1.0, total)
         everyone = [torch.cat([x[at] for x in found]) for at in (1, 2)]
         for x, y in zip(everyone, losses, strict=True):
             torch.testing.assert_close(x, y.detach(), rtol=within / 10, atol=within / 10)
