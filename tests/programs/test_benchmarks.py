@@ -323,14 +323,16 @@ def test_the_benchmark_of_joint_scores(benchmark_modules, monkeypatch, tmp_path,
     """Every section once, at toy sizes; what holds all pairs at once is left out where there are too many."""
     joint, cases = benchmark_modules.joint, benchmark_modules.cases
     monkeypatch.setattr(joint, "CASES", (cases.Case(64, 16, 3), cases.Case(80, 16, 4)))
-    monkeypatch.setattr(joint, "MOST_PAIRS", 64 * 64)
+    monkeypatch.setattr(joint, "PUBLISHED", tuple(p._replace(most=64 * 64) for p in joint.PUBLISHED))
     monkeypatch.setattr(joint, "LARGE", (512, 64, 3))
     monkeypatch.setattr(joint, "OF_MEMORY", ("area2",))
     monkeypatch.setattr(joint, "SCORES", ("volume", "gain"))
     monkeypatch.setattr(joint, "SECONDS", 0.1)
     results = joint.main(["--force", "--threads", "1", "--output", str(tmp_path)])
     rows = results["time"]
-    assert {row["section"] for row in rows} == {"scores, forward", "scores, forward + backward", "contrast"}
+    assert {row["section"] for row in rows} == {
+        "scores, forward", "scores, forward + backward", "contrast", "as published, forward", "contrast, as published",
+    }  # fmt: skip
     assert all(row["of_floor"] > 0 and row["ms"] > 0 for row in rows)
     assert {row["floor"] for row in rows} == {"2 products", "8 products", "3 products", "12 products"}
     published = {(row["B"], row["call"]) for row in rows} & {(B, p.name) for B in (64, 80) for p in joint.PUBLISHED}
