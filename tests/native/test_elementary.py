@@ -90,7 +90,7 @@ def test_constants_are_those_of_every_backend():
 def test_the_test_module_checks_what_it_is_given():
     """A test that asks for nonsense should hear of it."""
     assert ISAS[0] == "scalar"
-    assert "baseline" in ISAS
+    assert len(ISAS) > 1
     A = np.eye(3)[None]
     for call in (eigenpairs, numerics.leading_pair):
         with pytest.raises(ValueError, match="isa: got 'none'"):

@@ -20,7 +20,7 @@ def test_the_instruction_set_is_the_one_asked_for():
     """With none asked for the best there is; in the processes started below the one they were given."""
     asked = os.environ.get("PMRL_KERNELS_ISA") or RUNS_HERE[0]
     assert native.build_info["isa"] == asked
-    assert "baseline" in RUNS_HERE
+    assert "baseline" in RUNS_HERE or len(COMPILED) == 1  # of a sample of the sanitizers'
 
 
 def passed(done: subprocess.CompletedProcess[str]) -> int:
