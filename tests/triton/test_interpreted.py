@@ -59,7 +59,7 @@ def test_the_contract(sampled):
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         started = [pool.submit(run_interpreted, path, "-k", which, *share) for path, which, share in parts]
-        assert min(one.result() for one in started) >= 5
+        assert min(one.result() for one in started) >= 1
 
 
 # ------------------------------------------------------------------------------------------------
