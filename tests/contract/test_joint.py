@@ -345,12 +345,11 @@ def at_float32s_ends() -> dict[str, tuple[str, Tensor, Tensor]]:
 def test_scores_at_the_ends_of_float32(case, backend):
     """Scores are right wherever float32 can hold them, whatever is met on the way, and gradients where it can hold
     all of them."""
-    if backend == "triton":
-        pytest.skip("its kernel computes in float32, from which these leave")
     score, t, C = at_float32s_ends()[case]
     found, wanted = raw(t, C, score, backend), raw(t.double(), C.double(), score, "reference")
     for x, y in zip(found, wanted, strict=True):
-        if y.abs().max() < 3.4e38:
+        # Scores of Triton's kernel are from squares in float32, from which these leave.
+        if y.abs().max() < 3.4e38 and (backend != "triton" or x is not found[0]):
             assert (x.double() - y).abs().max() <= 1e-6 * y.abs().max() + 1.2e-38
     assert wanted[0].abs().max() < 3.4e38
 
