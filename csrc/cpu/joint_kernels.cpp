@@ -14,8 +14,8 @@
 //   finish_candidates    dC = V diag(1 / sqrt(mu)) (S^T t + M u), likewise          writes rows of gradients
 //
 // All scores have gradients of one form, own e for t, with e = t + sum y_l u_l, and own y_m e / sqrt(mu_m) for row m of
-// V^T C: with y = -q for volumes, mu_m q_m / (x + mu_1 - mu_m) for eigenvalues. V is frozen, which is exact: scores do not depend on
-// the basis. Of the triangle (area2) the "basis" is its middle and its direction, and y = (-1, -q).
+// V^T C: with y = -q for volumes, mu_m q_m / (x + mu_1 - mu_m) for eigenvalues. V is frozen, which is exact: scores do
+// not depend on the basis. Of the triangle (area2) the "basis" is its middle and its direction, and y = (-1, -q).
 //
 // Near copies, of which r is mostly rounding in float32, are told by `bases` and done by pairs and pair_gradients.
 #include <cmath>
@@ -755,12 +755,13 @@ PMRL_INLINE void add_pair(const JointBatch& b, const JointSums& sums, const Join
       add_row(s.rows + l * b.d, factor, b.d, e);
     }
   };
-  memcpy(e, s.t, b.d * sizeof *e);
-  add_basis(1, n);
-  // Of gains `extra` has the rest.
   const bool gain = b.score == Score::kGain;
-  if (gain && dC) add_to(dC + at.row(b, 0) * b.d, e, own * y[0], b.d);
-  add_basis(0, 1);
+  memcpy(e, s.t, b.d * sizeof *e);
+  add_basis(gain ? 1 : 0, n);
+  if (gain) {  // of u_0's part `extra` has what the first row gets
+    if (dC) add_to(dC + at.row(b, 0) * b.d, e, own * y[0], b.d);
+    add_basis(0, 1);
+  }
   if (sums.dT) add_to(dT, e, own, b.d);
   if (!dC) return;
   for (int m = gain ? 1 : 0; m < n; ++m) add_to(dC + at.row(b, m) * b.d, e, own * y[m], b.d);
