@@ -320,12 +320,6 @@ void prepare_candidates(const JointBatch& b, bool decompose, int64_t begin, int6
 
 // ---- the largest eigenvalue ---------------------------------------------------------------------
 
-// Largest needed by any of eight families of a hundred thousand pairs each.
-template <class V>
-PMRL_INLINE constexpr int root_steps(int n) {
-  return sizeof(typename Lanes<V>::Element) == 8 ? 7 : n <= 4 ? 4 : n <= 7 ? 5 : 6;
-}
-
 template <class Real>
 struct Tiny {
   static constexpr double value = 2.2250738585072014e-308;
@@ -344,13 +338,27 @@ struct Huge<Floats> {
   static constexpr double value = 3.40282346638528860e38;
 };
 
+// What share of x a step may move it without another being needed: the root of epsilon.
+template <class Real>
+struct Settled {
+  static constexpr double value = 0x1p-27;
+};
+template <>
+struct Settled<Floats> {
+  static constexpr double value = 0x1p-12;
+};
+
 // The largest x >= 0 with x + excess = sum_m w_m / (x + poles_m), or 0 if there is none; poles_0 = 0 and the others are
 // not negative. It begins with the largest root of one w_m alone. A step replaces the terms with near poles, at most x,
 // by one fraction with the same value and slope, and the others by their tangent: 1 / sum is concave and the others are
-// convex, so that x grows and never passes the root, and converges quadratically.
+// convex, so that x grows and never passes the root, and converges quadratically: after a step by a share s of x what is
+// missing is below s^2 of it, whatever n is. So a lane stops once s is below the root of its epsilon (and a lane alone,
+// so that its bits do not depend on its neighbours). No pair that was searched for takes more than seven steps.
 template <class V>
-PMRL_INLINE V largest_root(const V* w, const V* poles, V excess, int n, int steps) {
+PMRL_INLINE V largest_root(const V* w, const V* poles, V excess, int n) {
+  constexpr int kMostSteps = 12;
   const V tiny(Tiny<V>::value), zero(0.0), half(0.5), one(1.0), two(2.0), four(4.0);
+  const V settled(Settled<V>::value);
   V x = zero;
   PMRL_UNROLL(8)
   for (int m = 0; m < n; ++m) {
@@ -359,29 +367,31 @@ PMRL_INLINE V largest_root(const V* w, const V* poles, V excess, int n, int step
     x = m == 0 ? alone : max(x, alone);
   }
   x = max(x, zero);
-  for (int step = 0; step < steps && n > 1; ++step) {
-    V phi = zero, phi_slope = zero, psi = zero, psi_slope = zero;
+  if (n == 1) return x;
+  auto going = zero < one;
+  for (int step = 0; step < kMostSteps; ++step) {
+    // The near terms' sum is first / x and its slope -second / x^2, and first^2 / (second (x' + y - x)) their fraction.
+    V first = w[0], second = w[0], far = zero, far_slope = zero;
     PMRL_UNROLL(8)
-    for (int m = 0; m < n; ++m) {
-      const V inverse = one / max(x + poles[m], tiny), term = w[m] * inverse, slope = term * inverse;
-      if (m == 0) {
-        phi = term, phi_slope = slope;
-        continue;
-      }
+    for (int m = 1; m < n; ++m) {
       const auto near = poles[m] <= x;
-      const V near_term = select(near, term, zero), near_slope = select(near, slope, zero);
-      phi = phi + near_term;
-      phi_slope = phi_slope + near_slope;
-      psi = psi + (term - near_term);
-      psi_slope = psi_slope + (slope - near_slope);
+      const V inverse = one / max(x + poles[m], tiny), term = w[m] * inverse;
+      const V ratio = select(near, x * inverse, zero), share = w[m] * ratio, other = select(near, zero, term);
+      first = first + share;
+      second = second + share * ratio;
+      far = far + other;
+      far_slope = far_slope + other * inverse;
     }
-    const auto flat = phi_slope == zero;
-    const V y = select(flat, x, phi / select(flat, one, phi_slope));
-    const V a = one + psi_slope, b = excess - psi - psi_slope * x + a * (x - y), S = phi * y;
-    const V s = sqrt(b * b + four * a * S);
+    const auto none = second == zero;
+    const V quotient = select(none, one, first / select(none, one, second));
+    const V y = x * quotient, S = first * quotient, a = one + far_slope;
+    const V b = excess - far - far_slope * x + a * (x - y), s = sqrt(b * b + four * a * S);
     const auto positive = zero < b;
     const V top = select(positive, two * S, s - b), bottom = select(positive, max(b + s, tiny), two * a);
-    x = max(x, x + (top / bottom - y));
+    const V next = max(x, x + (top / bottom - y)), moved = select(going, next - x, zero);
+    x = select(going, next, x);
+    going = settled * x < moved;
+    if (!any(going)) break;
   }
   return x;
 }
@@ -436,7 +446,7 @@ PMRL_NOINLINE int64_t tile_bases(const JointTile& t) {
           weights[m] = V::load(constants + m * w + j) * x * x;
           poles[m] = V::load(constants + (n + m) * w + j);
         }
-        largest_root(weights, poles, V::load(constants + j) - own, n, root_steps<V>(n)).store(out + j);
+        largest_root(weights, poles, V::load(constants + j) - own, n).store(out + j);
       } else {
         V r = own, all = own;
         if constexpr (Kind::area) {
@@ -705,7 +715,7 @@ PMRL_NOINLINE void read_pair(const JointBatch& b, int64_t i, int64_t j, Single& 
   } else if (has_eigenvalues(b.score)) {
     double w[kMaxModalities];
     for (int m = 0; m < n; ++m) w[m] = s.mu[m] * s.q[m] * s.q[m];
-    s.base = largest_root<double>(w, s.poles, s.mu[0] - s.beta, n, 7);
+    s.base = largest_root<double>(w, s.poles, s.mu[0] - s.beta, n);
   } else {
     for (int m = 0; m < n; ++m) s.base -= s.q[m] * s.q[m];
     s.base = max(s.base, 0.0);

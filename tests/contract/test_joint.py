@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pmrl_kernels import dominant_singular_triplet, joint_scores
 from pmrl_kernels.ops.joint import reference, spec
+from tests.tools.joints import SLOW_ROOTS, slow_root
 
 FLOAT64 = torch.float64
 ROOTS = ("volume", "sine", "sigma")
@@ -239,6 +240,16 @@ def test_roots_of_hard_spectra():
         arrow[:, 0, 1:] = arrow[:, 1:, 0] = w[:, 0].T.sqrt()
         largest = torch.linalg.eigvalsh(arrow)[:, -1].clamp_min(0)
         torch.testing.assert_close(x[0], largest, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", SLOW_ROOTS)
+def test_roots_that_take_most_steps(n, backend):
+    t, C = slow_root(n)
+    both = torch.cat([t[:, None], C], 1).double()
+    largest = torch.linalg.eigvalsh(both @ both.mT)[:, -1]
+    for dtype, limit in ((torch.float32, 4 * 2.0**-23), (FLOAT64, 16 * 2.0**-52)):
+        found = joint_scores(t.to(dtype), C.to(dtype), score="lambda", normalize=False, backend=backend)
+        assert (found.double() - largest).abs() / largest <= limit
 
 
 def spectral_gradients(score: str, t: Tensor, C: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Arguments of the operators of joint scores, for opcheck on every backend that has its own."""
+"""Arguments of the operators of joint scores, for opcheck on every backend that has its own; and hard spectra."""
 
 from __future__ import annotations
 
@@ -10,6 +10,34 @@ from torch import Tensor
 
 from pmrl_kernels.ops.joint import spec
 from tests.tools.scalars import modalities, some_mask
+
+# Pairs whose largest eigenvalue takes most steps, by a search over millions: β, μ of the candidate, q of the query.
+SLOW_ROOTS = {
+    4: (
+        0.187880233,
+        (1.00913215, 1.00867224, 0.980511427, 0.723192334),
+        (0.000693369249, 0.00978869479, 0.15167512, 0.405929297),
+    ),
+    5: (
+        1.0,
+        (1.45169854, 1.45169806, 1.45169592, 1.44860291, 1.42525363),
+        (1.96756082e-06, 0.000253363833, 0.000721983728, 0.0282989386, 0.0871411636),
+    ),
+    7: (
+        1.0,
+        (2.33811378, 2.33811188, 2.33797669, 2.33708143, 2.08092356, 2.04096031, 1.33074939),
+        (3.56185104e-09, 0.000144103542, 0.00234540063, 0.000387064327, 0.000758224749, 0.415014565, 0.909811318),
+    ),
+}
+
+
+def slow_root(n: int) -> tuple[Tensor, Tensor]:
+    """Query (1, n + 1) and candidate (1, n, n + 1) of ``SLOW_ROOTS[n]``."""
+    beta, mu, q = SLOW_ROOTS[n]
+    C = torch.diag_embed(torch.tensor(mu, dtype=torch.float64).sqrt())
+    t = torch.tensor([*q, 0.0], dtype=torch.float64)
+    t[n] = (beta - t @ t).clamp_min(0.0).sqrt()
+    return t[None].float(), torch.nn.functional.pad(C, (0, 1))[None].float()
 
 
 def data(k: int, B: int, d: int, dtype: torch.dtype) -> list[Tensor]:

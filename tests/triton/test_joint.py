@@ -14,6 +14,7 @@ if "triton" not in ops.available:
     pytest.skip("needs Triton, and a GPU or an interpreter", allow_module_level=True)
 
 from pmrl_kernels.ops.joint import spec
+from tests.tools.joints import SLOW_ROOTS, slow_root
 
 if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.device("cpu"), torch.float32, 3, 64):
     pytest.skip("needs a GPU or an interpreter", allow_module_level=True)
@@ -47,6 +48,14 @@ def test_scores(score, k, Nq, Ng, d):
             close = wanted < 2.0**-6
             assert close.any()
             assert (found - wanted)[close].abs().max() < 2 * EPS
+
+
+@pytest.mark.parametrize("n", SLOW_ROOTS)
+def test_roots_that_take_most_steps(n):
+    t, C = slow_root(n)
+    wanted = joint_scores(t.double(), C.double(), score="lambda", normalize=False, backend="reference")
+    found = joint_scores(t.to(DEVICE), C.to(DEVICE), score="lambda", normalize=False, backend="triton").double().cpu()
+    assert (found - wanted).abs() / wanted <= 4 * EPS
 
 
 def test_gradients_are_the_references():

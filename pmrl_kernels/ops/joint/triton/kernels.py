@@ -61,7 +61,7 @@ def _reciprocal(x):
 
 @triton.jit
 def _root(q, mu, excess, n: tl.constexpr, STEPS: tl.constexpr):
-    """x of q, a tuple of n tiles, and μ, as many rows: see ``reference._largest_root``."""
+    """x of q, a tuple of n tiles, and μ, as many rows: see ``reference.largest_root``."""
     x = tl.zeros_like(excess)
     for m in tl.static_range(n):
         w, pole = mu[m] * q[m] * q[m], mu[0] - mu[m]

@@ -46,7 +46,7 @@ def all_pairs(read: reference.Read, state: Sequence[Tensor], score: int, scores:
     rows, columns, block, warps = 64, 32, 32, 8
     if runtime.INTERPRETED:
         rows, columns, block = 64, 64, 256
-    tiles, steps = -(-Ng // columns), 4 if n <= 4 else 5
+    tiles, steps = -(-Ng // columns), 4 if n <= 3 else 5 if n == 4 else 6
     multiple = 4 if d % 4 == 0 else 1
     arguments = (queries, Candidates(wide.float(), wide, numbers), scores, d, Nq, Ng, tiles)
     parameters = (n, score, steps, rows, columns, block, precision())
