@@ -9,6 +9,7 @@ from .compilation import warm_up
 from .diagnostics import alignment_score, effective_rank, uniformity
 from .joint import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
 from .losses import PMRLComponents, dominant_sv_loss, instance_contrastive_loss, pmrl_loss
+from .matching import Matched, by_id
 from .modules import DominantSVLoss, GRAMLoss, JointContrastiveLoss, PMRLLoss, TRIANGLELoss
 from .retrieval import Recall, Retrieved, recall_at, retrieval_ranks, retrieval_topk
 from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singular_value, singular_values
@@ -20,12 +21,14 @@ __all__ = [
     "DominantTriplet",
     "GRAMLoss",
     "JointContrastiveLoss",
+    "Matched",
     "PMRLComponents",
     "PMRLLoss",
     "Recall",
     "Retrieved",
     "TRIANGLELoss",
     "alignment_score",
+    "by_id",
     "dominant_singular_triplet",
     "dominant_singular_value",
     "dominant_sv_loss",

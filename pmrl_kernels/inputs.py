@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _LEAST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 Embeddings = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """One positional argument of a public function: a tensor, or all modalities in one container."""
@@ -185,6 +186,104 @@ def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.devi
         raise ValueError(f"{name}: got shape {_shape(mask)}, wanted {shape}{hint}")
     if mask.device != device:
         raise ValueError(f"{name}: got device {mask.device}, wanted {device} as the embeddings have it")
+
+
+def identified(embeddings: Any, ids: Any) -> tuple[list[str], tuple[Tensor, ...], list[Any]]:
+    """Checks the (B_m, d) embeddings of ``by_id`` and the ids of their rows: names, embeddings, ids in their order.
+
+    Ids come out all as tensors or all as sequences. Whether one comes twice is not looked at.
+    """
+    for name, value, wanted in (("embeddings", embeddings, "tensors (B, d)"), ("ids", ids, "the ids of their rows")):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a dict of {wanted}, by modality")
+    if not embeddings:
+        raise ValueError("embeddings: got none, wanted at least one tensor (B, d)")
+    if set(ids) != set(embeddings):
+        raise ValueError(f"ids: got keys {sorted(map(str, ids))}, wanted those of embeddings, {list(embeddings)}")
+    names, tensors, given = list(embeddings), tuple(embeddings.values()), [ids[name] for name in embeddings]
+    first = tensors[0]
+    for name, x in embeddings.items():
+        _check_tensor(x, f"embeddings[{name!r}]")
+        if x.dim() != 2:
+            raise ValueError(f"embeddings[{name!r}]: got shape {_shape(x)}, wanted (B, d)")
+        if x.shape[1] != first.shape[1]:
+            wanted = f"(B, {first.shape[1]}) with the d of embeddings[{names[0]!r}]"
+            raise ValueError(f"embeddings[{name!r}]: got shape {_shape(x)}, wanted {wanted}")
+        if x.device != first.device:
+            wanted = f"{first.device} as embeddings[{names[0]!r}] has it"
+            raise ValueError(f"embeddings[{name!r}]: got device {x.device}, wanted {wanted}")
+    _check_sizes(len(tensors), first.shape[1])
+    if isinstance(given[0], Tensor):
+        _check_id_tensors(names, tensors, given)
+    else:
+        _check_id_sequences(names, tensors, given)
+    return names, tensors, given
+
+
+def _check_id_tensors(names: list[str], tensors: tuple[Tensor, ...], ids: list[Any]) -> None:
+    first = ids[0]
+    for key, x, own in zip(names, tensors, ids, strict=True):
+        name, B = f"ids[{key!r}]", len(x)
+        if not isinstance(own, Tensor):
+            raise TypeError(f"{name}: got {type(own).__name__}, wanted a tensor as ids[{names[0]!r}] is one")
+        if own.dtype not in _INTEGERS:
+            raise TypeError(f"{name}: got dtype {own.dtype}, wanted an integer one of {', '.join(map(str, _INTEGERS))}")
+        _check_dense(own, name)
+        if own.is_meta:
+            raise ValueError(f"{name}: got device meta, wanted one where ids can be read")
+        if own.dim() not in (1, 2) or len(own) != B or 0 in own.shape[1:]:
+            raise ValueError(f"{name}: got shape {_shape(own)}, wanted ({B},) or ({B}, c), the ids of {B} rows")
+        if own.shape[1:] != first.shape[1:]:
+            wanted = ", ".join(map(str, (B, *first.shape[1:]))) + ("," if first.dim() == 1 else "")
+            raise ValueError(f"{name}: got shape {_shape(own)}, wanted ({wanted}), ids as ids[{names[0]!r}] has them")
+        if own.device != first.device:
+            raise ValueError(f"{name}: got device {own.device}, wanted {first.device} as ids[{names[0]!r}] has it")
+
+
+def _check_id_sequences(names: list[str], tensors: tuple[Tensor, ...], ids: list[Any]) -> None:
+    kind: tuple[type, str] | None = None  # that of the first id there is, and whose it is
+    for key, x, own in zip(names, tensors, ids, strict=True):
+        name, B = f"ids[{key!r}]", len(x)
+        wanted = f"an integer tensor ({B},) or ({B}, c), or a sequence of {B} hashables"
+        if isinstance(own, Tensor):
+            raise TypeError(f"{name}: got a tensor, wanted a sequence as ids[{names[0]!r}] is one")
+        if not isinstance(own, Sequence) or isinstance(own, (str, bytes)):
+            hint = " (an array is passed as torch.from_numpy(x), or x.tolist())" if hasattr(own, "dtype") else ""
+            raise TypeError(f"{name}: got {type(own).__name__}, wanted {wanted}{hint}")
+        if len(own) != B:
+            raise ValueError(f"{name}: got {len(own)} ids, wanted {B}, those of the rows of embeddings[{key!r}]")
+        if len(own) == 0:
+            continue
+        kind = kind or (type(own[0]), name)
+        # Of two types few ids are ever equal, "1" and 1 say: nothing would be in common, and nobody told.
+        if set(map(type, own)) != {kind[0]}:
+            i = next(i for i, id in enumerate(own) if type(id) is not kind[0])
+            wanted = f"{kind[0].__name__} as {kind[1]} has them"
+            raise TypeError(f"{name}[{i}]: got {type(own[i]).__name__}, wanted {wanted}")
+        # As a key a tensor is equal to itself alone, and so is NaN.
+        bad = 0 if issubclass(kind[0], (Tensor, float)) else _unhashable(own)
+        if bad is not None:
+            hint = " (tensors of ids are passed as one tensor)" if isinstance(own[bad], Tensor) else ""
+            wanted = "a hashable, as a string or a tuple"
+            raise TypeError(f"{name}[{bad}]: got {type(own[bad]).__name__}, wanted {wanted}{hint}")
+
+
+def _unhashable(ids: Sequence[Any]) -> int | None:
+    """The place of the first that cannot be hashed, as a list cannot, or a tuple that holds one."""
+    try:
+        hash(tuple(ids))
+    except TypeError:
+        for i, id in enumerate(ids):
+            try:
+                hash(id)
+            except TypeError:
+                return i
+    return None
+
+
+def refuse_repeated(name: str, id: Hashable) -> NoReturn:
+    """An id that one modality has twice."""
+    raise ValueError(f"ids[{name!r}]: got {id!r} twice, wanted every id at most once in a modality")
 
 
 def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("",),
     ("modules", "compilation", "diagnostics", "retrieval"),
-    ("losses", "spectral", "joint"),
+    ("losses", "spectral", "joint", "matching"),
     ("inputs", "ops", "ops.objective"),
     ("ops.FAMILY",),
     ("ops.FAMILY.cuda",),
