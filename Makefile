@@ -5,7 +5,8 @@
 #   make test      the suite, doctests included, by two processes; JOBS=4 for more, JOBS=0 for none (a debugger, say)
 #   make test-slow what is slower alone; SAMPLE=8 for an eighth of the suites in it and a third of the rest, by SEED, the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
-#   make lint      ruff, ruff format, mypy
+#   make lint      ruff, ruff format, mypy, and the workflows and forms of .github by their schemas
+#   make quickstart   docs/quickstart.ipynb, run from the top; what comes out is stored in it
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
 #   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
@@ -36,7 +37,7 @@ JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record lint format clean
+.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -105,10 +106,19 @@ bench-joint: $(BUILT)
 bench-record: $(BUILT)
 	$(BIN)/python -m pytest benchmarks/test_record.py --benchmark-autosave $(ARGS)
 
+quickstart: $(BUILT)
+	$(BIN)/python tests/tools/notebook.py
+
+# The schemas are part of check-jsonschema: nothing is fetched.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/pre-commit validate-config
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -200,7 +200,8 @@ def test_a_source_distribution_can_be_tested(tmp_path):
     names = names_in(source_archive(tmp_path))
     files = {*("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in", "Makefile", "pmrl_kernels/py.typed")}
     files |= {path.name for suffix in ("md", "txt") for path in ROOT.glob(f"*.{suffix}")} | {"LICENSE"}
-    for folder in ("benchmarks", "csrc", "docs", "examples", "tests"):
+    files.add(".pre-commit-config.yaml")
+    for folder in (".github", "benchmarks", "csrc", "docs", "examples", "tests"):
         files |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.is_file()}
     files |= {str(path.relative_to(ROOT)) for path in (ROOT / "pmrl_kernels").rglob("*.py")}
     files = {name for name in files if "__pycache__" not in name}
