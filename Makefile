@@ -5,6 +5,7 @@
 #   make test      the suite, doctests included, by two processes; JOBS=4 for more, JOBS=0 for none (a debugger, say)
 #   make test-slow what is slower alone; SAMPLE=8 for an eighth of the suites in it and a third of the rest, by SEED, the commit
 #   make test-all  the suite and what is slower, `make sanitize` included
+#   make integrations  the losses in trainers, which are installed in an environment of their own, .venv-integrations
 #   make lint      ruff, ruff format, mypy, and the workflows and forms of .github by their schemas
 #   make quickstart   docs/quickstart.ipynb, run from the top; what comes out is stored in it
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
@@ -19,6 +20,7 @@
 PYTHON ?= python3
 VENV   := .venv
 CONSTRAINTS := constraints.txt
+EXTRAS := dev,examples
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -37,7 +39,7 @@ JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo study test test-slow test-all build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart lint format clean
+.PHONY: demo study test test-slow test-all integrations build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -45,7 +47,7 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
-	PMRL_KERNELS_NATIVE=0 PMRL_KERNELS_CUDA= PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[dev,examples]'
+	PMRL_KERNELS_NATIVE=0 PMRL_KERNELS_CUDA= PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[$(EXTRAS)]'
 	touch $@
 
 $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)
@@ -77,6 +79,11 @@ test-slow: $(BUILT)
 
 test-all: test test-slow
 	$(if $(filter 1,$(PMRL_KERNELS_NATIVE)),$(MAKE) sanitize)
+
+# tests/conftest.py keeps the folder out of `make test`, where nothing that it needs is installed.
+integrations:
+	$(MAKE) build VENV=.venv-integrations CONSTRAINTS=constraints-integrations.txt EXTRAS=dev,examples,integrations
+	.venv-integrations/bin/python -m pytest tests/integrations --durations=0 $(ARGS)
 
 # The objects are those of `make build`. A wheel of pure Python is no answer here, whatever the reason.
 wheel: $(BUILT)
@@ -125,4 +132,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-integrations build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

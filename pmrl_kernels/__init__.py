@@ -5,6 +5,7 @@ Aligns k modalities by pushing up the largest singular value of each instance's 
 singular value decompositions.
 """
 
+from .chunks import Chunked, in_chunks
 from .compilation import warm_up
 from .diagnostics import alignment_score, effective_rank, uniformity
 from .joint import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
@@ -17,6 +18,7 @@ from .spectral import DominantTriplet, dominant_singular_triplet, dominant_singu
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chunked",
     "DominantSVLoss",
     "DominantTriplet",
     "GRAMLoss",
@@ -34,6 +36,7 @@ __all__ = [
     "dominant_sv_loss",
     "effective_rank",
     "gram_loss",
+    "in_chunks",
     "instance_contrastive_loss",
     "joint_contrastive_loss",
     "joint_scores",

@@ -12,7 +12,9 @@ from pmrl_kernels import losses, ops
 
 # What they assert tells its values, as in tests.
 pytest.register_assert_rewrite("tests.tools.arguments", "tests.tools.scalars")
-collect_ignore = ["tools"]  # programs and helpers, some of which need what is not everywhere
+# Programs and helpers, some of which need what is not everywhere; and what needs an environment of its own, which
+# `make integrations` asks for by name.
+collect_ignore = ["tools", "integrations"]
 
 losses._warned_of_floor = True  # small batches are below it; its own test asks for it
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -108,19 +108,21 @@ def test_split_joint_contrasts(world, single, name):
         close(torch.cat([p[2 + m] for p in parts]) / len(parts), x)
 
 
-def test_parameters_of_a_ddp_model(world, single):
-    """Everyone ends up with the single process's gradients, learnable temperatures included."""
+@pytest.mark.parametrize("what", ["model", "chunks"])
+def test_parameters_of_a_ddp_model(world, single, what):
+    """Everyone ends up with the single process's gradients, learnable temperatures included; in chunks too, of which
+    processes have different numbers."""
     for found in world:
-        for a, b in zip(found["model"][1:], single["model"][1:], strict=True):
+        for a, b in zip(found[what][1:], single["model"][1:], strict=True):
             close(a, b)
-    close(sum(found["model"][0] for found in world) / len(world), single["model"][0])
+    close(sum(found[what][0] for found in world) / len(world), single["model"][0])
 
 
 @pytest.mark.parametrize("what", worker.SHARDED)
 def test_sharded_parameters(world, single, what):
     """Temperatures too: their gradients are those of one process, and after steps everyone holds the same."""
     for found in world:
-        for a, b in zip(found[f"sharded-{what}"], single[f"sharded-{what}"], strict=True):
+        for a, b in zip(found[f"sharded-{what}"], single["sharded-model"], strict=True):
             close(a, b)
 
 

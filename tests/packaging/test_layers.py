@@ -19,7 +19,7 @@ from tests.tools.backends import PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("info",),
     ("",),
-    ("modules", "compilation", "diagnostics", "retrieval"),
+    ("modules", "chunks", "compilation", "diagnostics", "retrieval"),
     ("losses", "spectral", "joint", "matching"),
     ("inputs", "ops", "ops.objective"),
     ("ops.FAMILY",),

@@ -30,6 +30,7 @@ def benchmark_modules() -> Iterator[SimpleNamespace]:
     # Not by monkeypatch, which would also undo what others appended meanwhile: setuptools keeps its own dependencies
     # on a path that it adds when it is first imported, and torch.compile imports it.
     sys.path.insert(0, str(FOLDER))
+    import chunks
     import contrast
     import cpu
     import figure
@@ -39,6 +40,7 @@ def benchmark_modules() -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(
         accuracy=accuracy,
         cases=cases,
+        chunks=chunks,
         contrast=contrast,
         cpu=cpu,
         figure=figure,
@@ -352,6 +354,16 @@ def test_the_benchmark_of_joint_scores_stops_a_wrong_score(benchmark_modules, mo
     monkeypatch.setattr(joint, "PUBLISHED", (wrong,))
     with pytest.raises(SystemExit, match=r"joint_scores, sigma is \d\.\de-0\d from float64"):
         joint.compare.gate(joint.checks())
+
+
+def test_the_benchmark_of_chunks(benchmark_modules, capsys):
+    """Eight chunks of three encoders hold little more than a twenty-fourth of what they hold at once."""
+    peaks = benchmark_modules.chunks.main(["--batch", "128", "--repeats", "1"])
+    assert peaks[8] < peaks[1] / 8
+    printed = capsys.readouterr().out
+    errors = [float(error) for error in re.findall(r"\| (\S+) \| \S+ \|$", printed, flags=re.MULTILINE)[1:]]
+    assert len(errors) == len(peaks)
+    assert max(errors) < 1e-6
 
 
 def test_the_figure_is_drawn_again(benchmark_modules, tmp_path, capsys):

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pmrl_kernels import (
+    Chunked,
     PMRLLoss,
     alignment_score,
     effective_rank,
@@ -141,12 +142,13 @@ def run_joint(name: str, world: int, rank: int | None, sizes: bool = False, **wh
 
 
 class Model(torch.nn.Module):
-    """A small one, the loss with its temperatures in it."""
+    """A small one, the loss with its temperatures in it; with ``chunk_size``, its heads run over so many rows."""
 
-    def __init__(self, **where: Any) -> None:
+    def __init__(self, chunk_size: int = 0, **where: Any) -> None:
         super().__init__()
         torch.manual_seed(5)
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(D, 8) for _ in range(K))
+        heads = [torch.nn.Linear(D, 8) for _ in range(K)]
+        self.heads = torch.nn.ModuleList(Chunked(head, chunk_size) if chunk_size else head for head in heads)
         self.loss = PMRLLoss(0.5, 0.2, learnable_temperature=True, learnable_instance_temperature=True, **where)
         self.double()
 
@@ -168,12 +170,12 @@ def run_model(rows: slice, world: int, **where: Any) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in parameters)]
 
 
-SHARDED = ("model", "loss", "ignored", "FSDP1")
+SHARDED = ("model", "loss", "ignored", "FSDP1", "chunks")
 
 
 def run_sharded(what: str, rows: slice, world: int, **where: Any) -> list[Tensor]:
     """Whole gradients of all parameters, and the parameters after three steps. What is not sharded is averaged here."""
-    model = step = Model(**where)
+    model = step = Model(4 if what == "chunks" else 0, **where)
     if world and what == "FSDP1":
         with warnings.catch_warnings():  # a world of one has nothing to shard
             warnings.simplefilter("ignore")
@@ -181,6 +183,9 @@ def run_sharded(what: str, rows: slice, world: int, **where: Any) -> list[Tensor
     elif world:
         mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
         ignored = set(model.loss.parameters()) if what == "ignored" else set()
+        if what == "chunks":  # each head gathered once, however many chunks a process has
+            for head in model.heads:
+                fully_shard(head, mesh=mesh)
         fully_shard(model.loss if what == "loss" else model, mesh=mesh, ignored_params=ignored)
 
     def whole(x: Tensor) -> Tensor:
@@ -293,6 +298,7 @@ def everything(rows: slice, group: Any, local_sizes: list[int] | None) -> dict[s
         else:
             found[f"joint-{name}"] = run_joint(name, world, rank, sizes=name.endswith("halved"), **by_name)
     found["model"] = run_model(rows, world, **by_name)
+    found["chunks"] = run_model(rows, world, chunk_size=4, **by_name)
     for what in SHARDED:
         found[f"sharded-{what}"] = run_sharded(what, rows, world, **where)
     found["compiled-known"] = run_compiled(rows, True, **where, **sizes)
