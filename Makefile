@@ -16,6 +16,8 @@
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-contrast   the contrasts and the whole objective beside their matrix products
 #   make bench-joint      joint scores, their losses and ranks beside their matrix products; ARGS='--threads 1'
+#   make docs      the site, in build/docs: warnings and broken links are errors; ARGS='-E' to build it anew
+#   make docs-links   the links that leave the site, which needs a network
 #   make bench-record   single calls by pytest-benchmark, saved for ARGS='--benchmark-compare'
 PYTHON ?= python3
 VENV   := .venv
@@ -29,6 +31,7 @@ WITH_TOOLS = PATH="$$(cd $(BIN) && pwd):$$PATH"
 
 BUILT  := $(VENV)/built
 STUDY  := $(VENV)/study
+DOCS   := $(VENV)/docs
 
 # The native library is built where a compiler exists, and then failing to build it is an error.
 export PMRL_KERNELS_NATIVE ?= $(if $(shell command -v c++ || command -v g++ || command -v clang++),1,0)
@@ -39,7 +42,7 @@ JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo study test test-slow test-all integrations build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart lint format clean
+.PHONY: demo study test test-slow test-all integrations build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart docs docs-links lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -115,6 +118,30 @@ bench-record: $(BUILT)
 
 quickstart: $(BUILT)
 	$(BIN)/python tests/tools/notebook.py
+
+# Node, which pip brings along, renders formulas at build. Of what browsers run, only these files are wanted, and not
+# what their packages depend on.
+BROWSER := $(VENV)/browser
+KATEX   := katex-0.19.1
+MERMAID := mermaid-12.3.0
+$(DOCS): $(STAMP) Makefile
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install 'pmrl-kernels[docs]'
+	rm -rf $(BROWSER)
+	mkdir -p $(BROWSER)/katex $(BROWSER)/mermaid
+	cd $(BROWSER) && PATH="../bin:$$PATH" npm pack --silent $(subst -,@,$(KATEX) $(MERMAID))
+	tar xzf $(BROWSER)/$(KATEX).tgz -C $(BROWSER)/katex --strip-components=2 package/dist/katex.min.js package/dist/katex.min.css package/dist/fonts
+	tar xzf $(BROWSER)/$(MERMAID).tgz -C $(BROWSER)/mermaid --strip-components=2 package/dist/mermaid.min.js
+	rm $(BROWSER)/*.tgz
+	touch $@
+
+SPHINX = $(WITH_TOOLS) $(BIN)/python -m sphinx -c docs/site -d build/docs-cache -q -W --keep-going
+docs: $(DOCS)
+	$(SPHINX) -b html $(ARGS) docs build/docs
+	$(BIN)/python docs/site/check.py build/docs
+	@echo Written: build/docs/index.html
+
+docs-links: $(DOCS)
+	$(SPHINX) -b linkcheck $(ARGS) docs build/docs-links
 
 # The schemas are part of check-jsonschema: nothing is fetched.
 lint: $(STAMP)

@@ -55,7 +55,8 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
     Raises:
         TypeError: an example that is no dense tensor of an accepted dtype; a mask that is no tensor.
         ValueError: an example on the meta device, for which there is nothing to compile: build the model first.
-        And whatever ``function`` raises. No gradient is accumulated anywhere.
+
+    What ``function`` raises comes through. No gradient is accumulated anywhere.
 
     Example:
         >>> import torch

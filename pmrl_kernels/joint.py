@@ -155,7 +155,7 @@ def joint_contrastive_loss(
 ) -> Tensor:
     r"""Contrast of queries with whole candidates: each must find its own among all others, and be found by it.
 
-    With :math:`s_{ij} = \pm` :func:`joint_scores` :math:`_{ij} / \tau`, minus where the smallest is best, it is
+    With :math:`s_{ij} = \pm S_{ij} / \tau`, S the :func:`joint_scores` and minus where the smallest is best, it is
 
     .. math:: \tfrac12 [\mathrm{CE}(s, p) + \mathrm{CE}(s^\top, p^{-1})],
 
@@ -250,9 +250,9 @@ def gram_loss(
     r"""GRAM's contrast: :func:`joint_contrastive_loss` of the volume spanned by a text and a candidate.
 
     :math:`s_{ij} = -\sqrt{\det G_{ij}} / \tau` of unit vectors, with τ = 0.07 and label smoothing of 0.1 as published.
-    Their code computes (N, N, k, k) determinants twice, takes the root of |det|, and has NaN for a gradient where text
-    and candidate agree; here it is n products, and 0 there. ``half_gradient=True`` is the gradient that their code
-    follows.
+    Their code computes (N, N, k, k) determinants twice, takes the root of their size, and has NaN for a gradient where
+    text and candidate agree; here it is n products, and 0 there. ``half_gradient=True`` is the gradient that their
+    code follows.
 
     Args, Returns, Raises, Gradient: as in :func:`joint_contrastive_loss`.
 

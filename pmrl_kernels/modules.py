@@ -100,7 +100,7 @@ class DominantSVLoss(nn.Module):
 
     Args:
         temperature: τ, a float; with ``learnable_temperature`` its initial value.
-        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`Temperature`).
+        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`~pmrl_kernels.modules.Temperature`).
         min_temperature: least value of a learned τ, >= 0.
         normalize, reduction, objective, backend: as in the function.
 
@@ -192,7 +192,7 @@ class PMRLLoss(_Spread):
         temperature, instance_temperature: τ₁ and τ₂, floats; initial values where learned. An ``instance_temperature``
             of None is that of the contrast, as in the function.
         learnable_temperature, learnable_instance_temperature: learn τ₁, τ₂, each kept above
-            ``min_temperature`` (see :class:`Temperature`).
+            ``min_temperature`` (see :class:`~pmrl_kernels.modules.Temperature`).
         min_temperature: least value of learned temperatures, >= 0.
         instance_weight, alignment_weight, normalize, objective, contrast, group, return_components, backend: as in
             the function, and so is ``local_sizes``, which goes to each call.
@@ -284,7 +284,7 @@ class JointContrastiveLoss(_Spread):
         score, label_smoothing, normalize, half_gradient, group, backend: as in the function; ``positives``, ``mask``
             and ``local_sizes`` go to each call.
         temperature: τ, a float; with ``learnable_temperature`` its initial value.
-        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`Temperature`).
+        learnable_temperature: learn τ, kept above ``min_temperature`` (see :class:`~pmrl_kernels.modules.Temperature`).
         min_temperature: least value of a learned τ, >= 0.
 
     Copies and pickles: as :class:`PMRLLoss`.

@@ -208,7 +208,7 @@ def test_a_source_distribution_can_be_tested(tmp_path):
     assert {"tests/conftest.py", "tests/data/torch-2.10-symbols.txt", "constraints.txt"} <= files
     assert not files - names
     text = (ROOT / "Makefile").read_text()
-    read = set(re.findall(r"(?:benchmarks|tests|examples)/[\w/]+\.py|constraints[\w-]*\.txt", text))
+    read = set(re.findall(r"(?:benchmarks|docs|tests|examples)/[\w/]+\.py|constraints[\w-]*\.txt", text))
     assert len(read) > 8
     assert not read - names
 

@@ -1,0 +1,117 @@
+"""What makes pages of the repository's own files: README.md, programs, links from page to page and to sources."""
+
+from __future__ import annotations
+
+import ast
+import html
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+# Files outside docs/ that have a page of their own.
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)")  # of Markdown, to a file
+
+# Pages of what a copy of the repository may lack; they leave the lists of pages with it.
+NEEDED = {"quickstart": DOCS / "quickstart.ipynb", "trainers": ROOT / "examples" / "integrations"}
+
+
+def absent() -> list[str]:
+    return [page for page, needed in NEEDED.items() if not needed.exists()]
+
+
+def without_absent_pages(app: Sphinx, docname: str, source: list[str]) -> None:
+    for page in absent():
+        source[0] = source[0].replace(f"\n{page}\n", "\n")
+
+
+def front_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """README.md above the list of pages in index.md; its links, from the root, become those of a file in docs/."""
+    if docname == "index":
+        readme = ROOT / "README.md"
+        app.env.note_dependency(readme)
+        text = LINK.sub(lambda link: f"]({os.path.relpath(ROOT / link[1], DOCS)}", readme.read_text(encoding="utf-8"))
+        source[0] = f"{text}\n{source[0]}"
+
+
+def links_to_pages(app: Sphinx, docname: str, source: list[str]) -> None:
+    """What leads to a file outside docs/ that has a page leads to the page."""
+    folder = (DOCS / docname).parent
+
+    def to_page(link: re.Match[str]) -> str:
+        page = PAGES.get(os.path.relpath(folder / link[1], ROOT))
+        return link[0] if page is None else f"]({os.path.relpath(DOCS / page, folder)}"
+
+    if not docname.startswith("api/"):
+        source[0] = LINK.sub(to_page, source[0])
+
+
+def docstrings(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """They name pages as files, which is plain to read in a terminal; here these are links. And what stands before a
+    colon in the first line of a field's is no type, as Napoleon has it."""
+    lines[:] = [re.sub(r"docs/([a-z-]+)\.md", r":doc:`docs/\1.md </\1>`", line) for line in lines]
+    if what == "attribute":
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+class Programs(SphinxDirective):
+    """The programs of a folder: the head of each, then its source."""
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {}
+
+    def run(self) -> list[nodes.Node]:
+        _, folder = self.env.relfn2path(self.arguments[0])
+        found: list[nodes.Node] = []
+        for path in sorted(Path(folder).glob("*.py")):
+            self.env.note_dependency(str(path))
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+            head = ast.get_docstring(tree) or ""
+            body = "\n".join(source.splitlines()[tree.body[0].end_lineno if head else 0 :]).strip("\n")
+            section = nodes.section(ids=[nodes.make_id(path.stem)], names=[path.stem])
+            section += nodes.title("", "", nodes.literal("", path.name))
+            section += nodes.literal_block(head, head, language="text", classes=["program-head"])
+            section += nodes.literal_block(body, body, language="python")
+            found.append(section)
+        return found
+
+
+class Mermaid(SphinxDirective):
+    """A diagram, drawn by mermaid.js where the page is read. Code hosts draw the same fence."""
+
+    has_content = True
+    option_spec: ClassVar[dict[str, Any]] = {}
+
+    def run(self) -> list[nodes.Node]:
+        source = html.escape("\n".join(self.content))
+        return [nodes.raw("", f'<pre class="mermaid">{source}</pre>', format="html")]
+
+
+def diagrams(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document) -> None:
+    """The script is some megabytes: only pages with diagrams have it."""
+    if doctree is not None and 'class="mermaid"' in context.get("body", ""):
+        app.add_js_file("mermaid/mermaid.min.js")
+        dark = "matchMedia('(prefers-color-scheme: dark)').matches"
+        app.add_js_file(None, body=f"mermaid.initialize({{startOnLoad: true, theme: {dark} ? 'dark' : 'neutral'}});")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", front_page)
+    app.connect("source-read", links_to_pages)
+    app.connect("source-read", without_absent_pages)
+    app.setup_extension("sphinx.ext.autodoc")
+    app.connect("autodoc-process-docstring", docstrings, priority=400)  # before Napoleon
+    app.add_directive("programs", Programs)
+    app.add_directive("mermaid", Mermaid)
+    app.connect("html-page-context", diagrams)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,278 @@
+"""The directive ``results``: what a file of benchmarks/results recorded, as tables, made when the site is built.
+
+    ```{results} ../../benchmarks/results/cpu.json
+    ```
+
+Names the command, the device and the versions, and after each table of times the rows in which something else was
+faster than what is computed here. A list that is not described below comes as a table of all it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from lib.report import facts, number, warning  # noqa: E402  (a folder of programs, no package)
+
+Row = Mapping[str, Any]
+
+
+class Times(NamedTuple):
+    """A list of times by shape and contender, as a table with a row for each shape."""
+
+    title: str
+    values: tuple[tuple[str, str], ...]  # key of a row -> what its table is called
+    contender: str  # the key that names the column
+    shape: tuple[str, ...] = ("B", "d", "k")
+    sections: str | None = None  # the key by whose values rows go to tables of their own
+    beside: Mapping[str, tuple[str, ...]] = {}  # ours -> what it is compared with
+
+
+class Record(NamedTuple):
+    """A file: the command that writes it, and what its lists are."""
+
+    command: str
+    lists: Mapping[str, Times | str]  # times, or the title of a plain table
+
+
+_TORCH = (
+    "full SVD",
+    "reduced SVD",
+    "svdvals",
+    "Gram + eigh",
+    "torch k-space",
+    "torch k-space, compiled",
+    "torch k-space, compiled Jacobi",
+)
+_GPU_SVD = ("full SVD", "reduced SVD, gesvd", "reduced SVD, gesvdj", "reduced SVD, gesvda", *_TORCH[2:5])
+_ALL_PAIRS = ("InfoNCE over all pairs",)
+
+RECORDS: Mapping[str, Record] = {
+    "cpu": Record(
+        "make bench",
+        {
+            "time": Times(
+                "The alignment loss, forward + backward, τ = 0.05",
+                (("median_ms", "median, ms"),),
+                "contender",
+                beside={"native": _TORCH},
+            ),
+            "overhead": "Where only overhead counts: ms of a call in a loop, and of a single call among other work",
+            "memory": "Peak memory at (1024, 1024, 4), gradients included",
+            "sigma": "Largest error of a singular value, in eps32·σ₁",
+            "gradient": "Largest error of the gradient, relative, by the cosine of the modalities",
+            "leading": "By objective, ms",
+            "solvers": "Eigensolvers of k x k matrices, ns a matrix",
+            "summary": "Ratios of times over all shapes",
+            "losing": "Shapes at which a formulation is faster than native",
+        },
+    ),
+    "contrast": Record(
+        "make bench-contrast",
+        {
+            "time": Times(
+                "Forward + backward",
+                (("ms", "median, ms"), ("of_floor", "in multiples of the products")),
+                "call",
+                sections="section",
+                beside={
+                    "instance_contrastive_loss": ("F.cross_entropy",),
+                    "the same, normalize=False": ("F.cross_entropy",),
+                    "native": _TORCH,
+                    "pairs": _ALL_PAIRS,
+                    "leave_one_out": _ALL_PAIRS,
+                    "modality": _ALL_PAIRS,
+                },
+            ),
+            "memory_MiB": "Peak memory of `instance_contrastive_loss` at B = 16384, d = 512, MiB beyond its rows",
+            "accuracy": "Error of the loss, and of the gradient, relative, rows in clusters",
+        },
+    ),
+    "joint": Record(
+        "make bench-joint",
+        {
+            "time": Times(
+                "Joint scores, N = B",
+                (("ms", "median, ms"), ("of_floor", "in multiples of the products")),
+                "call",
+                sections="section",
+                beside={
+                    "volume": ("(N, N, k, k), det: GRAM",),
+                    "sigma": ("(N, N, k, k), eigvalsh",),
+                    "area2": ("(N, N, d): TRIANGLE",),
+                },
+            ),
+            "memory": "Peak memory, MiB beyond embeddings and what is returned",
+        },
+    ),
+    "gpu": Record(
+        "python benchmarks/gpu.py",
+        {
+            "left_out": "Left out",
+            "time": Times(
+                "The alignment loss, forward + backward",
+                (
+                    ("device_us", "device time of a replayed graph, µs"),
+                    ("wall_us", "wall time of an eager call in a loop, µs"),
+                    ("peak_MiB", "peak memory, MiB"),
+                ),
+                "contender",
+                ("B", "d", "k", "dtype"),
+                beside={
+                    "cuda": ("triton", *_GPU_SVD),
+                    "cuda, leading": ("triton, leading",),
+                    "cuda, triplet": ("triton, triplet",),
+                },
+            ),
+        },
+    ),
+    "gpu-contrast": Record(
+        "python benchmarks/gpu_contrast.py",
+        {
+            "time": Times(
+                "Contrasts, forward + backward",
+                (
+                    ("device_us", "device time of a replayed graph, µs"),
+                    ("wall_us", "wall time of an eager call in a loop, µs"),
+                    ("peak_MiB", "peak memory, MiB"),
+                ),
+                "contender",
+                ("B", "d", "k", "dtype"),
+                beside={
+                    "instance": ("F.cross_entropy", "F.cross_entropy, high"),
+                    "pmrl, pairs": ("F.cross_entropy, all pairs",),
+                },
+            )
+        },
+    ),
+}
+
+
+def digits(x: Any) -> str:
+    """A cell: three digits of a number, small ones as powers of ten."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return str(x).replace("|", "\\|")
+    if isinstance(x, int) or x == round(x, 4):  # what was chosen, not measured
+        return f"{x:g}"
+    return f"{x:.1e}" if 0 < abs(x) < 1e-3 else "NaN" if math.isnan(x) else number(x)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["", *(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)), ""]
+
+
+def plain(title: str, rows: Sequence[Row]) -> Iterator[str]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    yield f"**{title}**"
+    yield from table(keys, ([digits(row[key]) if key in row else "" for key in keys] for row in rows))
+
+
+def pivoted(times: Times, rows: Sequence[Row], value: str, unit: str, title: str) -> Iterator[str]:
+    """One table: shapes down, contenders across; then where something else was faster."""
+    skipped = {(*(row[key] for key in times.shape), row[times.contender]) for row in rows if "not_run" in row}
+    rows = [row for row in rows if value in row]
+    if not rows:
+        return
+    shapes: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        shapes.setdefault(tuple(row[key] for key in times.shape), {})[row[times.contender]] = row
+    names = list(dict.fromkeys(row[times.contender] for row in rows))
+    names.sort(key=lambda name: (name.endswith(" products"), name.split()[0].zfill(4) if name[0].isdigit() else ""))
+
+    def cell(shape: tuple[Any, ...], name: str) -> str:
+        row = shapes[shape].get(name)
+        if row is None:
+            return "not run" if (*shape, name) in skipped else ""
+        return digits(row[value]) + ("¹" if "of_run" in row else "")
+
+    yield f"**{title}: {unit}**"
+    body = ([*map(str, shape), *(cell(shape, name) for name in names)] for shape in shapes)
+    yield from table([*times.shape, *names], body)
+    if any("of_run" in row for row in rows):
+        yield from ("¹ of another run, see the conditions above.", "")
+    if value == "of_floor":
+        return  # the same rows again
+    faster: dict[tuple[str, str], list[str]] = {}
+    for shape, found in shapes.items():
+        for ours, rivals in times.beside.items():
+            for rival in rivals:
+                if ours in found and rival in found and found[rival][value] < found[ours][value]:
+                    share = f"{found[rival][value] / found[ours][value]:.2f} at ({', '.join(map(str, shape))})"
+                    faster.setdefault((rival, ours), []).append(share)
+    compared = any(ours in names and set(rivals) & set(names) for ours, rivals in times.beside.items())
+    if faster:
+        yield from ("Where something else takes less, and how much of it:", "")
+        yield from (f"- `{rival}` of `{ours}`: {', '.join(shares)}" for (rival, ours), shares in faster.items())
+        yield ""
+    elif compared:
+        yield from ("Nothing that it is compared with takes less here.", "")
+
+
+def lists(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a file holds, by name: lists of rows, dicts of such lists, dicts of rows, numbers."""
+    for key, value in results.items():
+        if key == "conditions":
+            continue
+        if isinstance(value, dict):
+            if all(isinstance(x, dict) for x in value.values()):
+                yield key, [{"": name, **row} for name, row in value.items()]
+            else:
+                yield from value.items()
+        else:
+            yield key, value
+
+
+def text(name: str, results: Mapping[str, Any]) -> str:
+    """The tables of a file as Markdown."""
+    record = RECORDS[name]
+    conditions = {key: value for key, value in results["conditions"].items() if value is not None}
+    lines = [
+        f"`{record.command}`: {facts(conditions)}.",
+        "",
+        *(warning(conditions) if "forced" in conditions else ()),
+        "",
+    ]
+    for key, rows in lists(results):
+        known = record.lists.get(key, key)
+        if not isinstance(rows, list):
+            lines += [f"{known}: {digits(rows)}.", ""]
+        elif not rows or not isinstance(rows[0], dict):
+            lines += [f"{known}: {', '.join(map(str, rows)) or 'none'}.", ""]
+        elif isinstance(known, str):
+            lines += plain(known, rows)
+        else:
+            sections = dict.fromkeys(row[known.sections] for row in rows) if known.sections else [None]
+            for section in sections:
+                title = known.title if section is None else f"{known.title}, {section}"
+                own = [row for row in rows if section is None or row[known.sections] == section]
+                for value, unit in known.values:
+                    lines += pivoted(known, own, value, unit, title)
+    return "\n".join(lines)
+
+
+class Results(SphinxDirective):
+    required_arguments = 1
+    has_content = False
+    option_spec: ClassVar[dict[str, Any]] = {}
+
+    def run(self) -> list[nodes.Node]:
+        relative, path = self.env.relfn2path(self.arguments[0])
+        self.env.note_dependency(relative)
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        return self.parse_text_to_nodes(text(Path(path).stem, results))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("results", Results)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
