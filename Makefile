@@ -9,7 +9,10 @@
 #   make lint      ruff, ruff format, mypy, and the workflows and forms of .github by their schemas
 #   make quickstart   docs/quickstart.ipynb, run from the top; what comes out is stored in it
 #   make build     the native library, in place (the targets above do it first, where there is a compiler)
-#   make wheel     a wheel with the native library, in dist/, tried in an environment without compilers
+#   make wheel     a wheel with the native library, in dist/, tried in environments without compilers, with the installed
+#                  torch, the oldest supported one, and the newest; ARGS=--no-fetch for the installed one alone
+#   make sdist     the source distribution, in dist/, which then builds its library and runs some of its tests elsewhere
+#   make release   both, checked as for a release; says how to upload, and uploads nothing; ARGS=--rehearse beforehand
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
 #   make resources what the kernels for GPUs take on each architecture, compiled anew, to tests/data
 #   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
@@ -42,7 +45,7 @@ JOBS   ?= 2
 SAMPLE ?= 1
 SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 
-.PHONY: demo study test test-slow test-all integrations build wheel sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart docs docs-links lint format clean
+.PHONY: demo study test test-slow test-all integrations build wheel sdist release sanitize resources gpu-check bench bench-contrast bench-joint bench-record quickstart docs docs-links lint format clean
 
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
@@ -88,11 +91,12 @@ integrations:
 	$(MAKE) build VENV=.venv-integrations CONSTRAINTS=constraints-integrations.txt EXTRAS=dev,examples,integrations
 	.venv-integrations/bin/python -m pytest tests/integrations --durations=0 $(ARGS)
 
-# The objects are those of `make build`. A wheel of pure Python is no answer here, whatever the reason.
+# The wheel's objects are those of `make build`; the other two compile in a folder of their own.
 wheel: $(BUILT)
-	rm -f dist/*.whl
-	PMRL_KERNELS_NATIVE=1 $(WITH_TOOLS) $(PIP) wheel --no-build-isolation --no-deps -w dist .
-	$(BIN)/python tests/tools/environments.py dist/*.whl
+	$(WITH_TOOLS) $(BIN)/python tests/tools/release.py wheel $(ARGS)
+
+sdist release: $(STAMP)
+	$(WITH_TOOLS) $(BIN)/python tests/tools/release.py $@ $(ARGS)
 
 sanitize: $(STAMP)
 	$(WITH_TOOLS) $(BIN)/python tests/tools/sanitize.py --every $(SAMPLE) --seed=$(SEED)

@@ -6,7 +6,8 @@ What happened is recorded in ``pmrl_kernels/native_build.txt`` and shown by ``py
     PMRL_KERNELS_NATIVE=0   no native build is tried
     PMRL_KERNELS_CUDA=1     and so are kernels for CUDA that cannot be made; without it they are left out of the library
     PMRL_KERNELS_CUDA=0     none are tried
-    PMRL_KERNELS_CUDA_ARCHITECTURES="80 90"   for these compute capabilities alone
+    PMRL_KERNELS_CUDA_ARCHITECTURES="80 90"   for these compute capabilities alone; without it in place for the cards of
+                                              this machine, if nvidia-smi tells them, and else for all of the default
 
 In place (``--inplace``, editable installations) several environments share one library. A build that makes none there
 leaves the one it finds, if it was made from the same sources, and writes down that it did.
@@ -16,6 +17,7 @@ Everything else about the package is in pyproject.toml, everything about the com
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -37,9 +39,12 @@ ROOT = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("binary", ROOT / "pmrl_kernels" / "ops" / "binary.py")
 binary = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(binary)
+# setuptools brings the parser for the Python that has none.
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 LIBRARY = "pmrl_kernels.libpmrl_kernels"
 TEST_MODULE = "pmrl_kernels._numerics"
 OLDEST_TORCH = (2, 10)
+DEFAULT_ARCHITECTURES = ("75", "80", "86", "90", "100", "120")  # those of csrc/cuda/kernels.cmake
 REQUESTED = os.environ.get("PMRL_KERNELS_NATIVE", "")
 CUDA = os.environ.get("PMRL_KERNELS_CUDA", "")
 
@@ -88,6 +93,24 @@ def probe() -> dict[str, Any]:
 def tool(name: str) -> str | None:
     """Its path. cmake and ninja may be where pip puts them, in a virtual environment that nobody activated."""
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+
+
+def architectures_here() -> list[str]:
+    """Which of the default compute capabilities the cards of this machine run; none if one is not known, or of none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    found = set()
+    for line in told.splitlines():
+        # Of its own generation the highest minor number that is not above its own.
+        major, _, minor = line.strip().partition(".")
+        runs = [x for x in DEFAULT_ARCHITECTURES if x[:-1] == major and minor.isdigit() and int(x[-1]) <= int(minor)]
+        if not runs:
+            return []
+        found.add(runs[-1])
+    return sorted(found, key=int)
 
 
 def survey() -> dict[str, Any]:
@@ -199,6 +222,8 @@ class Build(build_ext):
         else:
             settings += ["-DPMRL_NUMERICS=OFF"]
         architectures = os.environ.get("PMRL_KERNELS_CUDA_ARCHITECTURES", "").replace(",", " ").split()
+        if not architectures and development:
+            architectures = architectures_here()  # not for what may go to other machines
         settings += [
             f"-DPMRL_CUDA={ {'': 'AUTO', '0': 'OFF', '1': 'ON'}[CUDA] }",
             f"-DPMRL_CUDA_REASON={'PMRL_KERNELS_CUDA=0 at installation' if CUDA == '0' else ''}",
@@ -246,7 +271,35 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+_CODE = r"^```.*?^```$|`[^`]*`"
+_LINK = re.compile(_CODE + r"|(!?)\[([^\]]*)\]\((?!https?:)([^)\s]*)\)", re.MULTILINE | re.DOTALL)
+
+
+def page(readme: str, source: str | None, version: str) -> str:
+    """The README for where its neighbours are not, such as a page of a package index.
+
+    What it links to and shows is looked for where the version's tag is in the repository at ``source``. Where there is
+    none, links become their text, and images go. Captions stay: they say what was measured where.
+    """
+
+    def target(found: re.Match[str]) -> str:
+        image, text, path = found.groups()
+        if path is None:  # code
+            return found[0]
+        if source is None:
+            return "" if image else text
+        return f"{image}[{text}]({source}/{'raw' if image else 'blob'}/v{version}/{path})"
+
+    return _LINK.sub(target, readme)
+
+
+_project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+_version = re.search(r'(?m)^__version__ = "(.+)"$', (ROOT / "pmrl_kernels/__init__.py").read_text(encoding="utf-8"))
 setup(
+    long_description=page(
+        (ROOT / "README.md").read_text(encoding="utf-8"), _project.get("urls", {}).get("Source"), _version[1]
+    ),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension(LIBRARY, []), Extension(TEST_MODULE, [])],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

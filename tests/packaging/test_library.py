@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+import platform
+import random
 import re
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import torch
 from pmrl_kernels.ops import binary, native
 from tests import DATA, ROOT
 from tests.tools.installation import LIBRARY, OBJECTS, elf, needs_binutils, needs_library, output
+from tests.tools.smoke import check_errors
 
 
 def undefined() -> list[tuple[str, str]]:
@@ -34,13 +39,16 @@ def test_torch_2_10_has_all_that_is_asked_of_torch():
     assert asked <= offered
 
 
-# Of the first releases of distributions that carry GCC 11: RHEL 9, Ubuntu 22.04, Debian 12 have no less.
-NEWEST = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (7,)}
+# Of manylinux_2_28, as auditwheel has it; csrc/portable.h sees to it on x86-64. Elsewhere of the first releases of
+# distributions that carry GCC 11: RHEL 9, Ubuntu 22.04, Debian 12 have no less.
+PORTABLE = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+OF_GCC_11 = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (7, 0, 0)}
+NEWEST = PORTABLE if platform.machine() == "x86_64" else OF_GCC_11
 
 
 @needs_library
 @needs_binutils
-def test_the_rest_is_the_c_and_cpp_runtime():
+def test_the_rest_is_the_c_and_cpp_runtime_of_older_systems():
     wanted = {wanted for _, wanted in undefined() if wanted}
     families = {name.rsplit("_", 1)[0] for name in wanted}
     assert {"GLIBC", "GLIBCXX"} <= families
@@ -51,6 +59,33 @@ def test_the_rest_is_the_c_and_cpp_runtime():
     for name in wanted:
         family, number = name.rsplit("_", 1)
         assert tuple(map(int, number.split("."))) <= NEWEST[family], name
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="not glibc on x86-64")
+@pytest.mark.parametrize("name", ["exp", "exp2", "log"])
+def test_the_older_version_of_a_function_computes_the_same(name):
+    """csrc/portable.h asks for the one of GLIBC_2.2.5, whatever is the newest."""
+    libm = ctypes.CDLL("libm.so.6")
+    find = ctypes.CDLL(None).dlvsym
+    find.restype, find.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
+    function = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.c_double)
+    versions = [find(libm._handle, name.encode(), version) for version in (b"GLIBC_2.2.5", b"GLIBC_2.29")]
+    if versions[1] is None:
+        pytest.skip("a glibc that has no newer one")
+    older, newer = map(function, versions)
+    assert versions[0] != versions[1]
+    draw = random.Random(0)
+    # Over all that is finite and positive for log, and for the others over what overflows, underflows or neither.
+    values = [2.0 ** draw.uniform(-1080, 1024) if name == "log" else draw.uniform(-1100, 1100) for _ in range(20000)]
+    for x in [*values, 0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, -1.0, 5e-324, 1e308, -1e308]:
+        a, b = older(x), newer(x)
+        assert a == b or (a != a and b != b), x
+
+
+@needs_library
+def test_errors_arrive_as_exceptions():
+    """What the library throws, and what PyTorch does on its behalf, crosses from one to the other and to Python."""
+    check_errors()
 
 
 @needs_library
@@ -67,7 +102,7 @@ def test_the_library_knows_nothing_of_where_it_was_built():
     assert not {kind for kind, _ in entries} & {"(RPATH)", "(RUNPATH)"}
     needed = {re.search(r"\[(.*)\]", rest)[1] for kind, rest in entries if kind == "(NEEDED)"}
     assert "libtorch_cpu.so" in needed
-    system = r"libstdc\+\+\.so\.6|libm\.so\.6|libgcc_s\.so\.1|libc\.so\.6|ld-linux.*"
+    system = r"libstdc\+\+\.so\.6|libm\.so\.6|libgcc_s\.so\.1|libc\.so\.6|libdl\.so\.2|libpthread\.so\.0|ld-linux.*"
     assert all(re.fullmatch(system, name) for name in needed - {"libtorch_cpu.so"}), needed
     code = LIBRARY.read_bytes()
     for path in (ROOT, Path(torch.__path__[0]), Path(torch.__path__[0]).resolve(), Path.home()):

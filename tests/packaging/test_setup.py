@@ -142,7 +142,7 @@ def test_compilers_for_cuda_are_found_among_packages(script, monkeypatch, tmp_pa
 
 
 def compiled(
-    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, root: Path, broken: str = ""
+    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, root: Path, broken: str = "", inplace: bool = False
 ) -> list[list[str]]:
     """The commands of a build, of which those for kernels for CUDA may fail for that reason."""
     from setuptools import Distribution
@@ -157,6 +157,7 @@ def compiled(
     monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(module, "run", run)
     command = module.Build(Distribution({"name": "pmrl-kernels", "packages": []}))
+    command.inplace = inplace
     command.ensure_finalized()
     found = FOUND | {"nvcc": ["/a/bin/nvcc", "/b/bin/nvcc"], "ptxas": ["/a/bin/ptxas", "/c/ptxas"]}
     assert command._compile(found) == {module.LIBRARY: root / "build" / "native" / "libpmrl_kernels.so"}
@@ -171,6 +172,55 @@ def test_what_the_build_is_told_of_cuda(script, monkeypatch, tmp_path, asked, to
     assert {f"-DPMRL_CUDA={told}", f"-DPMRL_CUDA_REASON={reason}", "-DPMRL_CUDA_ARCHITECTURES=80;90"} <= {*configure}
     assert {"-DPMRL_NVCC_HINTS=/a/bin;/b/bin", "-DPMRL_PTXAS=/a/bin/ptxas;/c/ptxas"} <= {*configure}
     assert [x[1:2] + x[3:] for x in making] == [["--build", "--target", "cuda_images"], ["--build"]]
+
+
+def fake_smi(folder: Path, monkeypatch, told: str) -> None:
+    """An nvidia-smi that answers the one question that it is asked."""
+    (folder / "nvidia-smi").write_text(
+        f'#!/bin/sh\n[ "$*" = "--query-gpu=compute_cap --format=csv,noheader" ] && printf \'{told}\'\n'
+    )
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("cards", "architectures"),
+    [
+        ("9.0\n", ["90"]),
+        ("8.9\n8.9\n8.0\n", ["80", "86"]),
+        ("10.3\n12.1\n7.5\n", ["75", "100", "120"]),
+        ("7.0\n9.0\n", []),
+        ("13.0\n", []),
+        ("[N/A]\n", []),
+        ("NVIDIA-SMI has failed\n", []),
+        ("", []),
+    ],
+)
+def test_what_the_cards_of_this_machine_run(script, monkeypatch, tmp_path, cards, architectures):
+    fake_smi(tmp_path, monkeypatch, cards)
+    assert script().architectures_here() == architectures
+
+
+def test_without_nvidia_smi_no_card_is_known(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script().architectures_here() == []
+
+
+@pytest.mark.parametrize(
+    ("inplace", "asked", "told"),
+    [(True, "", "86"), (False, "", ""), (True, "75", "75")],
+    ids=["in place", "wheel", "asked"],
+)
+def test_a_build_in_place_is_for_the_cards_here(script, monkeypatch, tmp_path, inplace, asked, told):
+    fake_smi(tmp_path, monkeypatch, "8.9\n")
+    monkeypatch.setenv("PMRL_KERNELS_CUDA_ARCHITECTURES", asked)
+    configure, *_ = compiled(script(), monkeypatch, tmp_path, inplace=inplace)
+    assert f"-DPMRL_CUDA_ARCHITECTURES={told}" in configure
+
+
+def test_the_default_architectures_are_those_of_the_build(script):
+    wanted = re.search(r"set\(cuda_wanted ([\d ]+)\)", (ROOT / "csrc" / "cuda" / "kernels.cmake").read_text())[1]
+    assert wanted.split() == [*script().DEFAULT_ARCHITECTURES]
 
 
 def test_kernels_that_cannot_be_compiled_do_not_take_the_library_along(script, monkeypatch, tmp_path, capfd):
@@ -220,6 +270,51 @@ def test_a_wheel_is_for_every_python(script, extensions, tag):
     command = module.Wheel(Distribution({"name": "pmrl-kernels", "ext_modules": modules}))
     command.ensure_finalized()
     assert re.fullmatch(tag, "-".join(command.get_tag()))
+
+
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+
+
+def leads_and_shows(page: str) -> list[str]:
+    """What the page links to, and the images on it, as an index renders it."""
+    html = pytest.importorskip("readme_renderer.markdown").render(page)
+    assert html, "an index would show the source"
+    return re.findall(r'(?:href|src)="([^"]*)"', html)
+
+
+def test_a_page_without_a_repository_leads_nowhere_else(script):
+    found = leads_and_shows(script().page(README, None, "1.2.3"))
+    assert "https://arxiv.org/abs/2507.17343" in found
+    assert not [target for target in found if not target.startswith(("https://", "#"))]
+    relative = {target for target in leads_and_shows(README) if not target.startswith(("https://", "#"))}
+    assert len(relative) > 10  # there was something to find
+
+
+def test_a_page_with_a_repository_leads_to_the_files_of_its_version(script):
+    found = leads_and_shows(script().page(README, "https://example.org/us/it", "1.2.3"))
+    images = [target for target in found if target.startswith("https://example.org/us/it/raw/v1.2.3/")]
+    links = [target for target in found if target.startswith("https://example.org/us/it/blob/v1.2.3/")]
+    assert len(images) == len(re.findall(r"!\[", README))
+    assert len(links) > 10
+    assert not [target for target in found if not target.startswith(("https://", "#"))]
+    for target in [*images, *links]:  # and they are there
+        assert (ROOT / target.partition("/v1.2.3/")[2]).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("text", "alone", "of_a_repository"),
+    [
+        ("[a](https://b.c/d)", "[a](https://b.c/d)", "[a](https://b.c/d)"),
+        ("see [`a`](b/c.md#d), e", "see `a`, e", "see [`a`](S/blob/v1/b/c.md#d), e"),
+        ("x\n\n![a\nb](c.png)\n\ny", "x\n\n\n\ny", "x\n\n![a\nb](S/raw/v1/c.png)\n\ny"),
+        ("`[a](b)` [c](d)", "`[a](b)` c", "`[a](b)` [c](S/blob/v1/d)"),
+        ("```python\nf[a](b)\n```\n[c](d)", "```python\nf[a](b)\n```\nc", "```python\nf[a](b)\n```\n[c](S/blob/v1/d)"),
+    ],
+)
+def test_links_of_a_page(script, text, alone, of_a_repository):
+    module = script()
+    assert module.page(text, None, "1") == alone
+    assert module.page(text, "S", "1") == of_a_repository
 
 
 def build_nothing(package: Path, **variables: str) -> tuple[str, str]:
@@ -326,13 +421,12 @@ def test_make_works_in_a_folder_with_a_space(tmp_path):
     tools.mkdir(parents=True)
     (tools / "python").write_text('#!/bin/sh\necho "$PATH|$*" >> calls\n', encoding="utf-8")
     (tools / "python").chmod(0o755)
-    (root / "dist").mkdir()
-    (root / "dist" / "a.whl").touch()
-    targets = ["build", "wheel", "sanitize", "test", "resources", "bench"]
+    targets = ["build", "wheel", "sdist", "release", "sanitize", "test", "resources", "bench"]
     done = subprocess.run(["make", f"PYTHON={sys.executable}", *targets], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calls = [line.split("|") for line in (root / "calls").read_text(encoding="utf-8").splitlines()]
     first = {arguments: path.split(os.pathsep)[0] for path, arguments in calls}
-    for told in ("install --no-build-isolation --no-deps -e .", "wheel --no-build-isolation", "sanitize.py"):
+    programs = ("release.py wheel", "release.py sdist", "release.py release", "sanitize.py")
+    for told in ("install --no-build-isolation --no-deps -e .", *programs):
         (called,) = (arguments for arguments in first if told in arguments)
         assert first[called] == str(tools), called

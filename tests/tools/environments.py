@@ -1,17 +1,12 @@
-"""Fresh virtual environments for what installs this package: the tests of packaging, and `make wheel`.
-
-    python tests/tools/environments.py dist/pmrl_kernels-0.1.0-py3-none-linux_x86_64.whl
-
-installs that wheel into one and has smoke.py try it there, with no compiler, cmake or ninja to be found.
-"""
+"""Fresh virtual environments for what installs this package: the tests of packaging, and release.py."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,14 +36,15 @@ def libraries(folder: Path, without: Iterable[str] = ()) -> Path:
 
 
 class Environment:
-    """A virtual environment that has ``others`` and what is installed into it."""
+    """A virtual environment, of this interpreter or another, that has ``others`` and what is installed into it."""
 
-    def __init__(self, folder: Path, others: Path) -> None:
+    def __init__(self, folder: Path, others: Path | None = None, interpreter: str = sys.executable) -> None:
         # Without pip of its own, which takes ten times as long; `pip` below serves any interpreter.
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        subprocess.run([interpreter, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.interpreter = folder / "bin" / "python"
-        self.site = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
-        self.use(others)
+        (self.site,) = (folder / "lib").glob("python*/site-packages")
+        if others is not None:
+            self.use(others)
 
     def use(self, others: Path) -> None:
         (self.site / "others.pth").write_text(f"{others}\n")
@@ -72,31 +68,43 @@ class Environment:
         )
 
 
-def faults(wheel: Path) -> list[str]:
-    """What a wheel with the native library must not be, hold or lack, as far as a look inside shows."""
+def faults(wheel: Path, tag: str | None = None) -> list[str]:
+    """What a wheel with the native library must not be, hold or lack, as far as a look inside shows.
+
+    ``tag`` is the platform's, without it that of a wheel which was only built.
+    """
     names = set(zipfile.ZipFile(wheel).namelist())
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    tag = tag or sysconfig.get_platform().replace("-", "_").replace(".", "_")
     found = []
-    if not wheel.name.endswith(f"-py3-none-{platform}.whl"):
-        found.append(f"its name: wanted the tag py3-none-{platform}, got {wheel.name}")
+    if not wheel.name.endswith(f"-py3-none-{tag}.whl"):
+        found.append(f"its name: wanted the tag py3-none-{tag}, got {wheel.name}")
     for name in ("__init__.py", "py.typed", "libpmrl_kernels.so", "native_build.txt", "ops/native.py"):
         if f"pmrl_kernels/{name}" not in names:
             found.append(f"pmrl_kernels/{name} is missing")
-    binaries = {name for name in names if name.endswith((".so", ".o", ".a", ".pyc"))}
-    if binaries - {"pmrl_kernels/libpmrl_kernels.so"}:
-        found.append(f"compiled files that are not the library: {sorted(binaries)}")
-    strangers = {name.split("/")[0] for name in names if not name.split("/")[0].startswith("pmrl_kernels")}
-    if strangers:
+    binaries = {name for name in names if re.search(r"\.(so(\.[\d.]+)?|o|a|pyc)$", name)}
+    if others := sorted(binaries - {"pmrl_kernels/libpmrl_kernels.so"}):
+        found.append(f"compiled files that are not the library: {others}")
+    ours = re.compile(r"pmrl_kernels(-[^/]*\.dist-info)?/")
+    if strangers := {name.split("/")[0] for name in names if not ours.match(name)}:
         found.append(f"what is not the package's: {sorted(strangers)}")
     return found
 
 
-def try_wheel(wheel: Path, folder: Path) -> str:
-    """What smoke.py says of the wheel in a fresh environment; raises unless all is well."""
-    if found := faults(wheel):
+def try_wheel(wheel: Path, folder: Path, tag: str | None = None) -> str:
+    """What smoke.py says of the wheel in a fresh environment with this one's torch; raises unless all is well."""
+    if found := faults(wheel, tag):
         raise RuntimeError(f"{wheel.name}: " + "; ".join(found))
     environment = Environment(folder / "environment", libraries(folder / "libraries"))
-    installed = environment.pip("install", "--no-index", wheel)
+    return _smoke(environment, folder, "--no-index", wheel)
+
+
+def try_wheel_with(torch_wanted: str, interpreter: str, wheel: Path, folder: Path) -> str:
+    """The same with another Python, and with the torch that pip installs there for ``torch_wanted``."""
+    return _smoke(Environment(folder / "environment", interpreter=interpreter), folder, torch_wanted, wheel)
+
+
+def _smoke(environment: Environment, folder: Path, *installing: str | Path) -> str:
+    installed = environment.pip("install", *installing)
     if installed.returncode:
         raise RuntimeError(installed.stdout)
     # With a PATH that leads nowhere nothing can be compiled, nor any other program started.
@@ -105,8 +113,3 @@ def try_wheel(wheel: Path, folder: Path) -> str:
     if told.returncode:
         raise RuntimeError(told.stdout)
     return told.stdout
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        print(try_wheel(Path(sys.argv[1]).resolve(), Path(folder)), end="")

@@ -2,8 +2,9 @@
 
     python -I smoke.py
 
-checks the native backend against the reference, on every instruction set that was compiled and this processor has.
-tests/packaging runs it in environments of its own.
+checks the native backend against the reference, on every instruction set that was compiled and this processor has, and
+that what goes wrong in the library arrives here as an exception. tests/packaging and release.py run it in environments
+of their own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,31 @@ def check() -> None:
                     sys.exit(f"{dtype}, k = {k}, result {position}: wanted an error of {tolerance}, got {error}")
 
 
+def check_errors() -> None:
+    """Exceptions cross the library's border, by way of PyTorch's stable ABI, and the process goes on.
+
+    One that the library throws itself, one that its C++ runtime throws for want of memory, and one that PyTorch throws
+    on its behalf, which arrives as a code and is thrown again.
+    """
+    calls = torch.ops.pmrl_kernels
+    x, options = torch.ones(2, 3), (None, None, 0.5, True, True, 1)
+    endless = torch.ones(1, 1).expand(2**62, 1)
+    for call, told in {
+        lambda: calls.spectral_forward([x, torch.ones(3, 2)], *options): "embeddings must have equal shapes (B, d)",
+        lambda: calls.spectral_forward([torch.ones(2, 33, 3)], *options): "k must be in 1..32, got 33",
+        lambda: calls.paired_forward([endless], [0, 0], [True], None, [], None, 0, None, 0.5): "bad_alloc",
+        lambda: calls.spectral_forward([endless, endless], *options): "out of memory",
+    }.items():
+        try:
+            call()
+        except (RuntimeError, MemoryError) as error:
+            if told not in str(error):
+                sys.exit(f"wanted an error that says {told!r}, got {error!r}")
+        else:
+            sys.exit(f"wanted an error that says {told!r}, got none")
+    check()
+
+
 def main() -> None:
     installed = os.path.realpath(sysconfig.get_path("platlib"))
     if not os.path.realpath(pmrl_kernels.__file__).startswith(installed + os.sep):
@@ -59,6 +85,8 @@ def main() -> None:
         print(f"{asked}: agrees with the reference")
         return
     print(info.report(), flush=True)
+    check_errors()
+    print("errors arrive as exceptions", flush=True)
     for isa in native.build_info["compiled"].split():
         if isa.endswith("(-)"):
             print(f"{isa[:-3]}: this processor does not have it")
