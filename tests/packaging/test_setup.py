@@ -201,6 +201,37 @@ def test_what_the_cards_of_this_machine_run(script, monkeypatch, tmp_path, cards
     assert script().architectures_here() == architectures
 
 
+@pytest.mark.parametrize(
+    ("flags", "isas"),
+    [
+        ("flags\t\t: fpu avx2 fma f16c avx512f avx512dq avx512bw avx512vl\n", ["avx512"]),
+        ("flags\t\t: fpu avx2 fma f16c avx512f avx512cd\n", ["avx2"]),
+        ("flags\t\t: fpu sse2 avx avx2\n", ["baseline"]),
+        ("Features\t: fp asimd\n", ["baseline"]),
+        (None, []),
+    ],
+)
+def test_instruction_sets_of_this_machine(script, monkeypatch, flags, isas):
+    module = script()
+    cpuinfo = types.SimpleNamespace(read_text=lambda **_: f"processor\t: 0\n{flags}\n") if flags else Path("/no/file")
+    monkeypatch.setattr(module, "Path", lambda _: cpuinfo)
+    monkeypatch.setenv("PMRL_KERNELS_ISAS", "this")
+    assert module.instruction_sets() == isas
+    monkeypatch.setenv("PMRL_KERNELS_ISAS", "avx2, baseline")
+    assert module.instruction_sets() == ["avx2", "baseline"]
+    monkeypatch.delenv("PMRL_KERNELS_ISAS")
+    assert module.instruction_sets() == []
+
+
+def test_this_machine_is_given_what_it_would_run(script, monkeypatch):
+    if not native.build_info:
+        pytest.skip("no library says what this processor has")
+    monkeypatch.setenv("PMRL_KERNELS_ISAS", "this")
+    compiled = native.build_info["compiled"].split()
+    best = [name for name in compiled if not name.endswith("(-)")][0]
+    assert script().instruction_sets() == [best]
+
+
 def test_without_nvidia_smi_no_card_is_known(script, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert script().architectures_here() == []
