@@ -228,7 +228,7 @@ def test_this_machine_is_given_what_it_would_run(script, monkeypatch):
         pytest.skip("no library says what this processor has")
     monkeypatch.setenv("PMRL_KERNELS_ISAS", "this")
     compiled = native.build_info["compiled"].split()
-    best = [name for name in compiled if not name.endswith("(-)")][0]
+    best = next(name for name in compiled if not name.endswith("(-)"))
     assert script().instruction_sets() == [best]
 
 

@@ -321,6 +321,7 @@ def test_the_contrasts_benchmark_stops_a_wrong_loss(benchmark_modules, monkeypat
             contrast.compare.gate(contrast.checks())
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_joint_scores(benchmark_modules, monkeypatch, tmp_path, capsys):
     """Every section once, at toy sizes; what holds all pairs at once is left out where there are too many."""
     joint, cases = benchmark_modules.joint, benchmark_modules.cases
@@ -348,6 +349,7 @@ def test_the_benchmark_of_joint_scores(benchmark_modules, monkeypatch, tmp_path,
 
 
 @measures_native
+@pytest.mark.slow
 def test_the_benchmark_of_joint_scores_stops_a_wrong_score(benchmark_modules, monkeypatch):
     joint = benchmark_modules.joint
     wrong = joint.Published("wrong", "sigma", lambda xs: 1.01 * joint.objectives.eigenvalue_sigmas(xs))
