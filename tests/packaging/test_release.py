@@ -130,7 +130,6 @@ def test_pythons_that_do_not_start_are_passed_over(monkeypatch, tmp_path):
 @needs_compiler
 def test_a_wheel_gets_the_tag_of_its_policy(tmp_path, monkeypatch):
     """Of the objects of `make build`; installed and tried with this torch."""
-    pytest.importorskip("auditwheel")
     for name, value in {**TOOLS, "PATH": PATH}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(release, "DIST", tmp_path / "dist")
