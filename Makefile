@@ -64,15 +64,15 @@ $(BUILT): $(STAMP) CMakeLists.txt setup.py $(shell find csrc -type f)
 
 build: $(BUILT)
 
-# Whoever comes first waits for no tool of development, and for kernels for this machine alone. `make build` makes more
-# of the same objects.
+# Whoever comes first waits for no tool of development, for kernels for this machine alone, and for bytecode of what is
+# imported alone. `make build` makes more of the same objects.
 $(DEMO): $(CONSTRAINTS) pyproject.toml CMakeLists.txt setup.py $(shell find csrc -type f)
 	$(PYTHON) -c '$(OLD_ENOUGH)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
-	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install cmake ninja setuptools
+	$(PIP) install --no-compile torch==$$(sed -n 's/^torch==//p' $(CONSTRAINTS))
+	PIP_CONSTRAINT=$(CONSTRAINTS) $(PIP) install --no-compile cmake ninja setuptools
 	PMRL_KERNELS_CUDA=0 PMRL_KERNELS_ISAS=this PIP_CONSTRAINT=$(CONSTRAINTS) $(WITH_TOOLS) \
-	    $(PIP) install --no-build-isolation -e '.[examples]'
+	    $(PIP) install --no-compile --no-build-isolation -e '.[examples]'
 	touch $@
 
 demo: $(if $(wildcard $(BUILT)),$(BUILT),$(DEMO))

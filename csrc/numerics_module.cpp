@@ -78,7 +78,7 @@ std::tuple<Array, Array> eigenpairs_of(const Array& A, const std::string& isa) {
   const py::ssize_t n = A.shape(0);
   Array values({n, py::ssize_t(k)}), vectors({n, py::ssize_t(k), py::ssize_t(k)});
   if (const Kernels* kernels = find(isa))
-    kernels->eigenpairs(A.data(), n, k, values.mutable_data(), vectors.mutable_data());
+    kernels->solvers->eigenpairs(A.data(), n, k, values.mutable_data(), vectors.mutable_data());
   else
     for (py::ssize_t i = 0; i < n; ++i)
       solve(A.data() + i * k * k, k, true, false, values.mutable_data() + i * k, vectors.mutable_data() + i * k * k);
@@ -90,7 +90,7 @@ std::tuple<Array, Array> leading_pair_of(const Array& A, bool float64_input, con
   const py::ssize_t n = A.shape(0);
   Array values(n), vectors({n, py::ssize_t(k)});
   if (const Kernels* kernels = find(isa))
-    kernels->leading_pair(A.data(), n, k, float64_input, values.mutable_data(), vectors.mutable_data());
+    kernels->solvers->leading_pair(A.data(), n, k, float64_input, values.mutable_data(), vectors.mutable_data());
   else
     for (py::ssize_t i = 0; i < n; ++i)
       solve(A.data() + i * k * k, k, false, float64_input, values.mutable_data() + i, vectors.mutable_data() + i * k);
@@ -100,7 +100,7 @@ std::tuple<Array, Array> leading_pair_of(const Array& A, bool float64_input, con
 Array exp_of(const Array& x, const std::string& isa) {
   Array y(x.size());
   if (const Kernels* kernels = find(isa))
-    kernels->exp_nonpositive(x.data(), x.size(), y.mutable_data());
+    kernels->solvers->exp_nonpositive(x.data(), x.size(), y.mutable_data());
   else
     for (py::ssize_t i = 0; i < x.size(); ++i) y.mutable_data()[i] = exp_nonpositive(x.data()[i]);
   return y;
@@ -109,7 +109,7 @@ Array exp_of(const Array& x, const std::string& isa) {
 Array log1p_of(const Array& x, const std::string& isa) {
   Array y(x.size());
   if (const Kernels* kernels = find(isa))
-    kernels->log1p_nonnegative(x.data(), x.size(), y.mutable_data());
+    kernels->solvers->log1p_nonnegative(x.data(), x.size(), y.mutable_data());
   else
     for (py::ssize_t i = 0; i < x.size(); ++i) y.mutable_data()[i] = log1p_nonnegative(x.data()[i]);
   return y;

@@ -21,6 +21,7 @@
 #include <cmath>
 
 #include "passes.h"
+#include "solvers.h"
 
 namespace pmrl {
 namespace {
@@ -196,7 +197,7 @@ PMRL_NOINLINE void solve_block(const double* gram, int n, double* mu, double* V)
   for (int j = 0; j < n; ++j)
     for (int i = 0; i <= j; ++i) A.at[i][j] = Pack::load(gram + triangle(i, j) * kLanes);
   Eigenpairs<K, Pack> E;
-  eigenpairs(A, E, n);
+  solvers::eigenpairs(A, E, n);
   for (int j = 0; j < n; ++j) {
     E.values.at[j].store(mu + j * kLanes);
     for (int m = 0; m < n; ++m) E.V.at[m][j].store(V + (m * n + j) * kLanes);

@@ -182,6 +182,24 @@ struct JointKernels {
   void (*finish_candidates)(const JointBatch&, const JointSums&, int64_t begin, int64_t end);
 };
 
+// ---- solvers -------------------------------------------------------------------------------------
+
+// Of a Matrix<K, Pack> A: all eigenpairs, an Eigenpairs<K, Pack>, and A is overwritten; or the leading one, a Pack and a
+// Vector<K, Pack>.
+struct Solver {
+  void (*eigenpairs)(void* A, void* E, int k);
+  void (*leading_pair)(const void* A, void* value, void* v, int k, bool float64_input);
+};
+
+struct SolverKernels {
+  Solver of[kTemplatedModalities + 1];  // by K; none for 1, which 0 does
+  // For tests: n symmetric k x k matrices in row-major order, upper triangles read.
+  void (*eigenpairs)(const double* A, int64_t n, int k, double* values, double* vectors);
+  void (*leading_pair)(const double* A, int64_t n, int k, bool float64_input, double* values, double* vectors);
+  void (*exp_nonpositive)(const double* x, int64_t n, double* y);
+  void (*log1p_nonnegative)(const double* x, int64_t n, double* y);
+};
+
 // ---- of one instruction set ---------------------------------------------------------------------
 
 struct Kernels {
@@ -196,11 +214,7 @@ struct Kernels {
   // x_i . y_i for rows [begin, end) of float32 or float64.
   void (*row_dots)(const Rows& x, const Rows& y, int64_t d, int64_t begin, int64_t end, double* out);
   const JointKernels* joint;
-  // The solvers alone, for tests: n symmetric k x k matrices in row-major order, upper triangles read.
-  void (*eigenpairs)(const double* A, int64_t n, int k, double* values, double* vectors);
-  void (*leading_pair)(const double* A, int64_t n, int k, bool float64_input, double* values, double* vectors);
-  void (*exp_nonpositive)(const double* x, int64_t n, double* y);
-  void (*log1p_nonnegative)(const double* x, int64_t n, double* y);
+  const SolverKernels* solvers;
 };
 
 #define PMRL_JOIN(a, b) PMRL_JOIN_(a, b)

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "passes.h"
+#include "solvers.h"
 
 namespace pmrl {
 namespace {
@@ -177,7 +178,7 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
   Vector<K, Pack> v;
   if (s.spectrum) {
     const Pack broken = zero_or_nan(G, k);
-    eigenpairs(G, E, k);
+    solvers::eigenpairs(G, E, k);
     drop_surplus(E.values, columns, s, broken);
     oriented(E, v, k, s.float64_input);
     for (int i = 0; i < k; ++i) {
@@ -185,7 +186,7 @@ PMRL_NOINLINE void solve(const Batch& b, int64_t index, bool aligned, Block& blo
       for (int j = 0; j < k; ++j) E.V.at[i][j].store(state.matrix + (i * k + j) * kLanes);
     }
   } else {
-    leading_pair(G, E.values.at[0], v, k, s.float64_input);
+    solvers::leading_pair(G, E.values.at[0], v, k, s.float64_input);
     E.values.at[0].store(state.values);
     for (int j = 0; j < k; ++j)
       for (int i = 0; i <= j; ++i) G.at[i][j].store(state.matrix + triangle(i, j) * kLanes);
@@ -388,7 +389,7 @@ PMRL_NOINLINE void solve_backward(const Backward& g, int64_t index, Block& block
   const Pack top = E.values.at[0];
   Vector<K, Pack> diagonal;
   for (int m = 0; m < k && !s.spectrum; ++m) diagonal.at[m] = G.at[m][m];
-  if (takes_eigenpairs(through, s)) eigenpairs(G, E, k);
+  if (takes_eigenpairs(through, s)) solvers::eigenpairs(G, E, k);
   Coefficients<K, Pack> out;
   coefficients(in, through, top, E, diagonal, v, columns, s, out);
   for (int m = 0; m < k; ++m) {

@@ -115,7 +115,8 @@ def test_the_library_knows_nothing_of_where_it_was_built():
 def test_no_code_is_shared_between_instruction_sets(path):
     """A linker keeps one of several copies of an inline function: that of AVX-512, say, for all processors."""
     table = path.parents[2].stem  # pmrl::kernels_avx2, say, by which all the rest is reached
-    tables = {f"_ZN4pmrl{len(name)}{name}E" for name in (table, f"joint_{table}")}  # of one instruction set
+    named = (f"{prefix}{table}" for prefix in ("", "joint_", "solver_"))
+    tables = {f"_ZN4pmrl{len(name)}{name}E" for name in named}  # of one instruction set
     for line in output("nm", "-P", path):
         name, kind = line.split()[:2]
         if kind in "Uvw":  # undefined: what comes from the compiler's runtime, not from other files of this project
