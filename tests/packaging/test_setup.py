@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -229,6 +230,8 @@ def test_this_machine_is_given_what_it_would_run(script, monkeypatch):
         pytest.skip("no library says what this processor has")
     monkeypatch.setenv("PMRL_KERNELS_ISAS", "this")
     compiled = native.build_info["compiled"].split()
+    if platform.machine() == "x86_64" and len(compiled) < 3:
+        pytest.skip(f"the library was built for {' '.join(compiled)} alone")
     best = next(name for name in compiled if not name.endswith("(-)"))
     assert script().instruction_sets() == [best]
 
