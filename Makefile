@@ -99,9 +99,11 @@ test-slow: $(BUILT)
 test-all: test test-slow
 	$(if $(filter 1,$(PMRL_KERNELS_NATIVE)),$(MAKE) sanitize)
 
-# tests/conftest.py keeps the folder out of `make test`, where nothing that it needs is installed.
-integrations:
-	$(MAKE) build VENV=.venv-integrations CONSTRAINTS=constraints-integrations.txt EXTRAS=dev,examples,integrations
+# tests/conftest.py keeps the folder out of `make test`, where nothing that it needs is installed. The native library is
+# that of `make build`, which the installation there leaves in place.
+integrations: $(BUILT)
+	$(MAKE) .venv-integrations/installed VENV=.venv-integrations CONSTRAINTS=constraints-integrations.txt \
+	    EXTRAS=dev,examples,integrations
 	.venv-integrations/bin/python -m pytest tests/integrations --durations=0 $(ARGS)
 
 # The wheel's objects are those of `make build`; the other two compile in a folder of their own.
