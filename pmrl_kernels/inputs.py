@@ -47,14 +47,16 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _check_tensor(x: Any, name: str) -> None:
+def _check_tensor(x: Any, name: str, shape: str = "(B, d)") -> None:
     if not isinstance(x, Tensor):
         hint = ""
-        if isinstance(x, (Mapping, list, tuple)):
+        if isinstance(x, (Mapping, list, tuple)) and name not in ("u", "query"):
             hint = " (a container of modalities is passed alone)"
         elif isinstance(x, (int, float)):
             hint = " (options are passed by keyword, as temperature=...)"
-        raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor (B, d){hint}")
+        elif hasattr(x, "__array__"):
+            hint = " (an array is passed as torch.from_numpy(x))"
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor {shape}{hint}")
     if x.dtype not in _DTYPES:
         wanted = ", ".join(map(str, _DTYPES))
         hint = " (a mask is passed by keyword, as mask=...)" if x.dtype == torch.bool else ""
@@ -78,11 +80,12 @@ def _check_dense(x: Tensor, name: str) -> None:
         raise TypeError(f"{name}: got a {kind} tensor, wanted a dense (strided) one")
 
 
-def _check_sizes(k: int, d: int, hint: str = "") -> None:
+def _check_sizes(k: int, d: int, name: str = "embeddings", hint: str = "") -> None:
     if k > constants.MAX_MODALITIES:
-        raise ValueError(f"embeddings: got k = {k} modalities, wanted at most {constants.MAX_MODALITIES}{hint}")
+        most = constants.MAX_MODALITIES - (name == "candidates")  # which have a query beside them
+        raise ValueError(f"{name}: got k = {k} modalities, wanted at most {most}{hint}")
     if d < 1:
-        raise ValueError("embeddings: got d = 0, wanted embeddings of at least one dimension")
+        raise ValueError(f"{name}: got d = 0, wanted embeddings of at least one dimension")
 
 
 def _uniform(tensors: tuple[Any, ...]) -> tuple[torch.Size, torch.dtype, torch.device] | None:
@@ -116,8 +119,11 @@ def _check_modalities(tensors: tuple[Any, ...], names: list[str]) -> None:
             raise ValueError(f"{name}: got device {x.device}, wanted {first.device} as {names[0]} has it")
 
 
-def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
-    """Reads ``*embeddings`` and ``mask`` in any accepted form; raises TypeError or ValueError for any other."""
+def canonical(embeddings: tuple[Any, ...], mask: Any, name: str = "embeddings") -> Batch:
+    """Reads ``*embeddings`` and ``mask`` in any accepted form; raises TypeError or ValueError for any other.
+
+    ``name`` is what the caller calls them: "embeddings", or "candidates", which a query comes before.
+    """
     keys: tuple[Any, ...] | None = None
     tensors: tuple[Any, ...] = embeddings
     if len(embeddings) == 1 and not isinstance(embeddings[0], Tensor):
@@ -128,33 +134,34 @@ def canonical(embeddings: tuple[Any, ...], mask: Any) -> Batch:
             tensors = tuple(only)
         else:
             raise TypeError(
-                f"embeddings: got {type(only).__name__}, wanted k tensors (B, d), a list, tuple or dict of them, "
+                f"{name}: got {type(only).__name__}, wanted k tensors (B, d), a list, tuple or dict of them, "
                 "or one tensor (B, k, d)"
             )
     if not tensors:
-        raise ValueError("embeddings: got none, wanted at least one tensor (B, d)")
+        hint = " after the query, which is passed by itself" if name == "candidates" else ""
+        raise ValueError(f"{name}: got none, wanted at least one tensor (B, d){hint}")
 
     first = tensors[0]
     if len(tensors) == 1 and isinstance(first, Tensor) and first.dim() == 3 and keys is None:
-        _check_tensor(first, "embeddings")
+        _check_tensor(first, name)
         B, k, d = first.shape
         transposed = k > constants.MAX_MODALITIES >= d
         hint = "; a (B, d, k) stack must be transposed: pass Z.transpose(1, 2)" if transposed else ""
-        _check_sizes(k, d, hint)
+        _check_sizes(k, d, name, hint)
         if k < 1:
-            raise ValueError(f"embeddings: got shape {_shape(first)}, wanted (B, k, d) with k of at least 1")
+            raise ValueError(f"{name}: got shape {_shape(first)}, wanted (B, k, d) with k of at least 1")
         dtype = first.dtype
     else:
         k = len(tensors)
         common = _uniform(tensors)
         if common is not None:
             (B, d), dtype, device = common
-            _check_sizes(k, d)
+            _check_sizes(k, d, name)
             return Batch(tensors, None if mask is None else _mask(mask, keys, B, k, d, device), B, k, d, device, dtype)
-        _check_modalities(tensors, [f"embeddings[{key!r}]" for key in (range(k) if keys is None else keys)])
+        _check_modalities(tensors, [f"{name}[{key!r}]" for key in (range(k) if keys is None else keys)])
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else first.dtype
         B, d = first.shape
-        _check_sizes(k, d)
+        _check_sizes(k, d, name)
     device = first.device
     return Batch(tensors, None if mask is None else _mask(mask, keys, B, k, d, device), B, k, d, device, dtype)
 
@@ -298,7 +305,7 @@ def rows(u: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
 
 def query(x: Any, candidates: Batch) -> Tensor:
     """Checks the (Nq, d) queries of joint scores, and that with one of them candidates are not too many modalities."""
-    _check_tensor(x, "query")
+    _check_tensor(x, "query", "(Nq, d)")
     if x.dim() != 2 or x.shape[1] != candidates.d:
         raise ValueError(f"query: got shape {_shape(x)}, wanted (Nq, {candidates.d}) with the d of the candidates")
     if x.device != candidates.device:

@@ -95,7 +95,7 @@ def joint_scores(
                 [0.]])
     """
     score = inputs.one_of(score, "score", NAMES)
-    batch = inputs.canonical(candidates, mask)
+    batch = inputs.canonical(candidates, mask, "candidates")
     query = inputs.query(query, batch)
     normalize = inputs.flag(normalize, "normalize")
     _check_area(score, batch)
@@ -212,7 +212,7 @@ def joint_contrastive_loss(
         tensor(True)
     """
     score = inputs.one_of(score, "score", NAMES)
-    batch = inputs.canonical(candidates, mask)
+    batch = inputs.canonical(candidates, mask, "candidates")
     query = inputs.query(query, batch)
     tau, fixed = inputs.temperature(temperature, "temperature", batch.device, contrast=True)
     smoothing = inputs.smoothing(label_smoothing)

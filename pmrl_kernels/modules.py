@@ -52,7 +52,7 @@ class Temperature(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(initial, Tensor):
-            raise TypeError(f"{name}: got a tensor, wanted a float (learnable=True makes it a parameter)")
+            raise TypeError(f"{name}: got a tensor, wanted a float, the initial value if it is learned")
         self.initial = inputs.temperature(initial, name, _CPU)[1]
         self.minimum = inputs.weight(minimum, "minimum")
         if inputs.flag(learnable, "learnable"):

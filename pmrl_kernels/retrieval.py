@@ -133,7 +133,7 @@ class _Scoring:
         backend: str | None,
     ) -> None:
         self.name = inputs.one_of(score, "score", NAMES)
-        self.batch = inputs.canonical(candidates, mask)
+        self.batch = inputs.canonical(candidates, mask, "candidates")
         self.query = inputs.query(query, self.batch)
         self.normalize, self.backend = inputs.flag(normalize, "normalize"), backend
         self.joint(slice(0, 0), slice(0, 0))  # raises what else there is to refuse

@@ -403,8 +403,17 @@ def test_errors_name_the_argument():
         joint_scores(t, C, score="det")
     with pytest.raises(ValueError, match=r"query: got shape \(3, 5\), wanted \(Nq, 4\)"):
         joint_scores(torch.randn(3, 5), C)
-    with pytest.raises(TypeError, match="query: got list"):
+    with pytest.raises(TypeError, match=r"query: got list, wanted a floating-point tensor \(Nq, d\)$"):
         joint_scores([t], C)
+    for several in ([t, t], {"text": t, "video": t}):  # as the losses without a query take them
+        with pytest.raises(ValueError, match=r"candidates: got none, wanted .* \(B, d\) after the query"):
+            joint_scores(several)
+    with pytest.raises(ValueError, match=r"candidates\[1\]: got shape \(5, 3\), wanted \(5, 4\) as candidates\[0\]"):
+        joint_scores(t, C[:, 0], torch.randn(5, 3))
+    with pytest.raises(TypeError, match=r"candidates\['audio'\]: got dtype torch.int64"):
+        joint_scores(t, {"video": C[:, 0], "audio": C[:, 1].long()})
+    with pytest.raises(ValueError, match="candidates: got k = 33 modalities, wanted at most 31"):
+        joint_scores(t, torch.randn(5, 33, 4))
     with pytest.raises(ValueError, match="score: got 'area2' with 3 modalities"):
         joint_scores(t, torch.randn(5, 3, 4), score="area2")
     with pytest.raises(ValueError, match="score: got 'area2' with a mask"):

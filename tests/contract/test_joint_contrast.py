@@ -322,6 +322,8 @@ def test_what_may_be_asked_for():
     ):
         with pytest.raises(error, match=message):
             loss(t, C, **arguments)
+    with pytest.raises(ValueError, match="candidates: got none, wanted at least one tensor"):
+        loss([t, C])
     with pytest.raises(ValueError, match="positives: got None with 16 queries and 17 candidates"):
         loss(t[:16], C)
     (g,) = torch.autograd.grad(loss(t.requires_grad_(), C), t, create_graph=True)

@@ -476,6 +476,8 @@ def test_errors_name_the_argument():
     t, C, positives = torch.randn(3, 4), torch.randn(5, 2, 4), torch.tensor([0, 1, 4])
     with pytest.raises(ValueError, match="positives: got None with 3 queries and 5 candidates, wanted an int64 tensor"):
         retrieval_ranks(t, C)
+    with pytest.raises(ValueError, match="candidates: got none, wanted at least one tensor"):
+        retrieval_ranks(t)
     with pytest.raises(TypeError, match="positives: got list, wanted an int64 tensor"):
         retrieval_ranks(t, C, positives=[0, 1, 4])
     with pytest.raises(TypeError, match=r"positives: got dtype torch.int32, wanted torch.int64"):
