@@ -111,7 +111,8 @@ def dominant_singular_triplet(
     By batched power iteration on the k x k Gram matrix. The sign is fixed: u₁ points towards the mean of
     the embeddings, that is, the entries of v₁ have a positive sum, so the result does not depend on the
     order of the modalities. Where that sum is zero up to rounding, the entry of v₁ of largest magnitude (the
-    first of equals) is positive. In a tied top eigenspace v₁ is the normalised projection of the all-ones vector.
+    first of equals) is positive: so of two modalities with a negative cosine the order does decide. In a tied top
+    eigenspace v₁ is the normalised projection of the all-ones vector.
 
     Args:
         embeddings, mask, normalize, backend: as in :func:`singular_values`.
