@@ -41,7 +41,10 @@ def rendered(tex: str, display: bool) -> str:
 
 
 def inline(writer: HTML5Translator, node: nodes.math) -> None:
-    writer.body.append(f'<span class="math">{rendered(node.astext(), False)}</span>')
+    """A line may end between the parts of a formula, and not between it and the full stop behind it: see site.css."""
+    part = '<span class="katex-base">'
+    first, *others = rendered(node.astext(), False).split(part)
+    writer.body.append(f'<span class="math">{first}{part}{f"<wbr>{part}".join(others)}</span>')
     raise nodes.SkipNode
 
 
