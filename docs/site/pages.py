@@ -80,7 +80,7 @@ class Programs(SphinxDirective):
             body = "\n".join(source.splitlines()[tree.body[0].end_lineno if head else 0 :]).strip("\n")
             section = nodes.section(ids=[nodes.make_id(path.stem)], names=[path.stem])
             section += nodes.title("", "", nodes.literal("", path.name))
-            section += nodes.literal_block(head, head, language="text", classes=["program-head"])
+            section += self.parse_text_to_nodes(head)
             section += nodes.literal_block(body, body, language="python")
             found.append(section)
         return found

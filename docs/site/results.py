@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from lib.report import facts, number, warning  # noqa: E402  (a folder of programs, no package)
 
 Row = Mapping[str, Any]
+NUMBER = re.compile(r"-?[\d.]+(e[-+]?\d+)?¹?$")
 
 
 class Times(NamedTuple):
@@ -169,7 +171,10 @@ def digits(x: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["", *(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)), ""]
+    """Columns that hold a number are flushed right."""
+    rows = list(rows)
+    sides = ["---:" if any(NUMBER.match(row[i]) for row in rows) else "---" for i in range(len(header))]
+    return ["", *(f"| {' | '.join(line)} |" for line in (header, sides, *rows)), ""]
 
 
 def plain(title: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -270,7 +275,7 @@ class Results(SphinxDirective):
         relative, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(relative)
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        return self.parse_text_to_nodes(text(Path(path).stem, results))
+        return [nodes.container("", *self.parse_text_to_nodes(text(Path(path).stem, results)), classes=["results"])]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
