@@ -54,6 +54,7 @@ napoleon_use_rtype = False
 napoleon_custom_sections = [
     "Copies and pickles",
     "Degenerate candidates",
+    "Degenerate cases",
     "Gradient",
     "Memory",
     "Over processes",
@@ -63,6 +64,7 @@ napoleon_custom_sections = [
 html_math_renderer = "katex"
 
 html_theme = "furo"
+pygments_dark_style = "a11y-dark"  # Furo's own underlines modules like links
 html_title = "pmrl_kernels"
 html_static_path = ["static", str(BROWSER)]
 html_css_files = ["site.css"]

@@ -19,6 +19,8 @@ DOCS = ROOT / "docs"
 # Files outside docs/ that have a page of their own.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
+ERRORS = re.compile(r"\s+[A-Z]\w+(, [A-Z]\w+)*:")  # the names that an entry of "Raises:" begins with
+
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)")  # of Markdown, to a file
 
 # Pages of what a copy of the repository may lack; they leave the lists of pages with it.
@@ -57,10 +59,17 @@ def links_to_pages(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def docstrings(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """They name pages as files, which is plain to read in a terminal; here these are links. And what stands before a
-    colon in the first line of a field's is no type, as Napoleon has it."""
+    colon in the first line of a field's, of what is returned, or of errors without names is no type, as Napoleon has
+    it."""
     lines[:] = [re.sub(r"docs/([a-z-]+)\.md", r":doc:`docs/\1.md </\1>`", line) for line in lines]
     if what == "attribute":
         lines[:0] = ["..", ""]  # an empty comment
+    for i, line in enumerate(lines):
+        if lines[i - 1] == "Returns:" or (lines[i - 1] == "Raises:" and not ERRORS.match(line)):
+            lines[i] = f"    : {line.strip()}"
+            if lines[i - 1] == "Raises:":  # lines that go on would be errors of their own
+                more = next((j for j in range(i + 1, len(lines)) if not lines[j].strip()), len(lines))
+                lines[i + 1 : more] = [f"    {x}" for x in lines[i + 1 : more]]
 
 
 class Programs(SphinxDirective):
@@ -101,8 +110,13 @@ def diagrams(app: Sphinx, pagename: str, templatename: str, context: dict[str, A
     """The script is some megabytes: only pages with diagrams have it."""
     if doctree is not None and 'class="mermaid"' in context.get("body", ""):
         app.add_js_file("mermaid/mermaid.min.js")
-        dark = "matchMedia('(prefers-color-scheme: dark)').matches"
-        app.add_js_file(None, body=f"mermaid.initialize({{startOnLoad: true, theme: {dark} ? 'dark' : 'neutral'}});")
+        app.add_js_file("diagrams.js")
+
+
+def figures(app: Sphinx, doctree: nodes.document) -> None:
+    """As wide as the text, and by Sphinx's rule for a width a link to the picture itself, where its print is larger."""
+    for image in doctree.findall(nodes.image):
+        image.setdefault("width", "100%")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -113,5 +127,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", docstrings, priority=400)  # before Napoleon
     app.add_directive("programs", Programs)
     app.add_directive("mermaid", Mermaid)
+    app.connect("doctree-read", figures)
     app.connect("html-page-context", diagrams)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
