@@ -119,6 +119,13 @@ def figures(app: Sphinx, doctree: nodes.document) -> None:
         image.setdefault("width", "100%")
 
 
+def sentences(app: Sphinx, doctree: nodes.document) -> None:
+    """Cells that hold much text are told from numbers and names: on a phone site.css keeps them from getting narrow."""
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) > 40:
+            cell["classes"].append("long")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", front_page)
     app.connect("source-read", links_to_pages)
@@ -128,5 +135,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("programs", Programs)
     app.add_directive("mermaid", Mermaid)
     app.connect("doctree-read", figures)
+    app.connect("doctree-read", sentences)
     app.connect("html-page-context", diagrams)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
