@@ -85,8 +85,10 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
 
         def one(*chunk: Tensor) -> Any:
             # Or weights that autocast has cast for one chunk would serve the next one as well, and collect the
-            # gradients of all chunks in autocast's dtype: sums of many terms in bfloat16.
-            torch.clear_autocast_cache()
+            # gradients of all chunks in autocast's dtype: sums of many terms in bfloat16. (What compiles a graph
+            # caches none of them, and that of torch 2.10 cannot trace this.)
+            if not torch.compiler.is_compiling():
+                torch.clear_autocast_cache()
             parts = iter(chunk)
             arguments, named = _replaced(given, lambda x: next(parts) if _has_rows(x) else x, names)
             return function(*arguments, **named)

@@ -134,6 +134,9 @@ def test_compilers_for_cuda_are_found_among_packages(script, monkeypatch, tmp_pa
     """NVIDIA's, which are one namespace over all folders of packages, and the assembler that Triton brings."""
     names = ["nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/ptxas", "nvidia/cuda_nvcc/bin/ptxas", "triton/__init__.py"]
     names += ["triton/backends/nvidia/bin/ptxas", "nvidia/cudnn/lib/libcudnn.so"]
+    found = importlib.util.find_spec("nvidia")
+    if found and found.origin:  # of CUDA 12 they are one folder, which is a package, and this one has to come before it
+        names.append("nvidia/__init__.py")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
