@@ -401,7 +401,7 @@ def temperature(value: Any, name: str, device: torch.device, contrast: bool = Fa
         if value.device != device:
             raise ValueError(f"{name}: got device {value.device}, wanted {device} as the embeddings have it")
         return value, 1.0
-    number = real(value, name)
+    number = real(value, name, "a finite number above 0")
     if not number > 0:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
     # Beyond float32's normal numbers every backend would have to say what similarities in float32 over them are.
@@ -410,22 +410,22 @@ def temperature(value: Any, name: str, device: torch.device, contrast: bool = Fa
     return None, number
 
 
-def real(value: Any, name: str) -> float:
-    """A finite Python number as a float."""
+def real(value: Any, name: str, wanted: str = "a finite number") -> float:
+    """A finite Python number as a float; of ``wanted`` beyond that it makes words alone."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a finite number")
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not -math.inf < number < math.inf:  # math.isfinite does not take the symbolic floats of torch.compile
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number")
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
     return number
 
 
 def weight(value: Any, name: str) -> float:
     """A Python number of at least 0, within float32's range, as a float."""
-    number = real(value, name)
+    number = real(value, name, "a finite number of at least 0")
     if not 0 <= number <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least 0 that float32 can hold")
     return number

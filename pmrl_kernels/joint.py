@@ -113,8 +113,8 @@ def _dtype(query: Tensor, batch: Batch) -> torch.dtype:
 
 def _check_area(score: str, batch: Batch) -> None:
     if score == "area2" and (batch.k != 2 or batch.mask is not None):
-        got = f"{batch.k} modalities" if batch.k != 2 else "a mask"
-        raise ValueError(f"score: got 'area2' with {got}, wanted it with two modalities that are all there")
+        name, got, wanted = ("mask", "one", "none") if batch.k == 2 else ("candidates", f"k = {batch.k}", "k = 2")
+        raise ValueError(f"{name}: got {got}, wanted {wanted}: score='area2' is of two modalities that are all there")
 
 
 def _spectral(

@@ -130,6 +130,7 @@ def _load() -> tuple[dict[str, Backend], dict[str, str]]:
 
 available, unavailable_reasons = _load()
 
+_VARIABLE = "environment variable PMRL_KERNELS_BACKEND"
 default_name = os.environ.get("PMRL_KERNELS_BACKEND") or None
 """What ``backend=None`` means in this process; read once, when the package is imported."""
 
@@ -147,22 +148,23 @@ def choose(
     k: int,
     d: int,
     reasons: Mapping[str, str],
+    source: str = "",
 ) -> tuple[Pair, str | None]:
     """The pair of operators to run, and why faster backends, or the one requested, were passed over (or None).
 
     Pure: it reads nothing but its arguments. ``candidates`` come fastest first, ``reasons`` tells of the backends that
-    are not among them. A requested backend that lacks the op, or kernels for such embeddings, leaves it to those after
-    it; raises RuntimeError for one that cannot run at all.
+    are not among them, and with ``source`` begin errors of the one requested. If that one lacks the op, or kernels for
+    such embeddings, it leaves them to those after it; raises RuntimeError for one that cannot run at all.
     """
     if requested is not None:
         names = [candidate.name for candidate in candidates]
         if requested not in names:
-            raise RuntimeError(f"backend {requested!r} is not available: {reasons[requested]}")
+            raise RuntimeError(f"{source}backend {requested!r} is not available: {reasons[requested]}")
         candidates = candidates[names.index(requested) :]
         reason = candidates[0].rejects(device, dtype, k, d)
         if reason is not None:
             raise RuntimeError(
-                f"backend {requested!r} cannot run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}"
+                f"{source}backend {requested!r} cannot run {dtype} embeddings of k = {k}, d = {d} on {device}: {reason}"
             )
     passed_over: list[str] = []
     for candidate in candidates:
@@ -199,9 +201,13 @@ def resolve(op: Op, requested: str | None, device: torch.device, dtype: torch.dt
         if found is not None:
             return found
     check_name(requested)
+    source = ""
     if requested is None and default_name is not None:
-        requested = check_name(default_name, "environment variable PMRL_KERNELS_BACKEND")
-    pair, passed_over = choose(op.name, tuple(available.values()), requested, device, dtype, k, d, unavailable_reasons)
+        requested = check_name(default_name, _VARIABLE)
+        source = f"{_VARIABLE}: "
+    pair, passed_over = choose(
+        op.name, tuple(available.values()), requested, device, dtype, k, d, unavailable_reasons, source
+    )
     if compiling:
         return pair
     if len(_resolved) >= 1024:

@@ -267,7 +267,8 @@ def test_name_in_the_environment_that_is_not_available():
     done = run_python(code + CALL.format(""), PMRL_KERNELS_BACKEND="native")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last == "RuntimeError: backend 'native' is not available: no compiler was found"
+    told = "environment variable PMRL_KERNELS_BACKEND: backend 'native' is not available: no compiler was found"
+    assert last == f"RuntimeError: {told}"
 
 
 def test_empty_environment_variable_is_none():

@@ -61,11 +61,11 @@ def test_it_is_the_next_after_the_cpus():
 )
 def test_asked_for_by_name_it_runs_or_says_why_not(machine, monkeypatch, k, where, reason):
     machine[1] = "an old card"
-    told = rf"^backend 'cuda' cannot run torch.float32 embeddings of k = {k}, d = 64 on {where}: {reason}$"
-    with pytest.raises(RuntimeError, match=told):
+    told = rf"backend 'cuda' cannot run torch.float32 embeddings of k = {k}, d = 64 on {where}: {reason}$"
+    with pytest.raises(RuntimeError, match=f"^{told}"):
         chosen(k, where, "cuda")
     monkeypatch.setattr(ops, "default_name", "cuda")  # what PMRL_KERNELS_BACKEND says
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=f"^environment variable PMRL_KERNELS_BACKEND: {told}"):
         chosen(k, where)
 
 
@@ -117,7 +117,8 @@ def test_asked_for_by_the_environment_on_a_machine_without_it():
     if "cuda" in ops.available:
         assert last.endswith("it has kernels for CUDA, not for cpu")
     else:
-        assert last == f"RuntimeError: backend 'cuda' is not available: {ops.unavailable_reasons['cuda']}"
+        told = f"backend 'cuda' is not available: {ops.unavailable_reasons['cuda']}"
+        assert last == f"RuntimeError: environment variable PMRL_KERNELS_BACKEND: {told}"
 
 
 # ---- under torch.compile and with fake tensors --------------------------------------------------

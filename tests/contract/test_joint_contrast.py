@@ -318,7 +318,7 @@ def test_what_may_be_asked_for():
         ({"half_gradient": 1}, TypeError, "half_gradient: got int"),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
         ({"local_sizes": [17]}, ValueError, "local_sizes: got"),
-        ({"score": "area2", "mask": torch.ones(17, 2).bool()}, ValueError, "score: got 'area2' with a mask"),
+        ({"score": "area2", "mask": torch.ones(17, 2).bool()}, ValueError, "mask: got one, wanted none: score='area2'"),
     ):
         with pytest.raises(error, match=message):
             loss(t, C, **arguments)

@@ -496,7 +496,7 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match="score: got 'det', wanted one of 'volume'"):
             call(score="det")
-        with pytest.raises(ValueError, match="score: got 'area2' with a mask"):
+        with pytest.raises(ValueError, match="mask: got one, wanted none: score='area2'"):
             call(score="area2", mask=torch.ones(5, 2, dtype=torch.bool))
         with pytest.raises(ValueError, match="backend: got 'fast'"):
             call(backend="fast")
