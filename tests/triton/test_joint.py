@@ -80,13 +80,11 @@ def test_a_nan_stays_within_its_pairs():
 
 
 def test_what_it_leaves_to_the_reference():
-    device = torch.device(DEVICE)
+    device, candidates = torch.device(DEVICE), [ops.available[name] for name in ("triton", "reference")]
     for dtype, k, reason in ((torch.float64, 3, "as exact as float32"), (torch.float32, 9, "k <= 8")):
-        pair, passed_over = ops.choose("joint", tuple(ops.available.values()), None, device, dtype, k, 16, {})
+        pair, passed_over = ops.choose("joint", candidates, None, device, dtype, k, 16, {})
         assert pair.backend == "reference"
         assert reason in passed_over
-    pair, passed_over = ops.choose(
-        "joint_contrast", tuple(ops.available.values()), "triton", device, torch.float32, 3, 16, {}
-    )
+    pair, passed_over = ops.choose("joint_contrast", candidates, "triton", device, torch.float32, 3, 16, {})
     assert pair.backend == "reference"
     assert "triton: no kernels for joint_contrast" in passed_over
