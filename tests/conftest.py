@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -81,10 +82,13 @@ def sampled(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where kernels are interpreted, or compiled for every test, a sample must do: with one seed always the same."""
+    """Where kernels are interpreted, or compiled for every test, a sample must do: with one seed always the same.
+
+    The share is exact, rounded up: how many tests are drawn, and so how long they take, does not depend on the seed.
+    """
     share, every, seed = (config.getoption(name) for name in ("--one-in", "--every", "--seed"))
     of_slow = max(1, config.getoption("--sample").bit_length() - 1)
-    kept, numbers = [], {}
+    alike = defaultdict(list)  # by the share that is drawn of them
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         k, variant = params.get("k", 2), params.get("backend")
@@ -92,16 +96,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         repeats = variant in ("triton-throughput", "triton-double-float") and (k > 8 or "contrast_op" in item.nodeid)
         if "triton-latency" in ON_A_CPU and "threads" in item.name:
             repeats = True  # the interpreter serves one thread at a time
-        number = numbers[item] = zlib.crc32(f"{seed}{item.nodeid}".encode())
+        one_in = every
         # Of slow tests that run no suite, a third with --sample 8.
-        if number % of_slow and item.get_closest_marker("slow") and "sampled" not in item.fixturenames:
-            continue
-        chosen = (k <= 8 or share < 10) and number % share == 0
-        if number % every == 0 and (variant not in (*LAUNCHES, "triton") or (chosen and not repeats)):
-            kept.append(item)
-    if not kept and every > 1:  # a small suite, of which some seeds would draw nothing
-        kept = sorted(items, key=numbers.__getitem__)[:1]
-    items[:] = kept
+        if item.get_closest_marker("slow") and "sampled" not in item.fixturenames:
+            one_in *= of_slow
+        if variant in (*LAUNCHES, "triton"):
+            if repeats or (k > 8 and share >= 10):
+                continue
+            one_in *= share
+        alike[one_in].append(item)
+
+    def number(item: pytest.Item) -> int:
+        return zlib.crc32(f"{seed}{item.nodeid}".encode())
+
+    kept = {item for one_in, some in alike.items() for item in sorted(some, key=number)[: -(-len(some) // one_in)]}
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
