@@ -50,8 +50,9 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
             differ (ValueError); an output with another number of rows than its chunk (ValueError), or that cannot be
             concatenated, such as a cache of keys and values (TypeError).
 
-    Gradients: those of the whole batch, up to the order in which sums over rows are rounded, for parameters, inputs
-    and shared tensors; under autocast, chunks are summed in the parameters' dtype. Without grad mode nothing is kept,
+    Gradients: to the bit those of a loop over chunks that keeps everything, so those of the whole batch up to how
+    PyTorch rounds products and sums of fewer rows, for parameters, inputs and shared tensors; under autocast, chunks
+    are summed in the parameters' dtype. Without grad mode nothing is kept,
     and nothing runs twice; so it is with what is frozen, up to the first parameter that is not. Dropout draws chunk by
     chunk, so other numbers than for the whole batch, and the same ones when a chunk is run again.
 
