@@ -52,9 +52,9 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
 
     Gradients: to the bit those of a loop over chunks that keeps everything, so those of the whole batch up to how
     PyTorch rounds products and sums of fewer rows, for parameters, inputs and shared tensors; under autocast, chunks
-    are summed in the parameters' dtype. Without grad mode nothing is kept,
-    and nothing runs twice; so it is with what is frozen, up to the first parameter that is not. Dropout draws chunk by
-    chunk, so other numbers than for the whole batch, and the same ones when a chunk is run again.
+    are summed in the parameters' dtype. Without grad mode nothing is kept, and nothing runs twice; so it is with what
+    is frozen, up to the first parameter that is not. Dropout draws chunk by chunk, so other numbers than for the whole
+    batch, and the same ones when a chunk is run again.
 
     Degenerate cases: B = 0 is one call with no rows. BatchNorm in training mode is *not* what it is for the whole
     batch: its statistics are a chunk's, and are updated twice in a step. Whatever else counts calls counts twice, too.
