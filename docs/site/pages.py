@@ -22,6 +22,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 ERRORS = re.compile(r"\s+[A-Z]\w+(, [A-Z]\w+)*:")  # the names that an entry of "Raises:" begins with
 
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#]+)")  # of Markdown, to a file
+NAMED = re.compile(r"\[([\w-]+\.(?:md|ipynb))\](?=\(((?:[^)#]*/)?\1)[)#])")  # where the text is the file's name
 
 # Pages of what a copy of the repository may lack; they leave the lists of pages with it.
 NEEDED = {"quickstart": DOCS / "quickstart.ipynb", "trainers": ROOT / "examples" / "integrations"}
@@ -55,6 +56,19 @@ def links_to_pages(app: Sphinx, docname: str, source: list[str]) -> None:
 
     if not docname.startswith("api/"):
         source[0] = LINK.sub(to_page, source[0])
+
+
+def titles_of_pages(app: Sphinx, docname: str, source: list[str]) -> None:
+    """A link that is called as its file on a code host is called by the page's title here."""
+    folder = (DOCS / docname).parent
+
+    def titled(link: re.Match[str]) -> str:
+        path = folder / link[2]
+        title = re.search(r'(?m)^(?: *")?# ([^"\\\n]+)', path.read_text(encoding="utf-8")) if path.is_file() else None
+        return link[0] if title is None else f"[{title[1]}]"
+
+    if not docname.startswith("api/"):
+        source[0] = NAMED.sub(titled, source[0])
 
 
 def docstrings(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -128,6 +142,7 @@ def sentences(app: Sphinx, doctree: nodes.document) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", front_page)
+    app.connect("source-read", titles_of_pages)
     app.connect("source-read", links_to_pages)
     app.connect("source-read", without_absent_pages)
     app.setup_extension("sphinx.ext.autodoc")

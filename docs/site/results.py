@@ -24,7 +24,7 @@ from sphinx.util.docutils import SphinxDirective
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from lib.report import facts, number, warning  # noqa: E402  (a folder of programs, no package)
+from lib.report import number, warning  # noqa: E402  (a folder of programs, no package)
 
 Row = Mapping[str, Any]
 NUMBER = re.compile(r"-?[\d.]+(e[-+]?\d+)?¹?$")
@@ -160,12 +160,46 @@ RECORDS: Mapping[str, Record] = {
     ),
 }
 
+# What keys of conditions and of plain tables are called on the site. Others stand as they are.
+WORDS = {
+    # conditions
+    "python": "Python",
+    "triton": "Triton",
+    "cuda": "CUDA",
+    "torch_isa": "PyTorch's instruction set",
+    "native_isa": "native kernels'",
+    "native_compiler": "compiled by",
+    "of_run": "¹",
+    # columns
+    "contender": "computed by",
+    "call": "computed by",
+    "median_ms": "median, ms",
+    "low_ms": "lower quartile, ms",
+    "high_ms": "upper quartile, ms",
+    "single_ms": "a single call, ms",
+    "of_gradients": "in multiples of the gradients",
+    "of_output": "returned, MiB",
+    "computed": "of what, computed and not run",
+    "geometric_mean": "geometric mean",
+    "tau": "τ₂",
+    "exact": "loss in float64",
+    "loss": "error of the loss",
+    "gradient": "error of the gradient",
+}
+
+
+def word(key: str) -> str:
+    found = WORDS.get(key, key)
+    if "_" in found:
+        raise ValueError(f"{key}: got a key without a name for readers, wanted one in WORDS of {Path(__file__).name}")
+    return found
+
 
 def digits(x: Any) -> str:
     """A cell: three digits of a number, small ones as powers of ten."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         return str(x).replace("|", "\\|")
-    if isinstance(x, int) or x == round(x, 4):  # what was chosen, not measured
+    if isinstance(x, int) or x == round(x, 5):  # what was chosen, not measured
         return f"{x:g}"
     return f"{x:.1e}" if 0 < abs(x) < 1e-3 else "NaN" if math.isnan(x) else number(x)
 
@@ -180,7 +214,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def plain(title: str, rows: Sequence[Row]) -> Iterator[str]:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     yield f"**{title}**"
-    yield from table(keys, ([digits(row[key]) if key in row else "" for key in keys] for row in rows))
+    yield from table(list(map(word, keys)), ([digits(row[key]) if key in row else "" for key in keys] for row in rows))
 
 
 def pivoted(times: Times, rows: Sequence[Row], value: str, unit: str, title: str) -> Iterator[str]:
@@ -242,8 +276,9 @@ def text(name: str, results: Mapping[str, Any]) -> str:
     """The tables of a file as Markdown."""
     record = RECORDS[name]
     conditions = {key: value for key, value in results["conditions"].items() if value is not None}
+    said = ", ".join(f"{word(key)} {value}" for key, value in conditions.items() if key not in ("busy", "forced"))
     lines = [
-        f"`{record.command}`: {facts(conditions)}.",
+        f"`{record.command}`: {said}.",
         "",
         *(warning(conditions) if "forced" in conditions else ()),
         "",
@@ -274,6 +309,7 @@ class Results(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         relative, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(relative)
+        self.env.note_dependency(__file__)
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         return [nodes.container("", *self.parse_text_to_nodes(text(Path(path).stem, results)), classes=["results"])]
 
