@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import ROOT
+from tests.tools import pages
 
 FOLDER = ROOT / "examples" / "integrations"
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -74,6 +75,15 @@ def test_trainers(name, options):
 def test_hugging_face_trainer_with_a_loss_function():
     (found,), _ = example("hugging_face_trainer", "--loss-function", "--accumulate", "2")
     assert found.learned(), found
+
+
+def test_the_page(tmp_path, monkeypatch):
+    """All that needs a trainer, which tests/programs/test_pages.py can but compile."""
+    page = ROOT / "docs/trainers.md"
+    monkeypatch.chdir(tmp_path)
+    for _ in pages.run(page):
+        pass
+    assert all(block.runs() for block in pages.blocks(page) if block.needs)
 
 
 def test_accelerate_on_two_processes():

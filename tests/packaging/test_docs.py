@@ -132,13 +132,3 @@ def test_every_result_is_on_a_page():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "benchmarks").glob("*.md"))
     recorded = {path.name for path in (ROOT / "benchmarks/results").glob("*.json")}
     assert set(re.findall(r"\{results\} \S*?([^/\s]+\.json)", pages)) == recorded
-
-
-@pytest.mark.parametrize(("name", "count"), [("first-steps", 3), ("missing-modalities", 4)])
-def test_the_page_runs(name, count):
-    """Its blocks, one after the other; what they say they assert themselves."""
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{name}.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == count
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)

@@ -1,11 +1,9 @@
-"""The programs a newcomer runs: the demo, the README's lines, the documentation's figure."""
+"""The programs a newcomer runs: the demo, the examples, the documentation's figure."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,45 +71,6 @@ def test_demo_learns_and_repeats_itself(tmp_path):
     assert runs[0]["leave_one_out"]["recall"] == runs[1]["leave_one_out"]["recall"]
     assert runs[0]["leave_one_out"]["recall"] > 50 / demo.HELD_OUT
     assert not list(tmp_path.iterdir())
-
-
-def test_readme_usage_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names: dict[str, object] = {}
-        exec(block, names)
-        assert math.isfinite(names["loss"].item())
-        assert names["text"].grad is not None
-
-
-def test_migrating_page_runs():
-    """Its two blocks, one after the other; they are the same loss but for the signs that LAPACK leaves open."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrating.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    names: dict[str, object] = {}
-    exec(blocks[0], names)
-    theirs = names["loss"].item()
-    exec(blocks[1], names)
-    assert names["loss"].item() == pytest.approx(theirs, rel=0.5)
-    names["loss"].backward()
-    assert names["text"].grad.isfinite().all()
-
-
-def test_joint_scores_page_runs():
-    """Its blocks, one after the other; most of what they say they assert themselves."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/joint-scores.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
-        if "loss" in names:
-            assert all(x.grad.isfinite().all() for x in names["xs"])
-    assert names["of_queries"] > 0.99
-    assert names["of_candidates"] < 0.9
-    assert (names["clips"] != torch.arange(500)).all()
-    assert (names["texts"] != torch.arange(500)).all()
-    assert names["learned"](*names["xs"]).item() == pytest.approx(names["loss"].item(), rel=1e-6)
 
 
 @pytest.fixture
