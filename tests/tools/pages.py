@@ -3,7 +3,7 @@
 Blocks of a page run in order, in one namespace, as a reader pastes them. A comment above a block says otherwise:
 
     <!-- needs: lightning -->        runs where these modules are installed (`make integrations` has them)
-    <!-- run by two processes -->    in both, after the blocks above it that need nothing
+    <!-- run by two processes -->    in both, after the blocks above it that need nothing; in a group, if it makes none
     <!-- not run: WHY -->
 """
 
@@ -29,10 +29,22 @@ BLOCK = re.compile(
     r"(?:^<!-- *(.*?) *-->\n+)?^( *)(`{3,}) *(?:python|py)\b[^\n]*\n(.*?)^\2\3 *$", re.DOTALL | re.MULTILINE
 )
 
+# A group is found in a way of its own. The interpreter's end is left out: gloo's threads can abort it where anything
+# still refers to a group (docs/distributed.md), and caches of sharded tensors do.
 EACH = """
-import runpy, sys
+import os, pathlib, runpy, sys
+import torch.distributed as dist
+import torch.distributed.nn
+
 for path in sys.argv[1:]:
+    if "init_process_group" not in pathlib.Path(path).read_text():
+        dist.init_process_group("gloo", f"file://{path}.group", rank=int(os.environ["RANK"]), world_size=2)
     runpy.run_path(path, run_name="__main__")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 
