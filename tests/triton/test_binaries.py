@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no packages for this system")
 
+from pmrl_kernels.ops.contrast.triton import kernels
 from pmrl_kernels.ops.triton import runtime
 from tests import TOOLS
 from tests.tools import resources
@@ -126,6 +128,19 @@ def test_products_of_contrasts_wait_for_no_product(target, multiply, wait):
             assert not [one for one in waits if re.search(r"\s0;", one)], waits
     backward = [("weights_kernel", 3), ("product_kernel", 1)]
     assert loops == [("similar_kernel", 3), *backward, *backward], "all of it at once, and by strips"
+
+
+def test_similarities_are_rounded_alike_everywhere():
+    """Of a row with its equal, with its partner, forward and backward: which of two products a compiler fuses with the
+    sum of both is its own choice, and was not the same in all of a thread's numbers."""
+    factor, names = f"0f{struct.unpack('I', struct.pack('f', kernels.SQUARE.value))[0]:08X}", set()
+    for one in resources.launches(resources.Case("sm_90", "modality", "fp32", 3)):
+        name = one.kernel.fn.__name__
+        if name in ("prepare_kernel", "similar_kernel", "weights_kernel") and name not in names:
+            names.add(name)
+            text = compiled_for("sm_90", one).asm["ptx"]
+            assert set(re.findall(rf"(\S+)\s+%[^;]*{factor}[^;]*;", text)) == {"fma.rn.f32"}, name
+    assert len(names) == 3
 
 
 @pytest.mark.parametrize("stack", [0, 8])

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...triton.eigen import zero_or_nan
+from ...triton.eigen import INTERPRETED, zero_or_nan
 from ...triton.scalars import expm1, log1p, read_temperature
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -247,8 +247,12 @@ def load_row(pointer, plane, mask):
 @triton.jit
 def unscaled(x):
     """x / UNIT², rounded once where products and sums are fused: an inverse that is itself rounded would make all
-    similarities too large or too small, and the losses with them."""
-    return x * SQUARE + x * SQUARE_LOW
+    similarities too large or too small, and the losses with them. Which product is fused is said here: compilers choose
+    now the one and now the other, and equal rows would not be as similar forward as backward."""
+    if INTERPRETED:
+        return x * SQUARE + x * SQUARE_LOW
+    else:
+        return tl.math.fma(x, SQUARE, x * SQUARE_LOW)
 
 
 # ------------------------------------------------------------------------------------------------
