@@ -15,12 +15,10 @@ What matters most is measured first, and results are written as they come: a run
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ import torch
 from lib import accuracy, cases, figures, formulations, report, run
 from lib.cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
 from lib.measure import Clock
-from lib.on_gpu import Row, Work, times
+from lib.on_gpu import Row, Work, on_all_cores, times
 from lib.report import number, table
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -191,13 +189,7 @@ def compile_ahead(wanted: Sequence[Work], device: str) -> None:
         for c in candidates
         if _of_ours(c) and c.name.startswith("triton")
     }
-    slowest_first = sorted(jobs, key=lambda job: -job[3])
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(_prepare, *job) for job in slowest_first]
-        with run.progress(len(waiting), "compiling") as bar:
-            for future in waiting:
-                future.exception()  # it will be met again, and told, where that kernel is to be timed
-                bar.update()
+    on_all_cores(_prepare, sorted(jobs, key=lambda job: -job[3]))  # the slowest first
 
 
 # ------------------------------------------------------------------------------------------------

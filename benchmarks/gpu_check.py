@@ -1,6 +1,7 @@
 """Everything to be known about the package on a GPU, by one command: tests, the benchmark, and on demand the rest.
 
-    python benchmarks/gpu_check.py                            # at most eight minutes: facts gpu benchmark contract
+    python benchmarks/gpu_check.py                            # at most eight minutes, see DEFAULT
+    python benchmarks/gpu_check.py --only fused benchmark contrasts --limit 590  # first of all: what has not run yet
     python benchmarks/gpu_check.py --only contrasts tune counters host  # and launch parameters, the hardware's counters
     python benchmarks/gpu_check.py --only contract --one-in 1 --limit 590
     python benchmarks/gpu_check.py --only gpu memcheck racecheck initcheck synccheck --limit 590
@@ -9,15 +10,18 @@
 
 Needs torch, triton, numpy, pytest and tqdm; pytest-xdist makes the contract many times faster. Runs in the checkout,
 with the Python that runs it: nothing is installed or downloaded. A step that fails does not keep the next from running,
-but makes the whole fail. What was printed and measured goes to --output.
+but makes the whole fail. One that takes too long is interrupted, and tells what has failed so far. What was printed and
+measured goes to --output.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,11 +30,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT = "{seconds left}"
-DEFAULT = ("facts", "gpu", "benchmark", "contract")
+DEFAULT = ("facts", "fused", "gpu", "benchmark", "contract")
 SHOWN = 60  # last lines of a step that are printed; all of them are in the log
+LAST_WORDS = 20.0  # seconds, of those that a step may take, for it to end in when it is interrupted; at least 5
 SANITIZED = "agrees_with_the_reference or layouts_and_sums_agree or the_same_bits"
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-OUR_KERNELS = r"regex:(gram|solve|vectors|forward|reduce|backward)_(kernel|\d_\w+)|stream_\d_\w+|total"
+OUR_KERNELS = (
+    r"regex:^((gram|solve|vectors|forward|reduce|backward)_kernel|(forward|stream|vectors|backward)_\d\w*|total)$"
+)
 
 
 class Step(NamedTuple):
@@ -53,11 +60,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
     selected = ["-k", f"(triton or cuda-cuda) and {where} and not oracle", "--one-in", str(share)]
-    on_gpus = [
-        "tests/triton/test_gpu.py",
-        *(["--every", "2"] if dry else ["tests/triton/test_contrasts.py", "tests/triton/test_joint.py"]),
-    ]
-    on_gpus.append("tests/cuda/test_gpu.py")
+    fused = ["tests/triton/test_contrasts.py", "tests/triton/test_joint.py", *(["--every", "24"] if dry else [])]
+    on_gpus = ["tests/triton/test_gpu.py", "tests/cuda/test_gpu.py", *(["--every", "2"] if dry else [])]
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -66,10 +70,13 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20")
         return Step([*sanitized, *more], 300, command, alone)  # with kernels that the step gpu has compiled
 
-    timing = 260 if "contract" in options.only else options.limit
+    # What ends by itself when its time is over would leave nothing to those behind it.
+    timed = len({"benchmark", "contrasts"} & set(options.only))
+    timing = 260 if "contract" in options.only else options.limit / max(1, timed)
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
+        "fused": Step([*pytest, *parallel, *fused], options.limit if dry else 150),
         "gpu": Step([*pytest, *parallel, *on_gpus], options.limit if dry else 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
@@ -98,20 +105,36 @@ def run(step: Step, seconds: float, environment: dict[str, str]) -> tuple[int, s
     """Exit status, 124 for one that took too long, and what was printed."""
     # A step that keeps to a limit itself has a last call to end, and a report to print.
     arguments = [str(max(1, int(0.85 * seconds))) if word == LEFT else word for word in step.arguments]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's job in the background would pass on that it is deaf
+    process = subprocess.Popen(
+        [*step.under, sys.executable, *arguments],
+        cwd=ROOT,
+        env={**environment, **dict(step.settings)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [*step.under, sys.executable, *arguments],
-            cwd=ROOT,
-            env={**environment, **dict(step.settings)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-        )
-        return done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        return 124, (late.stdout or b"").decode(errors="replace") + f"\nstopped after {seconds:.0f} s"
+        begun = max(0.9 * seconds, seconds - LAST_WORDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            text = process.communicate(timeout=begun)[0]
+            return process.returncode, text
+        process.send_signal(signal.SIGINT)  # pytest then says which tests have failed, and why
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return 124, process.communicate(timeout=max(5.0, seconds - begun))[0] + f"\ninterrupted after {begun:.0f} s"
+    finally:
+        _end(process)
+    return 124, process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """And whatever it has started, which would keep the device busy in the next step."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import run
 from .cases import Case, Contender, embeddings
 from .measure import Clock, captured
 
@@ -19,6 +23,16 @@ FULL_SVD_BATCH = 256
 Row = dict[str, Any]
 Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
 """Shapes (B, d, k), and who is timed there."""
+
+
+def on_all_cores(prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Calls it for each, in processes of their own, for what they leave in Triton's cache."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(prepare, *job) for job in jobs]
+        with run.progress(len(waiting), "compiling") as bar:
+            for future in waiting:
+                future.exception()  # it will be met again, and told, where that kernel is to be timed
+                bar.update()
 
 
 def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,7 +273,7 @@ def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
     arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "400", "--limit", "900"]
     command = [sys.executable, str(FOLDER / "gpu_check.py"), *arguments, "--only"]
     done = subprocess.run(
-        [*command, "facts", "gpu", "benchmark", "contrasts", "tune", "host", "contract"],
+        [*command, "facts", "fused", "gpu", "benchmark", "contrasts", "tune", "host", "contract"],
         capture_output=True,
         text=True,
     )
@@ -284,6 +286,59 @@ def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
     unknown = subprocess.run([*command, "facts", "fact"], capture_output=True, text=True)
     assert unknown.returncode == 2
     assert "--only: got ['fact'], wanted some of" in unknown.stderr
+
+
+def test_a_step_of_the_check_that_takes_too_long_tells_what_has_failed(benchmark_modules, tmp_path):
+    """And leaves nothing behind that would go on."""
+    import gpu_check
+
+    child = tmp_path / "child"
+    (tmp_path / "test_some.py").write_text(
+        "import pathlib, subprocess, time\n"
+        "def test_one():\n    assert 1 == 2, 'what is wrong'\n"
+        "def test_two():\n"
+        f"    pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(['sleep', '300']).pid))\n"
+        "    time.sleep(300)\n"
+    )
+    step = gpu_check.Step(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_some.py")], 60)
+    began = time.monotonic()
+    status, text = gpu_check.run(step, 10.0, dict(os.environ))
+    assert status == 124
+    assert time.monotonic() - began < 60
+    assert "what is wrong" in text, text
+    assert "interrupted after" in text
+    left = Path(f"/proc/{child.read_text()}/stat")
+    while left.exists() and left.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+
+
+def test_the_profiler_is_told_the_names_of_kernels(benchmark_modules):
+    """As they are compiled: of the CUDA backend's, some for each dtype and some for all."""
+    import gpu_check
+
+    pattern = gpu_check.OUR_KERNELS.removeprefix("regex:")
+    table = (ROOT / "tests" / "data" / "cuda-resources.txt").read_text()
+    compiled = {line.split()[2] for line in table.splitlines() if not line.startswith("#")}
+    of_alignment = {"forward_4", "stream_4", "backward_4_float32", "backward_4_bfloat16", "vectors_4_float32", "total"}
+    assert of_alignment <= compiled
+    names = of_alignment | {f"{name}_kernel" for name in ("gram", "solve", "vectors", "forward", "reduce", "backward")}
+    assert not [name for name in names if not re.fullmatch(pattern, name)]
+    assert not re.fullmatch(pattern, "vectorized_elementwise_kernel")
+
+
+def test_steps_of_the_check_leave_one_another_time(benchmark_modules):
+    """Those that go on until their time is over, too; and what is new comes first."""
+    import gpu_check
+
+    options = SimpleNamespace(dry_run=False, output=FOLDER, one_in=None, wheel=None, limit=590.0)
+    for only, shares in ((["benchmark"], 590.0), (["fused", "benchmark", "contrasts"], 295.0), (["contract"], 260)):
+        options.only = only
+        chosen = gpu_check.steps(options)
+        assert (chosen["benchmark"].most, chosen["contrasts"].most) == (shares, shares)
+    names = list(chosen)
+    assert names[:3] == ["facts", "fused", "gpu"]
+    assert set(gpu_check.DEFAULT) <= set(names)
 
 
 def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsys):
