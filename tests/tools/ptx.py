@@ -1052,9 +1052,20 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
 ROUNDING = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
 
 
+TF32 = np.uint32(0xFFFFE000)  # the bits of a float32 that tensor cores look at
+
+
+def _to_tf32(bits: np.ndarray) -> np.ndarray:
+    """The nearest one, of two the larger; what is not finite stays so."""
+    nearest = (bits + np.uint32(0x1000)) & TF32
+    return np.where(bits & np.uint32(0x7F800000) == 0x7F800000, bits, nearest)
+
+
 @operation("cvt")
 def _convert(name: str, parts: list[str], args: list[str]) -> Run:
     to, origin = parts[-2:]
+    if parts == ["rna", "tf32", "f32"]:
+        return lambda p, m: p.put(args[0], _to_tf32(np.asarray(p.get(args[1], TYPES["u32"]))), m)
     rounding = next((ROUNDING[part] for part in parts if part in ROUNDING), None)
     mode = next((part for part in parts if part in ("rn", "rz", "rm", "rp")), "rn")
     halves = "bf16" in to or to == "f16x2"
@@ -1446,6 +1457,12 @@ def product_of_halves(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray
     return C
 
 
+def product_of_tf32(A: np.ndarray, B: np.ndarray, C: np.ndarray) -> np.ndarray:
+    """The same of float32, of which the upper 19 bits count, 8 columns of A at a time."""
+    a, b = ((x.view(np.uint32) & TF32).view(np.float32).astype(np.float64) for x in map(np.ascontiguousarray, (A, B)))
+    return cut(a[..., :, None, :] * b.swapaxes(-1, -2)[..., None, :, :], C.astype(np.float64))
+
+
 @operation("mma")
 def _matrix(name: str, parts: list[str], args: list[str]) -> Run:
     """D = A B + C. Lane 4 g + t of a warp has A's rows g (and g + 8) and B's column g at columns and rows t, t + 4, ...
@@ -1515,9 +1532,9 @@ def _chunks(descriptors: np.ndarray, rows: int, across: bool) -> np.ndarray:
 
 @operation("wgmma")
 def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
-    """D = A B + D of four warps, of fp16 in shared memory by descriptors, M = 64, K = 16. Warp w has rows 16 w to
-    16 w + 15, its lanes as ``mma`` has them. Until its group was waited for accumulators are NaN, and operands unread:
-    what overwrites them sooner shows."""
+    """D = A B + D of four warps, M = 64, of fp16 (K = 16) in shared memory by descriptors; or of TF32 (K = 8), A in
+    registers. Warp w has rows 16 w to 16 w + 15, its lanes as ``mma`` has them. Until its group was waited for
+    accumulators are NaN, and operands in shared memory unread: what overwrites them sooner shows."""
     if parts[0] == "fence":
         return lambda p, m: None
     if parts[0] == "commit_group":
@@ -1541,35 +1558,50 @@ def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
                         p.put(register, found[:, at], None)
 
         return wait
-    shape = re.fullmatch(r"m64n(\d+)k16", parts[3])
-    if not shape or parts[:3] != ["mma_async", "sync", "aligned"] or parts[4:] != ["f32", "f16", "f16"]:
+    shape = re.fullmatch(r"m64n(\d+)k(8|16)", parts[3])
+    halves = parts[4:] == ["f32", "f16", "f16"]
+    if (
+        not shape
+        or parts[:3] != ["mma_async", "sync", "aligned"]
+        or (int(shape[2]), parts[4:]) not in ((16, ["f32", "f16", "f16"]), (8, ["f32", "tf32", "tf32"]))
+    ):
         raise NotImplementedError(".".join([name, *parts]))
-    if args[1].startswith("{") or args[4:6] != ["1", "1"] or args[6] != "0":
+    if args[1].startswith("{") == halves or args[4:6] != ["1", "1"] or (halves and args[6] != "0"):
         raise NotImplementedError(f"{'.'.join([name, *parts])} {args[1:]}")
-    N, into, across = int(shape[1]), tuple(_split(args[0])), args[7] == "1"
+    N, into, across = int(shape[1]), tuple(_split(args[0])), halves and args[7] == "1"
+    element = np.float16 if halves else np.float32
+
+    def descriptors(p: Program, operand: str) -> np.ndarray:
+        found: np.ndarray = p.get(operand, TYPES["u64"]).astype(np.int64).reshape(-1, 128)
+        if (found != found[:, :1]).any():
+            raise RaceError(f"{p.code.name}: the lanes of {name} have different descriptors")
+        return found[:, 0]
 
     def run(p: Program, m: np.ndarray | None) -> None:
         if m is not None or len(p.thread) % 128:
             raise NotImplementedError(f"{name} by some threads")
-        a, b = (p.get(x, TYPES["u64"]).astype(np.int64).reshape(-1, 128) for x in args[1:3])
-        if (a != a[:, :1]).any() or (b != b[:, :1]).any():
-            raise RaceError(f"{p.code.name}: the lanes of {name} have different descriptors")
         adds = np.broadcast_to(p.predicate(args[3]), len(p.thread))
-        places = _chunks(a[:, 0], 64, False), _chunks(b[:, 0], N, across)
 
         def matrix(addresses: np.ndarray, transposed: bool) -> np.ndarray:
-            """(warpgroup, rows, 16), or (warpgroup, 16, rows)."""
+            """(warpgroup, rows, K), or (warpgroup, K, rows)."""
             groups, count = addresses.shape
             who = (np.arange(groups)[:, None] * 128 + np.arange(count) % 128).ravel()
             read = load(p.shared, addresses.ravel(), 16, Threads(p.at, who, p.barriers, p.of_warp))
-            x = np.ascontiguousarray(read).view(np.float16)
-            return x.reshape(groups, 16, -1) if transposed else x.reshape(groups, -1, 16)
+            x = np.ascontiguousarray(read).view(element)
+            return x.reshape(groups, int(shape[2]), -1) if transposed else x.reshape(groups, -1, int(shape[2]))
+
+        of_b = _chunks(descriptors(p, args[2]), N, across)
+        if halves:
+            of_a = _chunks(descriptors(p, args[1]), 64, False)
+        else:  # warp, g, t, block of columns, half of rows
+            lanes = [np.broadcast_to(p.get(x, TYPES["f32"]), len(p.thread)) for x in _split(args[1])]
+            in_lanes = np.stack(lanes, 1).reshape(-1, 4, 8, 4, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(-1, 64, 8)
 
         def compute(before: np.ndarray) -> np.ndarray:
-            A, B = matrix(places[0], False), matrix(places[1], across)
+            A, B = matrix(of_a, False) if halves else in_lanes, matrix(of_b, across)
             C = before.reshape(-1, 4, 8, 4, N // 8, 2, 2)  # group, warp, g, t, block, half, entry
             C = C.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, N)
-            D = product_of_halves(A, B if across else B.swapaxes(1, 2), C)
+            D = (product_of_halves if halves else product_of_tf32)(A, B if across else B.swapaxes(1, 2), C)
             return D.reshape(-1, 4, 2, 8, N // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(len(p.thread), -1)
 
         held = np.stack([np.broadcast_to(p.get(x, TYPES["f32"]), len(p.thread)) for x in into], 1)
@@ -1737,18 +1769,23 @@ def install() -> None:
     backend = ops.available["triton"]
     pairs = {name: pair._replace(rejects=here_as_on_a_gpu(pair.rejects)) for name, pair in backend.pairs.items()}
     ops.available["triton"] = backend._replace(rejects=here_as_on_a_gpu(backend.rejects), pairs=pairs)
-    # Where somebody looks on, a negated view say, the operators are called, which are for GPUs.
+    # Where somebody looks on, a negated view say, the operators are called, which are for GPUs; joint scores always.
     from pmrl_kernels.ops.contrast import triton as contrasts
+    from pmrl_kernels.ops.joint import reference as joint_reference
+    from pmrl_kernels.ops.joint import spec as joint_spec
+    from pmrl_kernels.ops.joint import triton as joint
     from pmrl_kernels.ops.spectral import triton as spectral
 
-    for kernels in (spectral, contrasts):
-        for operator, function in (
-            (kernels.forward_operator, kernels._forward),
-            (kernels.backward_operator, kernels._backward),
-        ):
-            library = torch.library.Library(operator.namespace, "FRAGMENT")
-            library.impl(operator._schema.name.partition("::")[2], function, "CPU")
-            _libraries.append(library)  # whose end would be that of what it has registered
+    scores = joint.PAIRS[joint_spec.JOINT.name]
+    for operator, function in (
+        *((kernels.forward_operator, kernels._forward) for kernels in (spectral, contrasts)),
+        *((kernels.backward_operator, kernels._backward) for kernels in (spectral, contrasts)),
+        (scores.forward, joint._forward),
+        (scores.backward, joint_reference.backward),
+    ):
+        library = torch.library.Library(operator.namespace, "FRAGMENT")
+        library.impl(operator._schema.name.partition("::")[2], function, "CPU")
+        _libraries.append(library)  # whose end would be that of what it has registered
 
 
 _libraries: list[torch.library.Library] = []

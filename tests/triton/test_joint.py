@@ -1,6 +1,7 @@
 """Joint scores by Triton's kernel: within its contract of the reference in float64, near copies and odd sizes included.
 
-They need a GPU or Triton's interpreter; test_interpreted.py starts a process that has one.
+They need a GPU, Triton's interpreter or the interpreter of compiled kernels; processes that have one are started by
+test_interpreted.py and test_ptx.py.
 """
 
 from __future__ import annotations

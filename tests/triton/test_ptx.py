@@ -203,6 +203,12 @@ def test_contrasts_on_tensor_cores_that_cut():
     assert run_compiled("tests/triton/test_contrasts.py", "-k", which) == 2
 
 
+def test_joint_scores_on_tensor_cores_that_cut():
+    """Products of four warps, of float32 in three parts of TF32; near copies in float64."""
+    which = "test_scores and 5-64-33 and (sigma-4 or volume-3 or area2)"
+    assert run_compiled("tests/triton/test_joint.py", "-k", which) == 3
+
+
 @triton.jit
 def triangular_kernel(first, second, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
@@ -227,6 +233,11 @@ def test_pairs_are_found_by_square_roots_that_are_not_exact():
 @pytest.mark.slow
 def test_all_contrasts_on_tensor_cores_that_cut(sampled):
     assert run_compiled("tests/triton/test_contrasts.py", "-k", "test", *sampled(7, "--every")) >= 1
+
+
+@pytest.mark.slow
+def test_all_joint_scores_on_tensor_cores_that_cut(sampled):
+    assert run_compiled("tests/triton/test_joint.py", "-k", "test", *sampled(9, "--every")) >= 1
 
 
 @pytest.mark.slow
