@@ -64,20 +64,21 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     on_gpus = ["tests/triton/test_gpu.py", "tests/cuda/test_gpu.py", *(["--every", "2"] if dry else [])]
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
     # Every tensor an allocation of its own, so that what lies beside it is no tensor's.
-    alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 
     def checked(tool: str, *more: str) -> Step:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20")
-        return Step([*sanitized, *more], 300, command, alone)  # with kernels that the step gpu has compiled
+        return Step([*sanitized, *more], 300, command, apart)  # with kernels that the step gpu has compiled
 
+    alone = len(options.only) == 1
     # What ends by itself when its time is over would leave nothing to those behind it.
     timed = len({"benchmark", "contrasts"} & set(options.only))
     timing = 260 if "contract" in options.only else options.limit / max(1, timed)
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 60),
-        "fused": Step([*pytest, *parallel, *fused], options.limit if dry else 150),
-        "gpu": Step([*pytest, *parallel, *on_gpus], options.limit if dry else 180),
+        "fused": Step([*pytest, *parallel, *fused], options.limit if dry or alone else 150),
+        "gpu": Step([*pytest, *parallel, *on_gpus], options.limit if dry or alone else 180),
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),

@@ -332,10 +332,17 @@ def test_steps_of_the_check_leave_one_another_time(benchmark_modules):
     import gpu_check
 
     options = SimpleNamespace(dry_run=False, output=FOLDER, one_in=None, wheel=None, limit=590.0)
-    for only, shares in ((["benchmark"], 590.0), (["fused", "benchmark", "contrasts"], 295.0), (["contract"], 260)):
+    for only, shares in (
+        (["benchmark"], 590.0),
+        (["fused", "benchmark", "contrasts"], 295.0),
+        (["gpu", "contract"], 260),
+    ):
         options.only = only
         chosen = gpu_check.steps(options)
         assert (chosen["benchmark"].most, chosen["contrasts"].most) == (shares, shares)
+    assert chosen["gpu"].most == 180
+    options.only = ["gpu"]
+    assert gpu_check.steps(options)["gpu"].most == 590.0
     names = list(chosen)
     assert names[:3] == ["facts", "fused", "gpu"]
     assert set(gpu_check.DEFAULT) <= set(names)
