@@ -622,10 +622,18 @@ def probability(delta, loss):
     return tl.where(loss == float("inf"), 0.0, tl.exp2(tl.where(x > 0, 0.0, x)))
 
 
+# Rows first, and their column keeps two axes: Triton 3.6 does not compile the sum over a lone axis, nor its maximum, of
+# what tensor cores of sm_100 have computed.
 @triton.jit
 def sum_of(x):
     """Of a tile, in float64 but for each row."""
-    return tl.sum(tl.sum(x, 1).to(tl.float64), 0)
+    return tl.sum(tl.sum(x, 1, keep_dims=True).to(tl.float64), 0).item()
+
+
+@triton.jit
+def largest_of(x):
+    """Of a tile."""
+    return tl.max(tl.max(x, 1, keep_dims=True), 0).item()
 
 
 @triton.jit
@@ -679,7 +687,7 @@ def weights_kernel(
     if slopes is not None:
         tl.store(slopes + tl.program_id(0), slope + sum_of(P * tl.where(P == 0, 0.0, delta)))
     G += P
-    top = tl.max(tl.max(G, 1), 0)
+    top = largest_of(G)
     exponent = ((top.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     exponent = tl.minimum(tl.maximum(exponent, -110), 100)
     G = G * power_of_two(13 - exponent)
