@@ -87,7 +87,10 @@ def cuda_unavailable(device: torch.device) -> str | None:
         return f"its kernels are for CUDA, and this PyTorch is for HIP {torch.version.hip}"
     if not build_info:
         return "there is no native library"
-    return _asked_of(torch.cuda.current_device() if device.index is None else device.index)
+    index = device.index
+    if index is None:  # torch has a current device where there is a driver, and raises where there is none
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _asked_of(index)
 
 
 _answers: dict[int, str | None] = {}

@@ -88,8 +88,22 @@ def test_a_device_is_asked_once(machine, monkeypatch):
             reason = cuda.rejects(torch.device("cuda", index), torch.float32, 4, d)
             assert reason == ("no" if index else None)
     assert asked == [0, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert cuda.rejects(torch.device("cuda"), torch.float32, 4, 64) == "no"
+
+
+def test_without_a_driver_the_current_device_is_the_first(machine, monkeypatch):
+    """The library's answer, and not the error of torch, which may be built for CUDA on a machine without it."""
+
+    def raises() -> int:
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    machine.clear()
+    monkeypatch.setattr(native, "_ask", lambda index: f"no driver for {index}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", raises)
+    assert cuda.rejects(torch.device("cuda"), torch.float32, 4, 64) == "no driver for 0"
 
 
 def test_why_it_cannot_run_in_an_installation(machine, monkeypatch):

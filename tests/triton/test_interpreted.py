@@ -89,11 +89,13 @@ def test_importing_the_package_imports_no_triton(interpret):
 
 
 def test_auto_prefers_it_on_a_gpu_only():
+    """But for kernels compiled at installation, which go before it: tests/backends/test_cuda.py has those."""
     code = (
         "import torch, pmrl_kernels.ops as b\n"
+        "candidates = tuple(backend for name, backend in b.available.items() if name != 'cuda')\n"
         "def resolve(op, device):\n"
         "    problem = torch.device(device), torch.float32, 3, 64\n"
-        "    return b.choose(op, tuple(b.available.values()), None, *problem, {})[0].backend\n"
+        "    return b.choose(op, candidates, None, *problem, {})[0].backend\n"
         "print(*(resolve(op, device) for op in ('spectral', 'paired') for device in ('cuda', 'cpu')))"
     )
     done = run("-c", code, TRITON_INTERPRET="1")
