@@ -222,7 +222,8 @@ def test_pairs_are_found_by_square_roots_that_are_not_exact():
     i, j = (torch.full((N * programs,), -1, dtype=torch.int32) for _ in range(2))
     signature = {"first": "*i32", "second": "*i32", "N": "constexpr"}
     source = ASTSource(triangular_kernel, signature, {(2,): N})
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+    options = {"num_warps": 2, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "sqrt.approx" in binary.asm["ptx"]
     with ptx.approximating(2.0**-20):
         ptx.execute(binary.asm["ptx"], binary.metadata.shared, programs, (i, j))
