@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no packages for this system")
 
 from pmrl_kernels.ops import triton
+from pmrl_kernels.ops.contrast import triton as contrasts
 from pmrl_kernels.ops.triton import runtime
 from tests.tools.processes import run, run_interpreted
 
@@ -71,9 +73,29 @@ def test_reasons(monkeypatch):
     assert triton.unavailable() is None or "TRITON_INTERPRET" in triton.unavailable()
     assert "not for cpu" in triton.rejects(torch.device("cpu"), torch.float32, 3, 64)
     assert triton.rejects(torch.device("cuda"), torch.float32, 12, 64) is None
-    monkeypatch.setattr(triton, "_NO_FLOAT64_DOT", True)
+    monkeypatch.setattr(triton, "OLD_ON_AMD", True)
     assert triton.rejects(torch.device("cuda"), torch.float32, 8, 64) is None
     assert "Triton 3.9" in triton.rejects(torch.device("cuda"), torch.float32, 9, 64)
+
+
+@pytest.mark.parametrize(
+    ("hip", "name", "capability", "old", "reason"),
+    [
+        (None, "", (8, 0), False, None),
+        (None, "", (7, 5), False, "compute capability below 8.0"),
+        ("7.0", "gfx942:sramecc+:xnack-", (9, 4), True, None),
+        ("7.0", "gfx1100", (11, 0), False, None),
+        ("7.0", "gfx1100", (11, 0), True, "RDNA 3 it needs Triton 3.9"),
+    ],
+)
+def test_cards_without_contrasts(monkeypatch, hip, name, capability, old, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton, "OLD_ON_AMD", old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=name))
+    found = contrasts.rejects(torch.device("cuda", 0), torch.float32, 3, 64)
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])

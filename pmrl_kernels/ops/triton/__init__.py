@@ -58,7 +58,7 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
-_NO_FLOAT64_DOT = torch.version.hip is not None and _release(version()) < (3, 9)
+OLD_ON_AMD = torch.version.hip is not None and _release(version()) < (3, 9)
 
 
 def unavailable() -> str | None:
@@ -77,7 +77,7 @@ def unavailable() -> str | None:
 def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | None:
     """Why this backend cannot take (B, d) embeddings of k modalities there, or None."""
     if device.type == "cuda":
-        if k > 8 and _NO_FLOAT64_DOT:
+        if k > 8 and OLD_ON_AMD:
             return "for k > 8 on AMD's GPUs it needs Triton 3.9, which has float64 matrix products there"
         return None
     if device.type == "cpu" and INTERPRETED:

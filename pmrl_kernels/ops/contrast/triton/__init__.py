@@ -62,20 +62,24 @@ def rejects(device: torch.device, dtype: torch.dtype, k: int, d: int) -> str | N
     reason = triton.rejects(device, dtype, k, d)
     if reason is None and dtype == torch.float64:
         reason = "its similarities are as exact as float32, not as float64"
-    if reason is None and device.type == "cuda" and not _has_tensor_cores(device.index):
-        reason = "Triton has no tensor cores for it on cards of a compute capability below 8.0"
-    return reason
+    return reason or (_lacking(device.index) if device.type == "cuda" else None)
 
 
-def _has_tensor_cores(index: int | None) -> bool:
-    """Whether Triton has them there. Without a card to ask, as if there were."""
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return True
-    return torch.cuda.get_device_capability(index) >= (8, 0)
+def _lacking(index: int | None) -> str | None:
+    """What Triton lacks on that card to multiply matrices; None where there is no card to ask."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip is None:
+        if torch.cuda.get_device_capability(index) >= (8, 0):
+            return None
+        return "Triton has no tensor cores for it on cards of a compute capability below 8.0"
+    if triton.OLD_ON_AMD and torch.cuda.get_device_properties(index).gcnArchName.startswith("gfx11"):
+        return "on AMD's RDNA 3 it needs Triton 3.9, which compiles its products there"
+    return None
 
 
 # Dynamo calls it, and keeps the answer, as in ``native.py``. (A cache it would look through, and warn of.)
-_has_tensor_cores._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_lacking._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _registered() -> tuple[Operators, Any, Any]:
