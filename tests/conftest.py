@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from pmrl_kernels import losses, ops
+from tests.tools.samples import draw
 
 # What they assert tells its values, as in tests.
 pytest.register_assert_rewrite("tests.tools.arguments", "tests.tools.scalars")
@@ -82,10 +82,7 @@ def sampled(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where kernels are interpreted, or compiled for every test, a sample must do: with one seed always the same.
-
-    The share is exact, rounded up: how many tests are drawn, and so how long they take, does not depend on the seed.
-    """
+    """Where kernels are interpreted, or compiled for every test, a sample must do."""
     share, every, seed = (config.getoption(name) for name in ("--one-in", "--every", "--seed"))
     of_slow = max(1, config.getoption("--sample").bit_length() - 1)
     alike = defaultdict(list)  # by the share that is drawn of them
@@ -106,10 +103,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             one_in *= share
         alike[one_in].append(item)
 
-    def number(item: pytest.Item) -> int:
-        return zlib.crc32(f"{seed}{item.nodeid}".encode())
-
-    kept = {item for one_in, some in alike.items() for item in sorted(some, key=number)[: -(-len(some) // one_in)]}
+    kept = {item for one_in, some in alike.items() for item in draw(some, one_in, seed, lambda item: item.nodeid)}
     items[:] = [item for item in items if item in kept]
 
 

@@ -9,10 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from pmrl_kernels.ops.spectral import spec
 from tests.tools import cuda_door as cuda
 from tests.tools import cuda_resources, ptx
 from tests.tools.installation import COMPILER
+from tests.tools.samples import draw
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -273,32 +273,25 @@ def test_passes_have_no_float64_where_it_is_slow(dtype):
     assert executed("sm_90", 256) > 1.2 * executed("sm_90", 128)
 
 
-class Taken(NamedTuple):
-    """Whether a case is among the one in so many that ``--sample`` asks for; others with each ``--seed``."""
-
-    share: int
-    seed: str
-
-    def number(self, *case: object) -> int:
-        return zlib.crc32(f"{self.seed}{case}".encode())
-
-    def __call__(self, *case: object) -> bool:
-        return self.number(*case) % self.share == 0
+Take = Callable[[Sequence[Any], object], list[Any]]
 
 
 @pytest.fixture
-def taken(request: pytest.FixtureRequest) -> Taken:
-    return Taken(*(request.config.getoption(name) for name in ("--sample", "--seed")))
+def take(request: pytest.FixtureRequest) -> Take:
+    """Of some cases of a test those that ``--sample`` asks for; others with each ``--seed``."""
+    share, seed = (request.config.getoption(name) for name in ("--sample", "--seed"))
+    return lambda cases, of: draw(cases, share, f"{seed}{of}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 4, 5, 6, 7, 8])
-def test_kernels_of_every_k(k, taken):
-    for architecture in ARCHITECTURES if taken.share == 1 else [ARCHITECTURES[taken.number(k) % len(ARCHITECTURES)]]:
-        for layout in LAYOUTS.values():
-            for name in CASES:
-                if taken(k, layout, name):
-                    check(cuda.door(*layout, architecture=architecture), k, name)
+def test_kernels_of_every_k(k, take, request):
+    architectures = ARCHITECTURES
+    if request.config.getoption("--sample") > 1:  # each compiles for a while
+        architectures = draw(ARCHITECTURES, len(ARCHITECTURES), f"{request.config.getoption('--seed')}{k}")
+    for architecture in architectures:
+        for layout, name in take([*itertools.product(LAYOUTS.values(), CASES)], k):
+            check(cuda.door(*layout, architecture=architecture), k, name)
         assert k == 8 or not CALLS_OR_STACK.search(cuda.compiled(k, architecture))
 
 
@@ -416,14 +409,14 @@ def test_mistakes_raise(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_resources_are_those_of_the_table(taken):
+def test_resources_are_those_of_the_table(take):
     """For every architecture: a kernel that takes more than it did is seen where it is reviewed (`make resources`)."""
     written = cuda_resources.TABLE.read_text()
     assert cuda_resources.table([]).splitlines()[0] == written.splitlines()[0], "another nvcc: rewrite the table"
     table = cuda_resources.rows_of(written)
     kinds = {"backward", "forward", "vectors", "dots", "apply", "coefficients", "decompose", "total", "slope"}
     cells = [*itertools.product(cuda_resources.ARCHITECTURES, cuda.KS)]
-    for architecture, k in [cell for cell in cells if taken(*cell)] or cells[:1]:
+    for architecture, k in take(cells, "resources"):
         rows = [*cuda_resources.compiled(architecture, k)]
         assert {row.kernel.split("_")[0] for row in rows} == kinds | ({"stream"} if k in (4, 5) else set())
         assert rows == [row for row in table.values() if (row.target, row.k) == (architecture, k)]

