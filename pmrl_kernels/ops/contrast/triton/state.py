@@ -44,7 +44,8 @@ def prepared(buffer: Any, V: int, padded: int, N: int, d: int, pairs: int, block
 def kept(V: int, N: int, d: int, pairs: int, gathered: bool) -> tuple[int, int]:
     """Rows of the parts that are kept, and for how many blocks of rows there are counters, whatever the tiles; zeros
     where the batch is too large."""
-    padded = (-(-N // LARGEST_TILE) + gathered) * LARGEST_TILE
+    # (PyTorch 2.11 adds no bool to a symbolic size.)
+    padded = (-(-N // LARGEST_TILE) + int(gathered)) * LARGEST_TILE
     if padded * V * width_of(d) > KEPT:
         return 0, 0
     return padded, 2 * pairs * -(-N // 32)
