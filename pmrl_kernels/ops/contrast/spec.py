@@ -84,8 +84,8 @@ class Kind(NamedTuple):
     masked: bool  # the mask says which z there are, or which vectors, and not their zeros
 
     def vectors(self, k: int) -> int:
-        """How many there are."""
-        return self.u + k * (self.z + self.w)
+        """How many there are. (To a symbolic k PyTorch 2.11 adds no bool.)"""
+        return int(self.u) + k * (int(self.z) + int(self.w))
 
 
 NAMES = ("leading", "modality", "leave_one_out", "pairs")
