@@ -120,6 +120,14 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_hoard_on_a_gpu() -> Iterator[None]:
+    """Several processes share one, and what PyTorch keeps for later in one of them is out of the others' reach."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 
