@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import run
 from .cases import Case, Contender, embeddings
-from .measure import Clock, captured
+from .measure import ONCE, Clock, captured
 
 LONGEST = 4.0  # a call that is expected to take longer is not made
 FULL_SVD_BATCH = 256
@@ -25,10 +25,14 @@ Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
 """Shapes (B, d, k), and who is timed there."""
 
 
-def on_all_cores(prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Calls it for each, in processes of their own, for what they leave in Triton's cache."""
+def on_all_cores(
+    prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]], meanwhile: Callable[[], None] | None = None
+) -> None:
+    """Calls it for each, in processes of their own, for what they leave in Triton's cache; and ``meanwhile`` here."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(prepare, *job) for job in jobs]
+        if meanwhile is not None:
+            meanwhile()
         with run.progress(len(waiting), "compiling") as bar:
             for future in waiting:
                 future.exception()  # it will be met again, and told, where that kernel is to be timed
@@ -50,7 +54,9 @@ def measured(contender: Contender, xs: Sequence[Tensor], clock: Clock) -> Row:
         row["no_graph"] = "torch.linalg makes the host wait"
     elif gpu:
         try:
-            row["device_us"] = 1e6 * clock.median(captured(call))
+            slow = once > ONCE
+            replay = captured(call, 1 if slow else 3)
+            row["device_us"] = 1e6 * clock.median(replay, clock.seconds(replay, 1) if slow else None)
         except RuntimeError as error:
             clock.wait()
             row["no_graph"] = str(error).strip().splitlines()[0][:120]

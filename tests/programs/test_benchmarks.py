@@ -253,6 +253,59 @@ def test_no_gpu_waits_for_what_is_too_slow(benchmark_modules):
     assert [row["not_run"] for row in gpu.times(wanted, clock, 0.0)] == ["no time was left"] * 2
 
 
+def test_a_slow_call_is_timed_once(benchmark_modules):
+    """And one that is quick, in rounds."""
+    import gpu
+
+    calls = []
+
+    def call(seconds):
+        calls.append(seconds)
+        time.sleep(seconds)
+
+    clock = gpu.Clock("cpu")
+    assert clock.median(lambda: call(0.0), once=0.25) == 0.25
+    assert calls == []
+    clock.median(lambda: call(0.02), once=0.02)
+    assert len(calls) == 8
+
+
+def test_what_matters_of_contrasts_is_timed_first(benchmark_modules):
+    """Small batches before large ones, and no compiler before what needs none."""
+    import gpu_contrast
+
+    shapes = [(B, 512, 4) for B in gpu_contrast.BATCHES]
+    found = gpu_contrast.work(gpu_contrast.contenders(False), shapes)
+    assert [[B for B, _, _ in some] for some, _, _ in found] == [[256, 1024, 4096]] * 2 + [[16384, 65536]] * 2
+    names = [[one.name for one in who] for _, _, who in found]
+    assert names[2:] == names[:2]
+    assert names[0][:7] == [
+        "instance", "F.cross_entropy", "F.cross_entropy, high", "pmrl, leading", "pmrl, leave_one_out",
+        "pmrl, modality", "pmrl, pairs",
+    ]  # fmt: skip
+    assert names[1] == ["F.cross_entropy, compiled", "F.cross_entropy, compiled, high"]
+
+
+def test_the_gate_of_contrasts_on_a_gpu(benchmark_modules):
+    """Who is wrong or raises is named, once, and the others are timed."""
+    import gpu_contrast
+
+    def raises(xs):
+        raise RuntimeError("no kernel\nmore")
+
+    plain = gpu_contrast._of_one("F.cross_entropy", gpu_contrast._cross_entropy)
+    wrong = gpu_contrast._of_one("F.cross_entropy, compiled", lambda xs: 2 * gpu_contrast._cross_entropy(xs))
+    broken = gpu_contrast._of_one("instance", raises)
+    refused = []
+    wanted = [([(7, 12, 3)], torch.float32, [plain, wrong, broken])] * 2
+    for _, _, passed in gpu_contrast.gated(wanted, gpu_contrast.Clock("cpu"), refused):
+        assert passed == [plain]
+    assert refused == [
+        "F.cross_entropy, compiled: its gradient is 1.0e+00 from the reference in float64: not timed",
+        "instance: RuntimeError: no kernel",
+    ]
+
+
 def test_the_gate_of_the_gpu_benchmark(benchmark_modules):
     """A rival that is wrong is left out and named; if we are, there is nothing to be timed."""
     import gpu
