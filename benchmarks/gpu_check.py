@@ -56,7 +56,9 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     dry = options.dry_run
     output = ["--output", str(options.output.resolve())]
     results = [*output, *(["--dry-run"] if dry else [])]
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=10"]
+    # pytest-benchmark warns in every process that it does nothing there. (Without it, its name is nobody's.)
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    pytest = ["-m", "pytest", "-q", *plugins, "--tb=short", "--show-capture=stderr", "--maxfail=30", "--durations=10"]
     parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") and not dry else []
     where, share = ("cpu", options.one_in or 100) if dry else ("cuda", options.one_in or 5)
     selected = ["-k", f"(triton or cuda-cuda) and {where} and not oracle", "--one-in", str(share)]
