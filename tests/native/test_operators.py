@@ -55,7 +55,9 @@ def test_threads_share_products(contrast, k):
     finally:
         torch.set_num_threads(before)
     for i, found in enumerate(results):
-        torch.testing.assert_close(found, results[i % 4], rtol=2e-5, atol=1e-7 * results[i % 4][1].abs().max().item())
+        # Of sums in another order, which BLAS chooses by the processor, too: a few roundings of float32.
+        size = results[i % 4][1].abs().max().item()
+        torch.testing.assert_close(found, results[i % 4], rtol=2e-5, atol=5e-7 * size)
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["one process", "of several"])
