@@ -84,6 +84,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         "benchmark": Step(["benchmarks/gpu.py", *results, "--limit", LEFT], timing),
         "contrasts": Step(["benchmarks/gpu_contrast.py", *results, "--limit", LEFT], timing),
         "tune": Step(["benchmarks/tune.py", *results], options.limit),
+        "tune-contrasts": Step(["benchmarks/tune_contrast.py", *results], options.limit),
         "counters": Step(
             ["benchmarks/gpu.py", "--once", "65536", "512", "4"],
             120,

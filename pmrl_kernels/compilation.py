@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from . import inputs
 
-_BATCHES = (2, 512, 520, 1032, 1536, 1544, 8200)
+_BATCHES = (2, 192, 200, 448, 456, 1032, 1280, 1288, 8200)
 """One for each way that kernels are launched: the Triton backend's LATENCY_BATCH and SPREAD_BATCH lie between, and for
-contrasts the least and the largest batch for each size of tiles, or one whose weights go in strips."""
+contrasts, of one vector with itself and of others, the least and the largest batch for each size of tiles, or one whose
+weights go in strips."""
 
 _ON_CPUS = (2, 1032)  # where large ones take seconds, and make no difference
 

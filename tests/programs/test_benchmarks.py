@@ -326,16 +326,18 @@ def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
     arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "1000", "--limit", "900"]
     command = [sys.executable, str(FOLDER / "gpu_check.py"), *arguments, "--only"]
     done = subprocess.run(
-        [*command, "facts", "fused", "gpu", "benchmark", "contrasts", "tune", "host", "contract"],
+        [*command, "facts", "fused", "gpu", "benchmark", "contrasts", "tune", "tune-contrasts", "host", "contract"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert {path.name for path in tmp_path.iterdir()} >= {
-        "gpu-check.log", "gpu.json", "gpu.csv", "gpu-contrast.json", "tune.json",
+        "gpu-check.log", "gpu.json", "gpu.csv", "gpu-contrast.json", "tune.json", "tune-contrast.json",
     }  # fmt: skip
     tuned = json.loads((tmp_path / "tune.json").read_text())
     assert {row["kernel"] for row in tuned["kernels"]} >= {"gram_kernel", "solve_kernel", "forward_kernel"}
+    settings = json.loads((tmp_path / "tune-contrast.json").read_text())["settings"]
+    assert all({"all", "prepare_kernel", "similar_kernel", "weights_kernel"} <= row["us"].keys() for row in settings)
     unknown = subprocess.run([*command, "facts", "fact"], capture_output=True, text=True)
     assert unknown.returncode == 2
     assert "--only: got ['fact'], wanted some of" in unknown.stderr

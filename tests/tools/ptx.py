@@ -1532,9 +1532,9 @@ def _chunks(descriptors: np.ndarray, rows: int, across: bool) -> np.ndarray:
 
 @operation("wgmma")
 def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
-    """D = A B + D of four warps, M = 64, of fp16 (K = 16) in shared memory by descriptors; or of TF32 (K = 8), A in
-    registers. Warp w has rows 16 w to 16 w + 15, its lanes as ``mma`` has them. Until its group was waited for
-    accumulators are NaN, and operands in shared memory unread: what overwrites them sooner shows."""
+    """D = A B + D of four warps, M = 64, of fp16 (K = 16) in shared memory by descriptors, or A in registers; or of
+    TF32 (K = 8), A in registers. Warp w has rows 16 w to 16 w + 15, its lanes as ``mma`` has them. Until its group was
+    waited for accumulators are NaN, and operands in shared memory unread: what overwrites them sooner shows."""
     if parts[0] == "fence":
         return lambda p, m: None
     if parts[0] == "commit_group":
@@ -1566,9 +1566,11 @@ def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
         or (int(shape[2]), parts[4:]) not in ((16, ["f32", "f16", "f16"]), (8, ["f32", "tf32", "tf32"]))
     ):
         raise NotImplementedError(".".join([name, *parts]))
-    if args[1].startswith("{") == halves or args[4:6] != ["1", "1"] or (halves and args[6] != "0"):
+    in_registers = args[1].startswith("{")
+    known = args[4:6] == ["1", "1"] and (in_registers or (halves and args[6] == "0"))
+    if not known:
         raise NotImplementedError(f"{'.'.join([name, *parts])} {args[1:]}")
-    N, into, across = int(shape[1]), tuple(_split(args[0])), halves and args[7] == "1"
+    N, into, across = int(shape[1]), tuple(_split(args[0])), halves and args[6 if in_registers else 7] == "1"
     element = np.float16 if halves else np.float32
 
     def descriptors(p: Program, operand: str) -> np.ndarray:
@@ -1591,14 +1593,16 @@ def _group_product(name: str, parts: list[str], args: list[str]) -> Run:
             return x.reshape(groups, int(shape[2]), -1) if transposed else x.reshape(groups, -1, int(shape[2]))
 
         of_b = _chunks(descriptors(p, args[2]), N, across)
-        if halves:
+        if in_registers:  # group, warp, g, t, block of columns, half of rows, entry
+            kind = TYPES["u32" if halves else "f32"]
+            lanes = np.stack([np.broadcast_to(p.get(x, kind), len(p.thread)) for x in _split(args[1])], 1)
+            entries = np.ascontiguousarray(lanes).view(element).reshape(-1, 4, 8, 4, 2, 2, 2 if halves else 1)
+            in_lanes = entries.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, int(shape[2]))
+        else:
             of_a = _chunks(descriptors(p, args[1]), 64, False)
-        else:  # warp, g, t, block of columns, half of rows
-            lanes = [np.broadcast_to(p.get(x, TYPES["f32"]), len(p.thread)) for x in _split(args[1])]
-            in_lanes = np.stack(lanes, 1).reshape(-1, 4, 8, 4, 2, 2).transpose(0, 1, 5, 2, 4, 3).reshape(-1, 64, 8)
 
         def compute(before: np.ndarray) -> np.ndarray:
-            A, B = matrix(of_a, False) if halves else in_lanes, matrix(of_b, across)
+            A, B = in_lanes if in_registers else matrix(of_a, False), matrix(of_b, across)
             C = before.reshape(-1, 4, 8, 4, N // 8, 2, 2)  # group, warp, g, t, block, half, entry
             C = C.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, N)
             D = (product_of_halves if halves else product_of_tf32)(A, B if across else B.swapaxes(1, 2), C)

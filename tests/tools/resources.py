@@ -49,7 +49,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-SHARED_LIMIT = {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+SHARED_LIMIT = {name: runtime.SHARED.get(target.arch, 64) for name, target in TARGETS.items()}
 """KiB."""
 SPILLED = {
     "solve_kernel": dict.fromkeys(TARGETS, 336),
@@ -138,7 +138,7 @@ def spectral_calls(case: Case, d: int) -> None:
 def contrast_calls(case: Case, d: int) -> None:
     """Of a batch for each size of tiles, and of one that goes in strips."""
     parts, tau = kind(CONTRASTS[case.call], case.k), torch.tensor(0.1)
-    for B in (256, 1024, 4096, 16384):
+    for B in (64, 256, 1024, 4096, 16384):
         vectors = [torch.empty(B, d) for _ in range(parts.vectors(case.k))]
         arguments = vectors, parts.pairs, parts.directions, None, [], None, 0, tau, 1.0
         _, losses, state = contrast.forward(*arguments)

@@ -123,7 +123,7 @@ def test_sums_in_double_float_use_no_float64():
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "multiply", "wait"), [
     ("sm_90", "wgmma.mma_async", r"wgmma\.wait_group\.sync\.aligned\s+1;"),  # one product is still under way
-    ("sm_80", "mma.sync", r"cp\.async\.wait_group\s+2;"),  # and so are the operands of the next two
+    ("sm_80", "mma.sync", r"cp\.async\.wait_group\s+6;"),  # and so are the operands of the next three
 ])  # fmt: skip
 def test_products_of_contrasts_wait_for_no_product(target, multiply, wait):
     """A loop that waits for all that it has begun leaves tensor cores idle for half of the time. Whether it does is

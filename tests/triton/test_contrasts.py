@@ -40,9 +40,12 @@ each_contrast = pytest.mark.parametrize("contrast", spec.NAMES)
 def tiles(monkeypatch) -> Iterator[None]:
     """Sets their size."""
 
-    def of(tile: int, room: int = launch.ROOM, resident: int = launch.RESIDENT) -> None:
-        rows = 64 if runtime.INTERPRETED else 1
-        monkeypatch.setattr(launch, "plan", lambda N: launch.Plan(tile, 8 if tile == 128 else 4, 8, rows, 32))
+    def of(
+        tile: int, room: int = launch.ROOM, resident: int = launch.RESIDENT, together: bool = False, depth: int = 64
+    ) -> None:
+        rows, large = 64 if runtime.INTERPRETED else 1, tile == 128
+        plan = launch.Plan(tile, 8 if large else 4, 8, rows, 32, depth, 5 if large else 0, together)
+        monkeypatch.setattr(launch, "plan", lambda *_: plan)
         monkeypatch.setattr(launch, "ROOM", room)
         monkeypatch.setattr(launch, "RESIDENT", resident)
 
@@ -193,25 +196,26 @@ def test_batches_of_several_processes_in_strips(contrast, tiles):
 
 
 @triton.jit
-def similarities_kernel(prepared, s, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr):
+def similarities_kernel(prepared, s, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """Of vectors 0 and 1, all of them (tiles·TILE, tiles·TILE)."""
     at = tl.program_id(0)
     tile = kernels.tile_of(k * 0, at, sizes, kernels.Strip(0 * at, sizes.tiles), FORM, TILE, 8)
-    found = kernels.similarities(prepared, tile, k, width, sizes, FORM, TILE, 64)
+    found = kernels.similarities(prepared, tile, k, width, sizes, FORM, TILE, DEPTH)
     length = (sizes.tiles * TILE).to(tl.int32)
     rows, columns = tile.I * TILE + tile.lane, tile.J * TILE + tile.lane
     tl.store(s + rows[:, None] * length + columns[None, :], found)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-def test_similarities_have_the_same_bits_in_all_tiles(rows, tiles):
+def test_similarities_have_the_same_bits_in_all_tiles(rows, together, tiles):
     """Of whole numbers, whose sums are exact however they are added up, and of small ones added up in one order."""
     N, d = 128, 100
     vectors = unit(ROWS[rows](2, N, d))
     vectors[0][5] = vectors[1][5]
     found = []
     for tile in (32, 64, 128):
-        tiles(tile)
+        tiles(tile, together=together)
         problem = launch.Problem(vectors, (0, 1), (True, True), None, [], None, 0, None, 0.1)
         call = launch.geometry(problem)._replace(kept=False)
         made = launch._prepare(call, problem, vectors[0])
@@ -219,7 +223,8 @@ def test_similarities_have_the_same_bits_in_all_tiles(rows, tiles):
         values = (made, s, call.k, call.width, call.sizes)
         warps = 8 if tile == 128 else 4
         programs = (N // tile) ** 2
-        runtime.run(runtime.Launch(similarities_kernel, programs, warps, values, (call.form, tile), (2, 4, 1, 64, 1)))
+        parameters = call.form, tile, call.plan.depth
+        runtime.run(runtime.Launch(similarities_kernel, programs, warps, values, parameters, (2, 4, 1, 64, 1)))
         found.append(s)
     assert all(torch.equal(found[0], s) for s in found[1:])
     exact = vectors[0].double() @ vectors[1].double().T
@@ -228,10 +233,12 @@ def test_similarities_have_the_same_bits_in_all_tiles(rows, tiles):
     assert float((found[0] - exact).abs().max()) <= max(2 * plain, 1.3e-7)
 
 
-@pytest.mark.parametrize("tile", [64, 128])
-def test_larger_tiles(tile, tiles):
+@pytest.mark.parametrize(
+    ("tile", "together", "depth"), [(64, False, 64), (128, False, 64), (64, True, 64), (128, True, 32)]
+)
+def test_larger_tiles(tile, together, depth, tiles):
     """Of which four warps make products together on some cards."""
-    tiles(tile)
+    tiles(tile, together=together, depth=depth)
     for contrast, tau in (("pairs", 0.05), ("leading", 0.1)):
         vectors = unit(clustered(number_of_vectors(contrast, 2), tile + 9, 40))
         expected = computed(contrast, [x.double() for x in vectors], None, tau, reference)
@@ -248,11 +255,11 @@ def in_parts(x: Tensor, padded: int, width: int) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tile", [32, 128])
-def test_a_product_over_many_rows(tile, tiles):
+@pytest.mark.parametrize(("tile", "together"), [(32, False), (128, False), (128, True)])
+def test_a_product_over_many_rows(tile, together, tiles):
     """K = 65536. An accumulator that is cut, not rounded, would lose 3e-4 of it (with sums of one sign, as here): it is
     rounded at the end of each tile."""
-    tiles(tile)
+    tiles(tile, together=together)
     n, N, tau = tile, 65536, 0.5
     b, G = unit(cone(1, N, 16))[0], torch.rand(n, N, device=DEVICE)
     own = [b[:n], b[:n]]
@@ -343,8 +350,10 @@ def test_gradients_that_come_in(grad, tiles):
     assert not results[0][0][3].any()
 
 
-def test_equal_rows_have_equal_similarities():
+@pytest.mark.parametrize("together", [False, True])
+def test_equal_rows_have_equal_similarities(together, tiles):
     """At temperatures that show the last bit: log N of N equal rows."""
+    tiles(32, together=together)
     for d in (7, 64):
         (x,) = unit(random(1, 1, d))
         rows = [x.repeat(33, 1), x.repeat(33, 1)]

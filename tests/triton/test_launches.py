@@ -198,7 +198,7 @@ def test_a_kernel_is_launched_with_what_it_was_compiled_for(compiled_kernels, mo
         grads = [None, *outputs[1:]] if name == "everything" and masked else outputs
         launch.backward(xs, *options, state, grads, [True] * (k - 1) + [not masked])
     made = [(one.kernel, one.compilation) for one in compiled_kernels.values()]
-    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers) for kernel, one in made}
+    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers, one.stages) for kernel, one in made}
     assert len(sources) == len(compiled_kernels) >= 300, "two keys for one source compile it twice"
     assert sum(one.launches for one in compiled_kernels.values()) > 3 * len(sources)
 
@@ -233,7 +233,7 @@ def test_kernels_of_contrasts_are_launched_with_what_they_were_compiled_for(comp
         finally:
             torch.set_float32_matmul_precision("highest")
     made = [(one.kernel, one.compilation) for one in compiled_kernels.values()]
-    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers) for kernel, one in made}
+    sources = {(runtime._source(kernel, one).hash(), one.warps, one.registers, one.stages) for kernel, one in made}
     assert len(sources) == len(compiled_kernels) >= 200, "two keys for one source compile it twice"
 
 
@@ -317,22 +317,26 @@ def test_warm_up_takes_a_batch_of_each_kind():
         sizes = [launch.size_of(B, k) for B in compilation._ON_CPUS]
         assert sizes == [launch.SMALL, launch.MEDIUM]
     assert compilation._ON_CPUS[0] <= launch.SHARE < compilation._ON_CPUS[1]
-    for N in range(1, 10000):  # of each size of tiles the fewest and the most, or more than there is room for
-        tile = contrasts.plan(N).tile
-        warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B).tile == tile]
+    # of each size of tiles the fewest and the most, or more than there is room for
+    for itself, N in itertools.product((True, False), range(1, 10000)):
+        tile = contrasts.plan(N, itself).tile
+        warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B, itself).tile == tile]
         assert min(warmed) <= -(-N // tile) <= max(warmed) or (max(warmed) * tile) ** 2 > contrasts.ROOM, N
 
 
-def test_warm_up_takes_what_processes_have_together(monkeypatch):
+@pytest.mark.parametrize("itself", [True, False])
+def test_warm_up_takes_what_processes_have_together(itself, monkeypatch):
+    def tile(N: int) -> int:
+        return contrasts.plan(N, itself).tile
+
     on_a_gpu = [torch.empty(5, 4, device="meta")]
-    tiles = {contrasts.plan(N).tile for N in range(1, 10000)}
     monkeypatch.setattr(compilation.dist, "is_initialized", lambda: True)
     for processes in (1, 2, 3, 8, 16, 100, 512):
         monkeypatch.setattr(compilation.dist, "get_world_size", lambda processes=processes: processes)
         batches = compilation._batches(on_a_gpu)
-        assert {contrasts.plan(B).tile for B in batches} == tiles
-        reached = {contrasts.plan(processes * B).tile for B in range(2, 10000)}  # with two rows each, or more
-        assert {contrasts.plan(processes * B).tile for B in batches} == reached
+        assert set(map(tile, batches)) == set(map(tile, range(1, 10000)))
+        reached = {tile(processes * B) for B in range(2, 10000)}  # with two rows each, or more
+        assert {tile(processes * B) for B in batches} == reached
         assert min(batches) >= 2
 
 

@@ -60,6 +60,9 @@ def double_float(index: int | None, sums: str | None) -> bool:
 # Compiling
 # ------------------------------------------------------------------------------------------------
 
+SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a program can have, by NVIDIA's compute capability; of others, the least of these."""
+
 
 class Compilation(NamedTuple):
     """All that a compiled kernel follows from, but for the kernel and the target: ``compile_for`` sees nothing else.
@@ -73,6 +76,7 @@ class Compilation(NamedTuple):
     multiples: tuple[int, ...]  # of the arguments, see ``Launch``
     warps: int
     registers: int  # of a thread at most; 0 for as many as there are
+    stages: tuple[int, int]  # see ``Launch``
 
 
 class Launch(NamedTuple):
@@ -88,12 +92,17 @@ class Launch(NamedTuple):
     bytes."""
     registers: int = 0
     """Of a thread at most, so that more programs fit a multiprocessor; 0 for as many as there are."""
+    stages: tuple[int, int] = (0, 0)
+    """Of what a loop loads, how many are to be under way at a time, and the bytes of shared memory that each takes: as
+    many as there is room for. (0, 0): Triton's default, three."""
     varies: tuple[Any, ...] | None = None
     """What the arguments' kinds follow from, with the parameters: dtypes, which ones there are, how long tuples are. To
     look at each argument instead takes the host half as long as the launch does."""
 
     def compilation(self) -> Compilation:
-        return Compilation(_kinds(self.arguments), self.parameters, self.multiples, self.warps, self.registers)
+        return Compilation(
+            _kinds(self.arguments), self.parameters, self.multiples, self.warps, self.registers, self.stages
+        )
 
 
 def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -163,6 +172,10 @@ def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any
     options = {"num_warps": compilation.warps, "enable_fp_fusion": True}
     if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
         options["maxnreg"] = compilation.registers or min(255, 65536 // (32 * compilation.warps))
+        wanted, each = compilation.stages
+        if wanted:
+            room = SHARED.get(int(target.arch), min(SHARED.values())) * 1024
+            options["num_stages"] = max(2, min(wanted, room // each))
     return triton.compile(_source(kernel, compilation), target=target, options=options)
 
 

@@ -13,9 +13,9 @@ its last place each time. But sums of whole numbers below 2²⁴ are exact howev
     4092² a·b = Σ hi hi' + (Σ hi lo' + Σ lo w')
 
 up to Σ lo (x' - w), at most 4 for unit vectors, 2⁻²² of the whole, and mostly far less. The first sum is at most
-4092² < 2²⁴ plus what rounding to whole numbers adds, and exact; the other two are small. Positives are of the same
-three sums, so that a row and its equal have the same similarity. Where products in reduced precision are allowed,
-Σ w w' does.
+4092² < 2²⁴ plus what rounding to whole numbers adds, and exact; the other two are small. In one loop (``together``) it
+is Σ lo hi' + Σ lo lo' for the last one, a product more of what is there anyway. Positives are of the same sums, so that
+a row and its equal have the same similarity. Where products in reduced precision are allowed, Σ w w' does.
 
 **Exponentials.** With s <= 1 and τ >= 1/64 exp(s/τ) fits float32 as it is, with room for sums; vectors with themselves
 (``itself``) take exp((s - 1)/τ), which is right for any τ, since their positives are 1. Below 1/64 (*steep*) sums over
@@ -96,7 +96,8 @@ class Form(NamedTuple):
     star: bool  # k vectors with vector 0, which comes before them
     clique: bool  # each of k with each other one; else, k with k others
     rows_only: bool  # a way at a time; else tiles serve both ways of a pair
-    exact: bool  # three products; else one
+    exact: bool  # several products; else one
+    together: bool  # these, of what is loaded once, in one loop; else in a loop for each
 
 
 @triton.jit
@@ -210,10 +211,14 @@ def prepare_kernel(
             if FORM.itself:
                 sums += load_part(p_a + at, inside) * 0.0
             elif FORM.exact:
-                hi_a = load_part(p_a + at, inside)
-                sums += hi_a * load_part(p_b + at, inside)
-                low += load_part(p_a + plane + at, inside) * load_part(p_b + 2 * plane + at, inside)
-                low += hi_a * load_part(p_b + plane + at, inside)
+                hi_a, lo_a = load_part(p_a + at, inside), load_part(p_a + plane + at, inside)
+                hi_b, lo_b = load_part(p_b + at, inside), load_part(p_b + plane + at, inside)
+                sums += hi_a * hi_b
+                if FORM.together:
+                    low += lo_a * lo_b + lo_a * hi_b
+                else:
+                    low += lo_a * load_part(p_b + 2 * plane + at, inside)
+                low += hi_a * lo_b
             else:
                 sums += load_part(p_a + 2 * plane + at, inside) * load_part(p_b + 2 * plane + at, inside)
         positive = unscaled(tl.sum(sums, 1) + tl.sum(low, 1))
@@ -325,7 +330,17 @@ def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.c
     a = parts + x.to(tl.int64) * 3 * plane + tile.row * width + (tile.lane[:, None] * width + c[None, :])
     b = parts + y.to(tl.int64) * 3 * plane + tile.column * width + (tile.lane[None, :] * width + c[:, None])
     nothing = tl.zeros([TILE, TILE], tl.float32)
-    if FORM.exact:
+    if FORM.exact and FORM.together:
+        s, low = nothing, nothing
+        for c in range(0, width, BLOCK):
+            hi_a, lo_a = tl.load(a + c), tl.load(a + plane + c)
+            hi_b, lo_b = tl.load(b + c), tl.load(b + plane + c)
+            low = tl.dot(lo_a, lo_b, low)
+            low = tl.dot(lo_a, hi_b, low)
+            low = tl.dot(hi_a, lo_b, low)
+            s = tl.dot(hi_a, hi_b, s)
+        s += low
+    elif FORM.exact:
         low = dots(a + plane, b + 2 * plane, nothing, width, BLOCK)
         low = dots(a, b + plane, low, width, BLOCK)
         s = dots(a, b, nothing, width, BLOCK) + low
@@ -410,16 +425,26 @@ def column_sums_of(sums):
 @triton.jit
 def slots(found, sums, distance, first, last, inside, steep):
     """``found`` and what is in the slots from the first to before the last, ``distance`` apart: sums, or logarithms.
-    Other programs may have left it just now."""
+    Other programs may have left it just now. Eight are on their way at a time: one after the other, each would wait for
+    the device's memory."""
+    of_eight = tl.arange(0, 8)[:, None]
+    sums = sums[None, :]
     if steep:
-        for slot in range(first, last):
-            more = tl.load(sums + slot * distance, mask=inside, other=float("-inf"), volatile=True).to(tl.float64)
-            top = tl.where((found != found) | (found > more), found, more)  # NaN if either is
+        for begin in range(first, last, 8):
+            slot = begin + of_eight
+            there = inside[None, :] & (slot < last)
+            more = tl.load(sums + slot * distance, mask=there, other=float("-inf"), volatile=True).to(tl.float64)
+            top = tl.max(more, 0)
+            top = tl.where((found != found) | (found > top), found, top)
             shift = tl.where(top == float("-inf"), 0.0, top)
-            found = shift + logarithm(tl.exp2(found - shift) + tl.exp2(more - shift))
+            found = shift + logarithm(
+                tl.exp2(found - shift) + tl.sum(tl.exp2(more - shift[None, :]), 0)
+            )  # NaN if one is
     else:
-        for slot in range(first, last):
-            found += tl.load(sums + slot * distance, mask=inside, other=0.0, volatile=True).to(tl.float64)
+        for begin in range(first, last, 8):
+            slot = begin + of_eight
+            there = inside[None, :] & (slot < last)
+            found += tl.sum(tl.load(sums + slot * distance, mask=there, other=0.0, volatile=True).to(tl.float64), 0)
     return found
 
 
@@ -744,7 +769,7 @@ def product_kernel(
     a = weights + I * TILE * length + (lane[:, None] * length.to(tl.int32) + step[None, :])
     b = parts + C * COLUMNS + (step[:, None] * width + tl.arange(0, COLUMNS)[None, :])
     STEPS: tl.constexpr = TILE // BLOCK
-    TERMS: tl.constexpr = 3 if FORM.exact else 1
+    TERMS: tl.constexpr = 3 if FORM.exact and not FORM.together else 1  # in steps of their own
     PLANES: tl.constexpr = 2 if FORM.exact else 1
     ROUND: tl.constexpr = TERMS * STEPS
     ways = number_of_ways(vector, k, FORM)
@@ -758,16 +783,22 @@ def product_kernel(
         job, other = job_and_partner(vector, t // per_way, k, one_job, FORM, ALL)
         in_way = t % per_way
         tile, within = in_way // ROUND, in_way % ROUND
-        term = within // STEPS  # of three: lo w, hi lo', hi hi'
-        use_low = 0
-        which = 2
-        if FORM.exact:
-            use_low = tl.where(term == 0, 1, 0)
-            which = 2 - term
         j = tile * TILE + within % STEPS * BLOCK
-        x = tl.load(a + (PLANES * job + use_low) * part + j)
-        y = tl.load(b + (3 * other + which) * plane + j.to(tl.int64) * width)
-        found = tl.dot(x, y, found)
+        x = a + PLANES * job * part + j
+        y = b + 3 * other * plane + j.to(tl.int64) * width
+        if FORM.exact and FORM.together:  # but for lo lo', 2⁻²³ of the whole
+            high, low = tl.load(x), tl.load(x + part)
+            hi, lo = tl.load(y), tl.load(y + plane)
+            found = tl.dot(low, hi, found)
+            found = tl.dot(high, lo, found)
+            found = tl.dot(high, hi, found)
+        else:
+            which = 2
+            if FORM.exact:  # of three terms: lo w, hi lo', hi hi'
+                term = within // STEPS
+                x += tl.where(term == 0, 1, 0) * part
+                which = 2 - term
+            found = tl.dot(tl.load(x), tl.load(y + which * plane), found)
         if within == ROUND - 1:
             total += found * tl.load(scales + (job * strip.height + I) * sizes.tiles + tile)
             found = tl.zeros([TILE, COLUMNS], tl.float32)

@@ -37,15 +37,23 @@ class Plan(NamedTuple):
     group: int  # tiles whose rows, and then whose columns, stay in cache
     rows: int  # of a program of prepare_kernel
     finish: int  # rows of a program of finish_kernel
+    depth: int = 64  # columns of rows, or rows of a product, that are loaded at a time
+    stages: int = 0  # of which so many are under way, if there is room; 0: Triton's default
+    together: bool = False  # see ``Form``
 
 
 @functools.cache
-def plan(N: int) -> Plan:
-    """By the number of columns. See docs/gpu-notes.md."""
+def plan(N: int, itself: bool) -> Plan:
+    """By the number of columns: tiles as large as leave some 40 of them, of a few pairs. See docs/gpu-notes.md."""
     if runtime.INTERPRETED:  # where a program costs the same whatever it does
         return Plan(512 if N > 1024 else 128 if N > 64 else 32, 4, 8, 64, 32)
-    tile = 128 if N > 1536 else 64 if N > 512 else 32
-    return Plan(tile, 8 if tile == 128 else 4, 8, 1, 32)
+    tile = 32
+    for larger, beyond in ((64, 448), (128, 1280)) if itself else ((64, 192), (128, 448)):
+        if beyond < N:
+            tile = larger
+    if tile < 128:
+        return Plan(tile, 4, 8, 1, 32)
+    return Plan(tile, 8, 8, 1, 32, stages=5)  # registers leave room for one program, so shared memory is all its own
 
 
 def exact() -> bool:
@@ -145,7 +153,7 @@ def _geometry(
     is_kept = padded > 0
     if not is_kept:
         padded, blocks = (tiles + gathered) * p.tile, 2 * count * tiles  # tiles of rows begin where this process's do
-    kind, sizes = Form(itself, star, clique, gathered, exact), Sizes(n, N, start, padded, tiles)
+    kind, sizes = Form(itself, star, clique, gathered, exact, p.together), Sizes(n, N, start, padded, tiles)
     layout, numbers = prepared(None, V, padded, N, d, count, blocks)
     return Geometry(count, k, kind, p, sizes, width_of(d), layout, numbers, is_kept)
 
@@ -155,7 +163,7 @@ def geometry(problem: Problem) -> Geometry:
     (N, d), n = columns[0].shape, problem.vectors[0].shape[0]
     gathered = bool(problem.everyone)
     pairs, directions = tuple(problem.pairs), tuple(problem.directions)
-    return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), plan(N))
+    return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), plan(N, pairs == (0, 0)))
 
 
 def _prepare(call: Geometry, problem: Problem, state: Tensor) -> Prepared:
@@ -180,9 +188,22 @@ def _prepare(call: Geometry, problem: Problem, state: Tensor) -> Prepared:
 
 
 def _run(
-    kernel: Any, programs: int, warps: int, arguments: Any, multiples: Any, parameters: Any, varies: tuple[Any, ...]
+    kernel: Any,
+    programs: int,
+    warps: int,
+    arguments: Any,
+    multiples: Any,
+    parameters: Any,
+    varies: tuple[Any, ...],
+    stages: tuple[int, int] = (0, 0),
 ) -> None:
-    runtime.run(Launch(kernel, programs, warps, arguments, parameters, multiples, varies=varies))
+    runtime.run(Launch(kernel, programs, warps, arguments, parameters, multiples, stages=stages, varies=varies))
+
+
+def _stages(call: Geometry, columns: int) -> tuple[int, int]:
+    """Loads under way, of the operands of a tile with so many columns, and their bytes."""
+    p = call.plan
+    return p.stages, (2 if p.together and call.form.exact else 1) * (p.tile + columns) * p.depth * 2
 
 
 def _nothing(problem: Problem) -> Tensor:
@@ -232,7 +253,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             _run(
                 kernels.similar_kernel, jobs * per_job, p.warps,
                 (*tensors, call.k, call.pairs, per_job, call.width, sizes, strip), (2, 1, 2, 1, 1, 1, 1, 64, 1, 1),
-                (kind, tile, 64, p.group, BATCH), varies,
+                (kind, tile, p.depth, p.group, BATCH), varies, _stages(call, tile),
             )  # fmt: skip
         if not at_once:
             numbers = (call.pairs, per_loss, int(at > 0), int(at + 1 < len(strips)), sizes, strip)
@@ -318,9 +339,10 @@ def _weights(step: Pass, strip: Strip, first_job: int, jobs: int) -> tuple[Tenso
     values = (step.made, step.tau, step.losses, weights, scales, slope)
     numbers = (call.k, call.pairs, first_job, per_job, call.width, sizes, strip)
     multiples = (2, 1, 1, 8, 1, 1, 1, 1, 1, 1, 64, 1, 1)
-    parameters = (kind, p.tile, 64, p.group)
+    parameters, arguments = (kind, p.tile, p.depth, p.group), (*values, *numbers)
     varies = step.varies()[-1:]
-    _run(kernels.weights_kernel, jobs * per_job, p.warps, (*values, *numbers), multiples, parameters, varies)
+    stages = _stages(call, p.tile)
+    _run(kernels.weights_kernel, jobs * per_job, p.warps, arguments, multiples, parameters, varies, stages)
     return weights, scales
 
 
@@ -342,7 +364,8 @@ def _product(
     values = (*weights, step.made, step.losses, step.grad, step.state, step.tau, h)
     numbers = (call.k, call.pairs, vector, way, int(added), int(more), blocks, d, call.width, call.sizes, strip)
     multiples = (8, 1, 2, 1, 1, 1, 1, step.multiple, 1, 1, 1, 1, 1, 1, 1, step.multiple, 64, 1, 1)
-    parameters = (kind, all_of > 0, p.tile, columns, min(64, p.tile))
+    parameters, arguments = (kind, all_of > 0, p.tile, columns, min(p.depth, p.tile)), (*values, *numbers)
     varies = (len(h.offsets), *step.varies())
     programs = max(1, all_of) * strip.height * blocks
-    _run(kernels.product_kernel, programs, p.warps, (*values, *numbers), multiples, parameters, varies)
+    stages = _stages(call, columns)
+    _run(kernels.product_kernel, programs, p.warps, arguments, multiples, parameters, varies, stages)
