@@ -16,6 +16,7 @@ import torch
 import pmrl_kernels
 from pmrl_kernels import ops
 from pmrl_kernels.ops.operators import Op, Pair
+from tests.tools import forks
 
 PACKAGE = Path(pmrl_kernels.__file__).parent
 CPU = torch.device("cpu")
@@ -71,9 +72,11 @@ def _resolving(op: Op, part: str, backend: str) -> Callable[..., Any]:
 
 
 def run_python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python -c code`` in a clean environment for this package, or for the copy in ``cwd``."""
+    """``python -c code`` in a clean environment for this package, or for the copy in ``cwd``; with torch imported."""
     dropped = {"PMRL_KERNELS_BACKEND", *(("PYTHONPATH",) if cwd else ())}
     variables = {key: value for key, value in os.environ.items() if key not in dropped} | environment
+    if sys.platform == "linux":
+        return forks.run(code, cwd, variables, timeout=120)
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
 
