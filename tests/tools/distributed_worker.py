@@ -1,6 +1,7 @@
-"""What each process of a test's world does, started by torchrun: one batch split over them, the results to a file.
+"""What each process of a test's world does: one batch split over them, the results to a file.
 
     torchrun --nproc-per-node 3 tests/tools/distributed_worker.py OUT
+    python tests/tools/distributed_worker.py OUT 3      the same, of forks, which import torch once
 
 Every case of ``CASES`` runs on this process's rows; rank 0 gathers what everyone found and saves it. The cases and the
 batch are made from a seed, so that the test can compute the same with one process.
@@ -9,6 +10,9 @@ batch are made from a seed, so that the test can compute the same with one proce
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -336,5 +340,32 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def fork(world: int) -> int | None:
+    """None in each process of the world. In their parent, what they exit with; if one fails, the others are ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    children = set()
+    for rank in range(world):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return None
+        children.add(child)
+    status = 0
+    while children:
+        child, ended = os.wait()
+        children.discard(child)
+        if ended and not status:
+            status = 1
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return status
+
+
 if __name__ == "__main__":
-    main()
+    status = None if "RANK" in os.environ else fork(int(sys.argv[2]))
+    if status is None:
+        main()
+    sys.exit(status)
