@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -79,6 +80,20 @@ def dense_modality(z: list[Tensor], u: Tensor, mask: Tensor | None, tau: float) 
     return Dense(loss.detach(), torch.autograd.grad(loss, (*z, u, t)))
 
 
+@functools.cache
+def dense(B: int, d: int, masked: bool, dtype: torch.dtype, tau: float) -> Dense:
+    """``dense_modality`` of such a case of two modalities, which takes longer than a backend does: once for all."""
+    return dense_modality(*case(2, B, d, dtype, masked=masked), tau)
+
+
+@functools.cache
+def huge(B: int, d: int, dtype: torch.dtype, scale: float, tau: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Embeddings of norms up to ``scale``, and the gradients where they are on both sides; once for all backends."""
+    x = case(1, B, d, FLOAT64).z[0]
+    x = (x * torch.linspace(0.5, 1.0, B, dtype=FLOAT64)[:, None] * scale).to(dtype)
+    return x, dense_modality([x.double()], x.double(), None, tau).grads
+
+
 def assert_near(
     found: Tensor, expected: Tensor, dtype: torch.dtype, tau: float, projected: Tensor | None = None
 ) -> None:
@@ -145,7 +160,7 @@ def test_modalities(backend, B, d, masked, dtype, tau):
     """The same, with losses both ways. At τ = 0.02 exponentials of similarities leave float32's range."""
     ops, k = Calls(by_dtype(backend)), 2
     z, u, mask = case(k, B, d, dtype, masked=masked)
-    expected = dense_modality(z, u, mask, tau)
+    expected = dense(B, d, masked, dtype, tau)
     t, upstream = torch.tensor(tau, dtype=FLOAT64), torch.tensor(-3.0)
 
     def present(grads: list[Tensor]) -> list[Tensor]:
@@ -261,13 +276,12 @@ def test_huge_embeddings_on_both_sides(backend, dtype, scale, tau, B, d):
     """
     ops = Calls(by_dtype(backend))
     near = {"rtol": 1e-2, "atol": 1e-4 / (tau * B)}
-    x, _, _ = case(1, B, d, FLOAT64)
-    x = [(x[0] * torch.linspace(0.5, 1.0, B, dtype=FLOAT64)[:, None] * scale).to(dtype)]
+    embeddings, exact = huge(B, d, dtype, scale, tau)
+    x = [embeddings]
     arguments = (None, [], None, 0, True, None, tau)
     _, losses, state = ops.modality_forward(x, x[0], *arguments)
     (H,), h, _ = ops.modality_backward(x, x[0], *arguments, losses, state, torch.ones(()))
     wide = [y.double() for y in x]
-    exact = dense_modality(wide, wide[0], None, tau).grads
     for found, expected in ((H, exact[0]), (h, exact[1])):
         torch.testing.assert_close(found.double() / scale, expected / scale, **near)
     every = [x[0], *x]
