@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,16 @@ COMPILED = [
 def slow(case: object) -> object:
     """One of those that `make test` leaves to `make test-slow`."""
     return pytest.param(case, marks=pytest.mark.slow)
+
+
+def of_each_loss(transforms: list[str], left_out: tuple[str, ...]) -> Any:
+    """Every transform of every loss. `make test` has each of both but for what is left out, and half of the pairs."""
+    losses = ["dominant_sv_loss", "pmrl_loss", "instance_contrastive_loss"]
+    cases = []
+    for (i, transform), (j, name) in itertools.product(enumerate(transforms), enumerate(losses)):
+        marks = [pytest.mark.slow] if transform in left_out or (i + j) % 2 else []
+        cases.append(pytest.param(transform, name, marks=marks))
+    return pytest.mark.parametrize(("transform", "name"), cases)
 
 
 def check_compiled(call: Callable[..., Tensor], backend: str, batches: tuple[int, ...] = (5, 8, 13)) -> None:
@@ -232,8 +243,7 @@ COMPILED_TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], An
 
 
 @each_backend
-@pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "instance_contrastive_loss"])
-@pytest.mark.parametrize("transform", ["grad", "vjp", slow("grad of a part")])
+@of_each_loss(["grad", "vjp", "grad of a part"], left_out=("grad of a part",))
 def test_compiled_functional_gradient_is_right_or_an_error(transform, name, backend, fresh_dynamo):
     transform = COMPILED_TRANSFORMS[transform]
     x, *rest = (y.detach() for y in modalities())
@@ -260,8 +270,7 @@ def test_compiled_vmap_is_right_or_an_error(name, backend, fresh_dynamo):
 
 
 @each_backend
-@pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "instance_contrastive_loss"])
-@pytest.mark.parametrize("transform", ["func.jvp", slow("forward_ad"), slow("func.hessian"), "func.grad of grad"])
+@of_each_loss(["func.jvp", "func.grad of grad", "forward_ad", "func.hessian"], left_out=("forward_ad", "func.hessian"))
 def test_compiled_unsupported_transforms_raise(transform, name, backend, fresh_dynamo):
     """Inside a graph no less than outside: never zeros."""
     x, *rest = (y.detach() for y in modalities())
