@@ -404,6 +404,7 @@ def test_steps_of_the_check_leave_one_another_time(benchmark_modules):
     assert set(gpu_check.DEFAULT) <= set(names)
 
 
+@pytest.mark.slow  # a rival is compiled
 def test_the_contrasts_benchmark(benchmark_modules, monkeypatch, tmp_path, capsys):
     """Every section once, at toy sizes: its rows, their baselines, and what is written."""
     contrast, cases = benchmark_modules.contrast, benchmark_modules.cases

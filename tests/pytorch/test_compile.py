@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmrl_kernels
 from pmrl_kernels import PMRLLoss, dominant_singular_triplet, dominant_sv_loss, pmrl_loss, singular_values
+from tests.conftest import CPU_BACKENDS
 from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import (
     MIXED,
@@ -214,7 +215,11 @@ def test_compile_of_mixed_dtypes(contrast, enabled, backend, fresh_dynamo):
     assert_same_bits(gradients(found, xs), gradients(expected, xs))
 
 
-@each_backend
+SOME_SLOW = [CPU_BACKENDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CPU_BACKENDS[1:])]
+
+
+# It generates and compiles C++, which takes 12 s a time; the backends differ in an operator's name alone.
+@pytest.mark.parametrize("backend", SOME_SLOW)
 def test_compile_with_the_default_compiler(backend, fresh_dynamo):
     """Inductor, one graph of an encoder and the loss, forward and backward."""
     generator = torch.Generator().manual_seed(0)

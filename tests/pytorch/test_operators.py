@@ -130,12 +130,12 @@ def test_every_op_is_checked():
     assert {name for space, _, name in registered if space.startswith("pmrl_reference")} == set(SAMPLES)
 
 
-def declared(operator: Any, sample: tuple[Any, ...], device: str, symbolic: bool) -> list[tuple[int, ...]]:
+def declared(operator: Any, sample: tuple[Any, ...], symbolic: bool) -> list[tuple[int, ...]]:
     """The shapes of what an operator says that it returns."""
     mode = FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, static_shapes=not symbolic)
 
     def fake(x: Any) -> Any:
-        return mode.from_tensor(x).to(device) if isinstance(x, Tensor) else x
+        return mode.from_tensor(x) if isinstance(x, Tensor) else x
 
     with mode:
         results = pytree.tree_leaves(operator(*pytree.tree_map(fake, sample)))
@@ -145,20 +145,19 @@ def declared(operator: Any, sample: tuple[Any, ...], device: str, symbolic: bool
 
 
 @pytest.mark.parametrize("name", [op.removesuffix("_forward") for op in SAMPLES if op.endswith("_forward")])
-@pytest.mark.parametrize(("by", "on"), [("native", "cpu"), ("native", "cuda"), ("triton", "cpu"), ("reference", "cpu")])
-def test_shapes_are_declared_of_symbols_too(name, by, on):
+@pytest.mark.parametrize("by", ["native", "triton", "reference"])
+def test_shapes_are_declared_of_symbols_too(name, by):
     """Of sizes that a compiler leaves open. Nothing is computed, so also where a backend has no device. (The backward
     operators' shapes are those of opcheck, above.)"""
     if by == "triton":
         pytest.importorskip("triton", reason="Triton has no packages for this system")
     elif by not in ops.available:
         pytest.skip(f"there is no {by} backend")
-    if on == "cuda" and not torch.backends.cuda.is_built():
-        pytest.skip("this PyTorch knows no GPU, not even fake ones")
     pairs: dict[str, Any] = {}
     for family in ops.FAMILIES:
         pairs |= family.implementations(by)
-    if name not in pairs:
-        pytest.skip(f"{by} has no kernels for {name}")
+    if (by, name) == ("triton", "joint_contrast"):  # the reference's
+        assert name not in pairs
+        return
     for sample in SAMPLES[f"{name}_forward"]():
-        assert declared(pairs[name].forward, sample, on, True) == declared(pairs[name].forward, sample, on, False)
+        assert declared(pairs[name].forward, sample, True) == declared(pairs[name].forward, sample, False)

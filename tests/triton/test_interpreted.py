@@ -32,12 +32,9 @@ def test_a_sample_of_the_contract():
     assert run_interpreted("tests/contract", "-k", f"triton and {CONTRACT}", "--one-in", "800") >= 7
 
 
-def test_a_sample_of_the_contrasts():
-    assert run_interpreted("tests/triton/test_contrasts.py", "-m", "not slow", "--every", "18") >= 3
-
-
-def test_a_sample_of_joint_scores():
-    assert run_interpreted("tests/triton/test_joint.py", "--every", "12") >= 8
+def test_a_sample_of_contrasts_and_joint_scores():
+    files = "tests/triton/test_contrasts.py", "tests/triton/test_joint.py"
+    assert run_interpreted(*files, "-m", "not slow", "--every", "18") >= 10
 
 
 def test_a_sample_of_what_compilers_do_with_it():
