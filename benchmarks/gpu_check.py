@@ -3,6 +3,7 @@
     python benchmarks/gpu_check.py                            # at most eight minutes, see DEFAULT
     python benchmarks/gpu_check.py --only fused benchmark contrasts --limit 590  # first of all: what has not run yet
     python benchmarks/gpu_check.py --only contrasts tune counters host  # and launch parameters, the hardware's counters
+    python benchmarks/gpu_check.py --only tune-contrasts      # sizes of tiles, loads under way and forms of contrasts
     python benchmarks/gpu_check.py --only contract --one-in 1 --limit 590
     python benchmarks/gpu_check.py --only gpu memcheck racecheck initcheck synccheck --limit 590
     python benchmarks/gpu_check.py --only wheel --wheel dist/*.whl    # a wheel of another machine

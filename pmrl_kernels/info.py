@@ -56,11 +56,12 @@ def _lacks(index: int) -> str:
 
 
 def _float32_products() -> str:
-    """How PyTorch may multiply float32 matrices, which contrasts have it do, and nothing else here."""
+    """How PyTorch may multiply float32 matrices, which contrasts have it do, and two of the joint scores."""
     on_cpus = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     told = {"CPUs": on_cpus, "GPUs": torch.backends.cuda.matmul.fp32_precision}
     reduced = ", ".join(f"{how} on {where}" for where, how in told.items() if how not in ("none", "ieee"))
-    return f"may be in {reduced}, where contrasts are less exact (docs/contract.md)" if reduced else "in float32"
+    less = "where contrasts are less exact, and joint scores by cosine and mip (docs/contract.md)"
+    return f"may be in {reduced}, {less}" if reduced else "in float32"
 
 
 def _asked(name: str, variable: str, wanted: tuple[str, ...]) -> str:

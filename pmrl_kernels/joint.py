@@ -11,7 +11,7 @@ from torch import Tensor
 from . import inputs
 from .inputs import Batch, Embeddings, Mask
 from .ops import function, resolve
-from .ops.joint.spec import DOT, JOINT, JOINT_CONTRAST, NAMES, SCORES, Joint, JointContrast
+from .ops.joint.spec import DOT, JOINT, JOINT_CONTRAST, NAMES, SCORES, Joint, JointContrast, Product
 from .ops.spectral.spec import SPECTRAL, Spectral, U, Z
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def joint_scores(
         call = Joint(pair, SCORES.index(score), normalize)
         return function.apply(call, (batch.mask, query, *batch.tensors))[0]
     (t,) = _spectral(batch, (query,), None, Z, normalize, backend)
-    return t.to(_dtype(query, batch)) @ _vector(query, batch, score, normalize, backend).T
+    vector = _vector(query, batch, score, normalize, backend)
+    return function.apply(Product(), (t.to(vector.dtype), vector))[0]
 
 
 def _dtype(query: Tensor, batch: Batch) -> torch.dtype:

@@ -145,6 +145,13 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def matmul_precision() -> Iterator[Callable[[str], None]]:
+    """``torch.set_float32_matmul_precision``, for the test alone: "none" and "ieee" are the same."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param in LAUNCHES:
         from pmrl_kernels.ops.spectral.triton import launch

@@ -383,10 +383,10 @@ JointBatch make_joint(const Tensor& query, const std::vector<Tensor>& candidates
 int64_t joint_state_size(const JointBatch& b) { return b.Ng * (b.n + b.n * b.n); }
 
 // function(Joint of the batch, prepared), in the dtype of its outputs; in float64 where squares of norms have products
-// that float32 does not hold.
+// that float32 does not hold, and where factors are rounded: volumes are what is left of sums of products.
 template <class Function>
 void prepared(const Tensor& like, const JointBatch& batch, double* decomposed, bool decompose, Function function) {
-  if (!batch.is_float64) {
+  if (!batch.is_float64 && !rounds_factors()) {
     Joint<float> joint(kernels(), like, batch);
     joint.prepare(decomposed, decompose);
     if (batch.normalize || joint.moderate()) return function(joint);

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace pmrl {
@@ -32,6 +34,24 @@ void multiply(const Tensor& out, const Tensor& x, const Tensor& y, bool add) {
   const auto status = add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), y.get(), 1.0, 1.0)
                           : aoti_torch_cpu_mm_out(out.get(), x.get(), y.get());
   STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "pmrl_kernels: a matrix product failed");
+}
+
+// Whether products of float32 are at present those of rounded factors. PyTorch may have been told that they may be
+// (torch.set_float32_matmul_precision and its kin), but whether they are depends on the processor too, and on shapes. So
+// numbers that have all of float32's bits are multiplied by an identity matrix, large enough for whatever is faster.
+inline bool rounds_factors() {
+  constexpr int64_t n = 64;
+  struct Factors {
+    std::vector<float> x, one;
+    Factors() : x(n * n, 1 + 0x1p-12f + 0x1p-23f), one(n * n, 0.0f) {
+      for (int64_t i = 0; i < n; ++i) one[i * n + i] = 1.0f;
+    }
+  };
+  static const Factors factors;
+  std::vector<float> product(n * n, 0.0f);
+  multiply(view(product.data(), n, n, n, 1), view(factors.x.data(), n, n, n, 1), view(factors.one.data(), n, n, n, 1),
+           false);
+  return product != factors.x;
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ def test_info_shows_how_float32_matrices_are_multiplied(setting, told):
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("float32 products  "))
     line = line.removeprefix("float32 products").strip()
     assert line.startswith(told)
-    assert line == "in float32" or line.endswith("less exact (docs/contract.md)")
+    assert line == "in float32" or line.endswith("less exact, and joint scores by cosine and mip (docs/contract.md)")
 
 
 def test_info_remarks_on_an_unknown_name_in_the_environment():

@@ -384,13 +384,6 @@ def test_float32_is_as_good_as_cross_entropy(backend, tau):
     assert ours[1] <= 2 * theirs[1]
 
 
-@pytest.fixture
-def matmul_precision():
-    """Of the process, and put back: "none" and "ieee" are the same."""
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.parametrize("allowed", ["high", "medium"])
 @pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 def test_reduced_precision_of_float32_products(backend, matmul_precision, contrast, allowed):

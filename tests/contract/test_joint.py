@@ -383,6 +383,22 @@ def test_eigenvectors_beyond_the_squares_of_float32(along, norm, n, score, backe
         assert (x - y).abs().max() <= 1e-6 * z
 
 
+@each_score
+@pytest.mark.parametrize("normalize", [True, False])
+def test_factors_are_not_rounded(score, normalize, backend, matmul_precision):
+    """Whatever PyTorch is allowed to do with products of float32: volumes are what is left of them."""
+    t, C = torch.randn(70, 64), torch.randn(90, 2, 64)
+    C[:70] += 3 * t[:, None]
+    wide = [unit(x.double()) if normalize else x.double() for x in (t, C)]
+    wanted = [plain(score, *(x.requires_grad_() for x in wide))]
+    wanted += [*gradients(wanted[0], W := torch.randn(70, 90, dtype=FLOAT64), *wide)]
+    matmul_precision("medium")
+    t, C = ((unit(x) if normalize else x).requires_grad_() for x in (t, C))
+    scores = joint_scores(t, C, score=score, normalize=False, backend=backend)
+    for x, y in zip((scores, *gradients(scores, W.float(), t, C)), wanted, strict=True):
+        assert off(x.double(), y) < 1e-5
+
+
 def test_any_backend_may_be_asked_for(backend, device):
     """Whoever has no kernels for it leaves it to the next one."""
     t, C, _ = (None if x is None else x.to(device) for x in embeddings(3, "random"))

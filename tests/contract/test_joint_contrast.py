@@ -92,6 +92,21 @@ def test_losses_and_gradients(score, case, smoothing, k, monkeypatch):
 
 
 @each_score
+def test_factors_are_not_rounded(score, matmul_precision):
+    """Whatever PyTorch is allowed to do with products of float32."""
+    t, C = torch.randn(80, 64), torch.randn(80, 2, 64)
+    C += 2 * t[:, None]
+    t, C = (unit(x).requires_grad_() for x in (t, C))
+    wide = [x.detach().double().requires_grad_() for x in (t, C)]
+    wanted = expected_loss(logits(*wide, score))
+    wanted = [wanted, *torch.autograd.grad(wanted, wide)]
+    matmul_precision("medium")
+    found = joint_contrastive_loss(t, C, score=score, temperature=TAU, normalize=False)
+    for x, y in zip((found, *torch.autograd.grad(found, (t, C))), wanted, strict=True):
+        assert off(x.double(), y) < 1e-5
+
+
+@each_score
 @pytest.mark.parametrize("case", ["pairs", "captions"])
 def test_half_gradients(score, case):
     """Each side's gradient of the loss in which the other one chooses among vectors that are held."""

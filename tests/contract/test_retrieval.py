@@ -279,15 +279,13 @@ def test_no_graph_and_no_autocast():
         assert not found[1].scores.requires_grad
 
 
-@pytest.mark.parametrize("score", ["cosine", "mip"])
-def test_products_that_may_be_rounded(score):
-    t, C, positives = clips(60, 80, 3, 32)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        check_ranks(t, C, positives, score)
-    finally:
-        torch.set_float32_matmul_precision(before)
+@each_score
+def test_products_that_may_be_rounded(score, matmul_precision):
+    """Such as a processor with AMX makes of bfloat16, of rows that are long enough."""
+    t, C, positives = clips(60, 80, 3, 64)
+    matmul_precision("medium")
+    check_ranks(t, C, positives, score)
+    check_topk(t, C, score, 7)
 
 
 # ------------------------------------------------------------------------------------------------

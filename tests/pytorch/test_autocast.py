@@ -7,7 +7,18 @@ import functools
 import pytest
 import torch
 
-from pmrl_kernels import DominantSVLoss, PMRLLoss, alignment_score, effective_rank, pmrl_loss, uniformity, warm_up
+from pmrl_kernels import (
+    DominantSVLoss,
+    PMRLLoss,
+    alignment_score,
+    effective_rank,
+    joint_contrastive_loss,
+    joint_scores,
+    pmrl_loss,
+    uniformity,
+    warm_up,
+)
+from pmrl_kernels.ops.joint.spec import NAMES
 from tests.tools.scalars import (
     SCALARS,
     SEVERAL,
@@ -91,3 +102,26 @@ def test_autocast_changes_no_bit(name, dtype, backend):
     assert torch.equal(found, expected)
     assert_same_bits(inside, slopes)
     assert_same_bits(gradients(found, xs), slopes)
+
+
+@each_backend
+@pytest.mark.parametrize("score", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_bit_of_joint_scores(score, dtype, backend):
+    """Some scores are plain products, and so are their gradients."""
+    xs = modalities(B=16, d=32, dtype=torch.float32)
+
+    def differentiated(loss):
+        return [loss.detach(), *gradients(loss.sum(), xs)]
+
+    def scores():
+        return joint_scores(*xs, score=score, normalize=False, backend=backend)
+
+    def contrast():
+        return joint_contrastive_loss(*xs, score=score, backend=backend)
+
+    expected = [differentiated(call()) for call in (scores, contrast)]
+    with torch.autocast("cpu", dtype=dtype):
+        found = [differentiated(call()) for call in (scores, contrast)]
+    for some, wanted in zip(found, expected, strict=True):
+        assert_same_bits(some, wanted)

@@ -136,6 +136,27 @@ class Joint(NamedTuple):
         return 1
 
 
+class Product(NamedTuple):
+    """A call on (t, c), see ``function.py``: t cᵀ (Nq, Ng) of t (Nq, d) and c (Ng, d), by PyTorch; under autocast in
+    their dtype, gradients too."""
+
+    def forward(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
+        t, c = tensors
+        with torch.autocast(t.device.type, enabled=False):
+            return (t @ c.T,), ()
+
+    def backward(self, tensors: Tensors, saved: Sequence[Tensor], grads: Tensors, needed: Sequence[bool]) -> Tensors:
+        t, c = tensors
+        (grad,) = grads
+        if grad is None:
+            return (None, None)
+        with torch.autocast(t.device.type, enabled=False):
+            return (grad @ c if needed[0] else None, grad.T @ t if needed[1] else None)
+
+    def outputs(self, tensors: Tensors) -> int:
+        return 1
+
+
 class JointContrast(NamedTuple):
     """A call of the op ``joint_contrast`` on (mask, positives, temperature, query, *candidates), see ``function.py``.
 
