@@ -43,6 +43,9 @@ class Batch(NamedTuple):
     dtype: torch.dtype  # what k-space is chosen by: float64 if any embedding is, else the first one's
 
 
+_ARRAY = " (an array is passed as torch.from_numpy(x))"
+
+
 def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
@@ -51,11 +54,11 @@ def _check_tensor(x: Any, name: str, shape: str = "(B, d)") -> None:
     if not isinstance(x, Tensor):
         hint = ""
         if isinstance(x, (Mapping, list, tuple)) and name not in ("u", "query"):
-            hint = " (a container of modalities is passed alone)"
+            hint = " (a container of modalities is passed alone, and a mask by keyword, as mask=...)"
         elif isinstance(x, (int, float)):
             hint = " (options are passed by keyword, as temperature=...)"
         elif hasattr(x, "__array__"):
-            hint = " (an array is passed as torch.from_numpy(x))"
+            hint = _ARRAY
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a floating-point tensor {shape}{hint}")
     if x.dtype not in _DTYPES:
         wanted = ", ".join(map(str, _DTYPES))
@@ -133,9 +136,10 @@ def canonical(embeddings: tuple[Any, ...], mask: Any, name: str = "embeddings") 
         elif isinstance(only, (list, tuple)):
             tensors = tuple(only)
         else:
+            hint = _ARRAY if hasattr(only, "__array__") else ""
             raise TypeError(
                 f"{name}: got {type(only).__name__}, wanted k tensors (B, d), a list, tuple or dict of them, "
-                "or one tensor (B, k, d)"
+                f"or one tensor (B, k, d){hint}"
             )
     if not tensors:
         hint = " after the query, which is passed by itself" if name == "candidates" else ""
@@ -361,6 +365,8 @@ def ranks(value: Any) -> Tensor:
 
 def count(value: Any, name: str, most: int | None = None) -> int:
     """A Python int of at least 1."""
+    if most == 0:
+        raise ValueError(f"candidates: got none, wanted at least one for {name}, which is at least 1")
     wanted = "an int of at least 1" + ("" if most is None else f" and at most {most}, the number of candidates")
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
@@ -406,7 +412,7 @@ def temperature(value: Any, name: str, device: torch.device, contrast: bool = Fa
         raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0")
     # Beyond float32's normal numbers every backend would have to say what similarities in float32 over them are.
     if contrast and not _LEAST <= number <= _LARGEST:
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number above 0 that float32 can hold")
+        raise ValueError(f"{name}: got {value!r}, wanted one of float32's normal numbers above 0")
     return None, number
 
 

@@ -67,6 +67,7 @@ def joint_scores(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         RuntimeError: a backend asked for by name that cannot run.
+        NotImplementedError: a second derivative, forward mode or ``vmap``.
 
     Gradient:
         For any upstream gradient, of queries and candidates, without anything of size Nq x Ng x d or Nq x Ng x n x n.
@@ -76,9 +77,11 @@ def joint_scores(
         get exact zeros, and their buffers are never read. Those of ``sine`` and ``cosine`` with respect to candidates
         whose modalities are nearly equal are large, since the span and u₁ turn with little; the others' are bounded.
 
-    Degenerate candidates:
-        One without modalities has volume, ``sine`` and ``sigma`` ‖t‖, ``volume2``, ``lambda`` and ``gain`` ‖t‖², and
-        ``cosine`` and ``mip`` 0. A zero vector that is present makes volumes 0. NaN or Inf stays within its pairs.
+    Degenerate queries and candidates:
+        A query of zeros has ``sine`` and volumes 0, which no other can beat, and ``gain``, ``cosine`` and ``mip`` 0; a
+        mask is of candidates alone, so leave out rows whose query is missing. A candidate without modalities has
+        volume, ``sine`` and ``sigma`` ‖t‖, ``volume2``, ``lambda`` and ``gain`` ‖t‖², and ``cosine`` and ``mip`` 0. A
+        zero vector that is present makes volumes 0. NaN or Inf stays within its pairs.
 
     Source: GRAM (arXiv 2412.11959), TRIANGLE, PMRL (arXiv 2507.17343), Symile (arXiv 2411.01053); docs/mathematics.md,
     "Joint scores".

@@ -213,6 +213,24 @@ def pmrl_loss(
 ) -> PMRLComponents: ...
 
 
+@overload
+def pmrl_loss(
+    *embeddings: Embeddings,
+    temperature: float | Tensor = ...,
+    instance_temperature: float | Tensor | None = ...,
+    instance_weight: float = ...,
+    alignment_weight: float = ...,
+    mask: Mask | None = ...,
+    normalize: bool = ...,
+    objective: str = ...,
+    contrast: str = ...,
+    group: ProcessGroup | Literal["world"] | None = ...,
+    local_sizes: Sequence[int] | None = ...,
+    return_components: bool,
+    backend: str | None = ...,
+) -> Tensor | PMRLComponents: ...
+
+
 def pmrl_loss(
     *embeddings: Embeddings,
     temperature: float | Tensor = 0.05,

@@ -136,6 +136,8 @@ class _Scoring:
         self.batch = inputs.canonical(candidates, mask, "candidates")
         self.query = inputs.query(query, self.batch)
         self.normalize, self.backend = inputs.flag(normalize, "normalize"), backend
+        if self.query.is_meta:
+            raise ValueError("query: got device meta, wanted one where scores can be compared")
         self.joint(slice(0, 0), slice(0, 0))  # raises what else there is to refuse
         self.rule = _RULES[self.name]
         self.dtype = output_dtype(self.query, self.batch.tensors)
@@ -278,7 +280,8 @@ def retrieval_ranks(
         have rank Ng - 1, and it has rank Nq - 1 in direction "candidate". A score that is NaN, since the query or a
         modality that is present is not finite, is worse than any other: it is never counted as better than one, and a
         query whose candidate it is with comes behind all candidates with modalities, a candidate behind all queries.
-        Neither depends on ``ties``, so nothing is found for having no score.
+        Neither depends on ``ties``, so nothing is found for having no score. (A query of zeros has one, and by ``sine``
+        and the volumes the best of all: leave out rows whose query is missing.)
 
     Memory:
         About 40 MiB beside the inputs at d = 512 and k = 3 for any Nq and Ng, and a few numbers for each query and
@@ -386,7 +389,7 @@ def retrieval_topk(
 
     Args:
         query, candidates, score, mask, normalize, backend: as in :func:`joint_scores`, all nine scores.
-        k: how many, 1 <= k <= Ng. (Not the number of modalities.)
+        k: how many, 1 <= k <= Ng, so there must be a candidate. (Not the number of modalities.)
 
     Returns:
         A :class:`Retrieved` (scores, indices) of (Nq, k) each: scores in float32 (float64 if any embedding is float64),
@@ -507,8 +510,8 @@ def recall_at(ranks: Tensor, at: Sequence[int] = (1, 5, 10)) -> Recall:
         Recall(recall={1: 0.25, 5: 0.5, 10: 0.75}, median_rank=4.0, mean_rank=8.5)
     """
     ranks = inputs.ranks(ranks)
-    if not isinstance(at, (list, tuple)):
-        raise TypeError(f"at: got {type(at).__name__}, wanted a tuple of ints of at least 1")
+    if not isinstance(at, Sequence) or isinstance(at, str):
+        raise TypeError(f"at: got {type(at).__name__}, wanted a sequence of ints of at least 1")
     wanted = [inputs.count(K, "at") for K in at]
     ranks = ranks[ranks >= 0]
     if len(ranks) == 0:

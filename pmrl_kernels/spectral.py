@@ -48,6 +48,7 @@ def singular_values(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         RuntimeError: a backend asked for by name that cannot run.
+        NotImplementedError: a second derivative, forward mode or ``vmap``.
 
     Gradient:
         :math:`\partial/\partial Z = Z V \mathrm{diag}(g_j/\sigma_j) V^\top`. A σ_j at or below eps32·σ₁

@@ -53,7 +53,7 @@ napoleon_use_param = False  # one entry where several arguments share a text
 napoleon_use_rtype = False
 napoleon_custom_sections = [
     "Copies and pickles",
-    "Degenerate candidates",
+    "Degenerate queries and candidates",
     "Degenerate cases",
     "Gradient",
     "Memory",

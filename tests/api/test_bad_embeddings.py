@@ -340,6 +340,10 @@ def test_likely_slips_are_named():
         dominant_sv_loss(a, b, 0.05)
     with pytest.raises(TypeError, match=r"embeddings\[0\]: got list.*passed alone"):
         dominant_sv_loss([a, b], torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"embeddings\[0\]: got list.*mask by keyword"):
+        dominant_sv_loss([a, b], torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"embeddings: got ndarray.*torch\.from_numpy"):
+        dominant_sv_loss(a.numpy())
     with pytest.raises(ValueError, match=r"mask: got shape \(5, 3\).*\(B, d, k\) stack must be transposed"):
         dominant_sv_loss(torch.ones(5, 8, 3), mask=torch.ones(5, 3, dtype=torch.bool))
 

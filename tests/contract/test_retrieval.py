@@ -413,6 +413,7 @@ def test_recall_by_hand():
     found = recall_at(torch.tensor([0, 0, 3, 9, 40, -1, 4]))
     assert found == Recall({1: 2 / 6, 5: 4 / 6, 10: 5 / 6}, 4.0, (0 + 0 + 3 + 9 + 40 + 4) / 6 + 1)
     assert recall_at(torch.tensor([2]), at=[2, 3]) == Recall({2: 0.0, 3: 1.0}, 3.0, 3.0)
+    assert recall_at(torch.tensor([2]), at=range(2, 4)) == Recall({2: 0.0, 3: 1.0}, 3.0, 3.0)
     empty = recall_at(torch.tensor([-1]))
     assert all(map(math.isnan, (*empty.recall.values(), *empty[1:])))
     assert tuple(empty.recall) == (1, 5, 10)
@@ -504,6 +505,12 @@ def test_errors_name_the_argument():
         topk(t, C, k=6)
     with pytest.raises(TypeError, match="k: got float"):
         topk(t, C, k=1.0)
+    with pytest.raises(ValueError, match="candidates: got none, wanted at least one for k"):
+        topk(t, C[:0], k=1)
+    with pytest.raises(ValueError, match="query: got device meta"):
+        retrieval_ranks(t.to("meta"), C[: len(t)].to("meta"))
+    with pytest.raises(ValueError, match="query: got device meta"):
+        topk(t.to("meta"), C.to("meta"), k=1)
     with pytest.raises(TypeError, match="ranks: got list"):
         recall_at([0, 1])
     with pytest.raises(TypeError, match=r"ranks: got dtype torch.float32"):
@@ -512,5 +519,5 @@ def test_errors_name_the_argument():
         recall_at(torch.tensor([[0]]))
     with pytest.raises(ValueError, match="at: got 0, wanted an int of at least 1"):
         recall_at(torch.tensor([0]), at=(0,))
-    with pytest.raises(TypeError, match="at: got int, wanted a tuple"):
+    with pytest.raises(TypeError, match="at: got int, wanted a sequence"):
         recall_at(torch.tensor([0]), at=1)
