@@ -106,9 +106,10 @@ def joint_scores(
         pair = resolve(JOINT, backend, batch.device, _dtype(query, batch), batch.k + 1, batch.d)
         call = Joint(pair, SCORES.index(score), normalize)
         return function.apply(call, (batch.mask, query, *batch.tensors))[0]
-    (t,) = _spectral(batch, (query,), None, Z, normalize, backend)
-    vector = _vector(query, batch, score, normalize, backend)
-    return function.apply(Product(), (t.to(vector.dtype), vector))[0]
+    dtype = _dtype(query, batch)
+    (t,) = _spectral(batch, (query,), None, Z, normalize, backend, dtype)
+    vector = _vector(batch, score, normalize, backend, dtype)
+    return function.apply(Product(), (t.to(vector.dtype), vector))[0].to(dtype)
 
 
 def _dtype(query: Tensor, batch: Batch) -> torch.dtype:
@@ -122,25 +123,36 @@ def _check_area(score: str, batch: Batch) -> None:
 
 
 def _spectral(
-    batch: Batch, tensors: tuple[Tensor, ...], present: Tensor | None, wanted: int, normalize: bool, backend: str | None
+    batch: Batch,
+    tensors: tuple[Tensor, ...],
+    present: Tensor | None,
+    wanted: int,
+    normalize: bool,
+    backend: str | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
+    """Vectors of this dtype, float64 or float32: a query and candidates have the thresholds of the wider of them."""
+    if dtype == torch.float64:
+        tensors = tuple(x.to(dtype) for x in tensors)
     k = tensors[0].shape[1] if tensors[0].dim() == 3 else len(tensors)
-    pair = resolve(SPECTRAL, backend, batch.device, batch.dtype, k, batch.d)
+    pair = resolve(SPECTRAL, backend, batch.device, dtype, k, batch.d)
     return function.apply(Spectral(pair, wanted, False, normalize), (present, None, *tensors))
 
 
-def _vector(query: Tensor, batch: Batch, score: str, normalize: bool, backend: str | None) -> Tensor:
-    """What ``cosine`` and ``mip`` multiply a query by: one vector for each candidate, (Ng, d); 0 where it has none."""
+def _vector(batch: Batch, score: str, normalize: bool, backend: str | None, dtype: torch.dtype) -> Tensor:
+    """What ``cosine`` and ``mip`` multiply a query by: one vector for each candidate, (Ng, d); 0 where it has none. In
+    this dtype; or in float64, as products are of any numbers, which float32 may not hold."""
     if score == "cosine":
-        (found,) = _spectral(batch, batch.tensors, batch.mask, U, normalize, backend)
+        (found,) = _spectral(batch, batch.tensors, batch.mask, U, normalize, backend, dtype)
     else:
-        zs = _spectral(batch, batch.tensors, batch.mask, Z, normalize, backend)
+        dtype = dtype if normalize else torch.float64
+        zs = _spectral(batch, batch.tensors, batch.mask, Z, normalize, backend, dtype)
         if batch.mask is not None:
             zs = tuple(torch.where(there[:, None], z, 1.0) for there, z in zip(batch.mask.unbind(1), zs, strict=True))
         found = torch.stack(zs).prod(0)
         if batch.mask is not None:
             found = torch.where(batch.mask.any(1, keepdim=True), found, 0.0)
-    return found.to(_dtype(query, batch))
+    return found
 
 
 def joint_contrastive_loss(
@@ -224,19 +236,21 @@ def joint_contrastive_loss(
     normalize = inputs.flag(normalize, "normalize")
     half = inputs.flag(half_gradient, "half_gradient")
     _check_area(score, batch)
-    dtype = _dtype(query, batch)
-    wire = batch._replace(dtype=dtype)
-    spread = inputs.spread_pairs(group, local_sizes, query.shape[0], wire, score, numbers is not None)
-    queries, gallery = spread or (None, None)
+    dtype = wide = _dtype(query, batch)
     k = batch.k + 1
     if score in SCORES:
         index, present, tensors = SCORES.index(score), batch.mask, batch.tensors
     else:
-        k, index, tensors = 2, DOT, (_vector(query, batch, score, normalize, backend),)
+        k, index, tensors = 2, DOT, (_vector(batch, score, normalize, backend, dtype),)
         present = None if batch.mask is None else batch.mask.any(1, keepdim=True)
-    pair = resolve(JOINT_CONTRAST, backend, batch.device, dtype, k, batch.d)
+        wide = tensors[0].dtype
+    spread = inputs.spread_pairs(
+        group, local_sizes, query.shape[0], batch._replace(dtype=wide), score, numbers is not None
+    )
+    queries, gallery = spread or (None, None)
+    pair = resolve(JOINT_CONTRAST, backend, batch.device, wide, k, batch.d)
     call = JointContrast(pair, index, normalize, smoothing, fixed, half, queries, gallery)
-    return function.apply(call, (present, numbers, tau, query, *tensors))[0]
+    return function.apply(call, (present, numbers, tau, query, *tensors))[0].to(dtype)
 
 
 def gram_loss(
@@ -258,7 +272,7 @@ def gram_loss(
     text and candidate agree; here it is n products, and 0 there. ``half_gradient=True`` is the gradient that their
     code follows.
 
-    Args, Returns, Raises, Gradient: as in :func:`joint_contrastive_loss`.
+    Args, Returns, Raises, Gradient: as in :func:`joint_contrastive_loss`, without ``score`` and ``normalize``.
 
     Source: GRAM (arXiv 2412.11959), section 3; docs/joint-scores.md has a migration guide.
 
@@ -300,7 +314,8 @@ def triangle_loss(
     τ = 0.07 and label smoothing of 0.1 as published. Their code holds (N, N, d) differences; here it is two products.
     ``half_gradient=True`` is the gradient that their code follows.
 
-    Args, Returns, Raises, Gradient: as in :func:`joint_contrastive_loss`; candidates have two modalities, and no mask.
+    Args, Returns, Raises, Gradient: as in :func:`joint_contrastive_loss`, without ``score`` and ``normalize``;
+    candidates have two modalities, and no mask.
 
     Source: TRIANGLE, https://github.com/ispamm/TRIANGLE; docs/joint-scores.md has a migration guide.
 

@@ -41,6 +41,13 @@ class Temperature(nn.Module):
         minimum: τ_min >= 0.
         name: what errors call ``initial``.
 
+    Returns:
+        Called without arguments, τ: a 0-d tensor if it is learned, else a float.
+
+    Raises:
+        TypeError, ValueError: a bad argument, when the module is made.
+        RuntimeError: when called where only a shard of ρ is at hand.
+
     Example:
         >>> tau = Temperature(0.05, learnable=True)
         >>> round(tau().item(), 4), [name for name, _ in tau.named_parameters()]
@@ -391,8 +398,8 @@ class _Published(JointContrastiveLoss):
 class GRAMLoss(_Published):
     r"""Module form of :func:`~pmrl_kernels.gram_loss`, GRAM's contrast of volumes.
 
-    Args, Raises: as in :class:`JointContrastiveLoss`. As published the temperature is learned, from 0.07, without a
-    least value: ``learnable_temperature=True, min_temperature=0``.
+    Args, Raises: as in :class:`JointContrastiveLoss`, without ``score`` and ``normalize``. As published the temperature
+    is learned, from 0.07, without a least value: ``learnable_temperature=True, min_temperature=0``.
 
     Source: GRAM (arXiv 2412.11959), section 3; docs/joint-scores.md has a migration guide.
 
@@ -409,8 +416,8 @@ class GRAMLoss(_Published):
 class TRIANGLELoss(_Published):
     r"""Module form of :func:`~pmrl_kernels.triangle_loss`, TRIANGLE's contrast of squared areas.
 
-    Args, Raises: as in :class:`JointContrastiveLoss`. As published the temperature is learned, from 0.07, without a
-    least value: ``learnable_temperature=True, min_temperature=0``.
+    Args, Raises: as in :class:`JointContrastiveLoss`, without ``score`` and ``normalize``. As published the temperature
+    is learned, from 0.07, without a least value: ``learnable_temperature=True, min_temperature=0``.
 
     Source: TRIANGLE, https://github.com/ispamm/TRIANGLE; docs/joint-scores.md has a migration guide.
 

@@ -25,6 +25,8 @@ from .ops.reference import read_mask
 
 _QUERIES = 1 << 19  # numbers of the queries of a tile, 4 MiB in float64; backends have a few copies of them
 _CANDIDATES = 1 << 18  # and of its candidates
+_TILE = 1 << 20  # pairs of a tile, of which there are some 20 bytes each
+_BEST = 1 << 18  # numbers of those that are best so far of the queries of a tile, which are sorted with others
 _PAIRS = 1 << 20  # numbers of the pairs that are scored one by one at a time, a few copies too
 
 
@@ -146,6 +148,8 @@ class _Scoring:
 
         Nq, d = self.query.shape
         self.height, self.width = max(1, _QUERIES // d), max(1, _CANDIDATES // (d * self.batch.k))
+        shrunk = math.sqrt(min(1.0, _TILE / (self.height * self.width)))  # where d is small
+        self.height, self.width = max(1, int(self.height * shrunk)), max(1, int(self.width * shrunk))
         size = self.query.new_empty(Nq, dtype=torch.float64)
         self.finite = self.query.new_empty(Nq, dtype=torch.bool)
         """(Nq,): queries that have scores."""
@@ -166,7 +170,10 @@ class _Scoring:
         return self.name not in SCORES
 
     def _product_dtype(self) -> torch.dtype:
-        """What one product of t and c is made in: float64 where PyTorch may round the factors of any other."""
+        """What one product of t and c is made in: float64 where PyTorch may round the factors of any other, and of
+        numbers that any other may not hold."""
+        if not self.normalize:
+            return torch.float64
         on_cpus = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         told = torch.backends.cuda.matmul.fp32_precision if self.query.is_cuda else on_cpus
         return self.dtype if told in ("none", "ieee") else torch.float64
@@ -219,14 +226,16 @@ class _Scoring:
         return merit * merit.abs() if self.rule.power == 2 else merit
 
     def fast_merits(self, I: slice, J: slice, of: ExactCandidates) -> tuple[Tensor, Tensor]:  # noqa: E741
-        """Merits of a tile, and how far they may be off, (I, J) each."""
+        """Merits of a tile, and how far they may be off, (I, J) each: Inf where the dtype does not hold a merit."""
         if of.vector is not None:
             found = self.rows[I] @ of.vector.to(self.rows.dtype).T
         else:
             found = self.powered(self.rule.sign * self.joint(I, J))
         slope, offset = _margin(self.name, of, self.batch.k, self.numbers.eps, self.float64_input)
         offset = offset + 4 * self.batch.d * self.numbers.tiny  # parts below the least number are lost
-        return found, (self.size[I, None] * slope + offset).to(found.dtype)
+        margin = (self.size[I, None] * slope + offset).to(found.dtype)
+        lost = ~found.isfinite()
+        return found.masked_fill_(lost, 0.0), margin.masked_fill_(lost, math.inf)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -355,9 +364,10 @@ def _count(
     merits = merit[I, None] if by_query else merit[J]
     usable = scoring.finite[I, None] & (of.finite & of.there) & (merits > -math.inf)
     fast -= scoring.powered(merits).to(fast.dtype)
-    ahead = (fast > margin) & usable
-    unclear = usable & ~(ahead | (fast < -margin))
-    del fast, margin, usable
+    held = fast.isfinite()  # the reference's merit may be beyond the dtype
+    ahead = usable & (fast > margin) & held
+    unclear = usable & ~(held & (fast.abs() > margin))
+    del fast, margin, usable, held
     found[I if by_query else J] += ahead.sum(1 if by_query else 0)
     i, j = unclear.nonzero().unbind(1)
     at, other = (i + I.start, j + J.start) if by_query else (j + J.start, i + I.start)
@@ -420,6 +430,7 @@ def retrieval_topk(
     with torch.no_grad(), torch.autocast(scoring.query.device.type, enabled=False):
         Nq, Ng = len(scoring.query), scoring.batch.B
         k = inputs.count(k, "k", Ng)
+        scoring.height = min(scoring.height, max(1, _BEST // k))
         merits = scoring.size.new_full((Nq, k), -math.inf)
         indices = torch.full((Nq, k), -1, device=merits.device)
         for J in scoring.candidate_blocks():
@@ -444,7 +455,7 @@ def _contenders(
     """The pairs of a tile that may be among the best of their queries, whose last ones so far have merits ``worst``."""
     fast, margin = scoring.fast_merits(I, J, of)
     usable = scoring.finite[I, None] & (of.finite & of.there)
-    least = scoring.powered(worst).to(fast.dtype)
+    least = scoring.powered(worst).to(fast.dtype).clamp_max(torch.finfo(fast.dtype).max)
     if fast.shape[1] >= k:  # that many are at least as good as the last of the k best lower bounds
         lower = (fast - margin).nan_to_num_(-math.inf, math.inf, -math.inf).masked_fill_(~usable, -math.inf)
         least = torch.maximum(least, lower.topk(k).values[:, -1])

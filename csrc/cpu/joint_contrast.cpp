@@ -326,12 +326,13 @@ struct JointContrast {
 
 // The arguments that contrasts have beyond scores'.
 ContrastArguments read_contrast(const JointBatch& batch, const std::optional<Tensor>& positives,
-                                const std::vector<int64_t>& own, double smoothing,
+                                std::vector<int64_t> own, double smoothing,
                                 const std::optional<Tensor>& temperature, double fixed) {
   using limits = std::numeric_limits<float>;
+  if (own.empty()) own = {0, batch.Nq, 0, batch.Ng};
   STD_TORCH_CHECK(own.size() == 4 && 0 <= own[0] && own[0] <= own[1] && own[1] <= batch.Nq && 0 <= own[2] &&
                       own[2] <= own[3] && own[3] <= batch.Ng,
-                  "pmrl_kernels: own must be queries [first, last) and candidates [begin, end)");
+                  "pmrl_kernels: own must be queries [first, last) and candidates [begin, end), or nothing");
   STD_TORCH_CHECK(positives ? positives->scalar_type() == ScalarType::Long && has_sizes(*positives, {batch.Nq})
                             : batch.Nq == batch.Ng,
                   "pmrl_kernels: positives must be an int64 tensor (Nq,), or Nq be Ng");

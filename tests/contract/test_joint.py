@@ -329,6 +329,38 @@ def test_slopes_do_not_depend_on_norms(score, dtype, of_t, of_C, backend):
                 assert off(x.double() / z, y) < within
 
 
+@of_any_k
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("scale", [1e-10, 1e-6, 1e-3, 1e3, 1e8])
+def test_absent_modalities_at_any_norm(score, scale, dtype, backend):
+    """What an absent one is told by is nothing that others could be as large as, or as small."""
+    if dtype == torch.float32 and score == "volume2" and scale in (1e-10, 1e8):
+        return  # float32 has no such numbers
+    t, C = (scale * torch.randn(*shape, dtype=FLOAT64) for shape in ((5, 16), (6, 3, 16)))
+    mask = torch.tensor([True, False, True]).expand(6, 3)
+    t, C = (x.to(dtype).requires_grad_() for x in (t, C))
+    found = joint_scores(t, C, score=score, mask=mask, normalize=False, backend=backend)
+    wanted = joint_scores(t, C[:, ::2], score=score, normalize=False, backend=backend)
+    within = 1e-12 if dtype == FLOAT64 else 2e-6
+    assert off(found, wanted) < within
+    for x, y in zip(
+        gradients(found, found.new_ones(()), t, C), gradients(wanted, wanted.new_ones(()), t, C), strict=True
+    ):
+        assert off(x, y) < 10 * within
+
+
+@pytest.mark.parametrize("score", ["volume", "volume2"])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8, 1e12])
+def test_dependent_modalities_at_any_norm(score, scale, dtype, backend):
+    """Volumes are 0, since an eigenvalue is, which rounding makes negative: more so, the larger the others are."""
+    t, c, e = ((scale * torch.randn(9, 16)).to(dtype) for _ in range(3))
+    if dtype == torch.float32 and scale > 1e10:
+        return  # float32 has no such volumes
+    assert not joint_scores(t, c, c, e, score=score, normalize=False, backend=backend).any()
+    assert not joint_scores(t, 3 * c, e, -c, score=score, normalize=False, backend=backend).any()
+
+
 def test_slopes_between_float32s_ends(backend):
     """Norms that are as far apart as float32 has them, of a gradient that it can hold."""
     t, C = 1e-30 * torch.randn(5, 16), 1e15 * torch.randn(6, 2, 16)
@@ -471,3 +503,38 @@ def test_what_is_known_of_a_few(backend):
         torch.testing.assert_close(
             joint_scores(t, C, score=score, backend=backend), torch.tensor(values, dtype=FLOAT64), rtol=0, atol=3e-8
         )
+
+
+@pytest.mark.parametrize("score", spec.NAMES)
+@pytest.mark.parametrize("wide", ["query", "candidates", "one of them"])
+def test_mixed_dtypes(score, wide, backend):
+    """As of embeddings that are all float64, and with float64's thresholds, if one of them is."""
+    t, (a, b) = torch.randn(6, 8), (torch.randn(7, 8) for _ in range(2))
+    a[0], b[0] = torch.eye(8)[0], torch.eye(8)[1] - 1e-8 * torch.eye(8)[0]  # tied, to float32
+    widened = {"query": (t,), "candidates": (a, b), "one of them": (a,)}[wide]
+    xs = [x.double() if any(x is other for other in widened) else x for x in (t, a, b)]
+    xs = [x.requires_grad_() for x in xs]
+    all_wide = [x.detach().double().requires_grad_() for x in xs]
+    found = joint_scores(*xs, score=score, backend=backend)
+    wanted = joint_scores(*all_wide, score=score, backend=backend)
+    assert found.dtype == FLOAT64
+    assert off(found, wanted) < 1e-12
+    W = torch.randn(6, 7, dtype=FLOAT64)
+    for x, y, z in zip(gradients(found, W, *xs), gradients(wanted, W, *all_wide), xs, strict=True):
+        assert x.dtype == z.dtype
+        assert off(x, y) < (1e-10 if x.dtype == FLOAT64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_beyond_float32(dtype, backend):
+    """On the way: of numbers of any norm, whose multilinear inner product float32 holds."""
+    t, C = (1e10 * torch.randn(5, 16)).to(dtype), (1e-15 * torch.randn(6, 3, 16)).to(dtype)
+    C[:, 0] *= 1e25
+    C[3, 1:], t[2] = 1e15 * C[3, 1:], 1e-20 * t[2]
+    t, C = (x.requires_grad_() for x in (t, C))
+    wide = [x.detach().double().requires_grad_() for x in (t, C)]
+    found = joint_scores(t, C, score="mip", normalize=False, backend=backend)
+    wanted = torch.einsum("id,jd->ij", wide[0], wide[1].prod(1))
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6 * wanted.abs().median().item())

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pmrl_kernels import gram_loss, joint_contrastive_loss, joint_scores, triangle_loss
 from pmrl_kernels.ops.joint import reference, spec
+from tests.conftest import CPU_BACKENDS
 from tests.contract.test_joint import FLOAT64, TINY_NORMS, embeddings, off, plain, unit
 
 TAU = 0.3
@@ -104,6 +105,23 @@ def test_factors_are_not_rounded(score, matmul_precision):
     found = joint_contrastive_loss(t, C, score=score, temperature=TAU, normalize=False)
     for x, y in zip((found, *torch.autograd.grad(found, (t, C))), wanted, strict=True):
         assert off(x.double(), y) < 1e-5
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("score", ["cosine", "mip"])
+def test_scores_beyond_float32(score, backend):
+    """A temperature makes them moderate again."""
+    t, C = 3e6 * torch.randn(20, 16), 1e16 * torch.randn(20, 2, 16)
+    t = t if score == "mip" else 1e31 * t
+    t, C = (x.requires_grad_() for x in (t, C))
+    wide = [x.detach().double().requires_grad_() for x in (t, C)]
+    tau = 1e37
+    wanted = expected_loss(logits(*wide, score, tau=tau))
+    found = joint_contrastive_loss(t, C, score=score, temperature=tau, normalize=False, backend=backend)
+    assert found.dtype == torch.float32
+    assert off(found.double(), wanted) < 1e-6
+    for x, y in zip(torch.autograd.grad(found, (t, C)), torch.autograd.grad(wanted, wide), strict=True):
+        assert off(1e30 * x.double(), 1e30 * y) < 1e-5
 
 
 @each_score

@@ -288,6 +288,26 @@ def test_products_that_may_be_rounded(score, matmul_precision):
     check_topk(t, C, score, 7)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_dependent_modalities_of_any_norm(scale):
+    """All volumes are 0, so all candidates tie."""
+    t, c, e = (scale * torch.randn(4, 16) for _ in range(3))
+    options = {"score": "volume", "normalize": False}
+    assert retrieval_ranks(t, c, c, e, ties="pessimistic", **options).tolist() == [3] * 4
+    assert retrieval_ranks(t, c, c, e, **options).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("score", ["cosine", "mip", "gain", "lambda", "sigma", "volume", "volume2", "area2"])
+def test_scores_beyond_float32(score):
+    """Too large for it, or too small; ranks are those of float64 nonetheless."""
+    t, C, positives = clips(40, 50, 3, 32)
+    for of_t, of_C in ((1e10, 1e-15), (1e18, 1e18), (1e-18, 1e-18), (1e30, 1e-30)):
+        check_ranks(of_t * t, of_C * C, positives, score, rules=("index",), normalize=False)
+        check_topk(of_t * t, of_C * C, score, 5, normalize=False)
+    t, C = torch.tensor([[1e-30, -1.0]]), torch.tensor([[[1e20, 1e10]] * 2, [[1.0, 1.0]] * 2])
+    assert retrieval_ranks(t, C, score="mip", normalize=False, positives=torch.tensor([1])).tolist() == [0]
+
+
 # ------------------------------------------------------------------------------------------------
 # Who has no positive, no modality or no score
 # ------------------------------------------------------------------------------------------------
@@ -442,21 +462,32 @@ def unpoisoned() -> Iterator[None]:
 MOST = 64 << 20
 
 
-def peaks(N: int, score: str, copies: bool = False) -> None:
-    X = torch.randn(1 if copies else N, 3, 512).expand(N, -1, -1)
+def peaks(N: int, score: str, copies: bool = False, d: int = 512, k: int = 10) -> None:
+    X = torch.randn(1 if copies else N, 3, d).expand(N, -1, -1)
     t, v, a = (x.contiguous() for x in X.unbind(1))
     calls = (
         lambda: retrieval_ranks(t, v, a, score=score),
         lambda: retrieval_ranks(t, v, a, score=score, direction="candidate"),
-        lambda: topk(t, v, a, k=10, score=score),
+        lambda: topk(t, v, a, k=k, score=score),
     )
-    for call in calls:
+    for call in calls[2:] if k > 10 else calls:
         assert Allocations(call).peak <= MOST
 
 
 @pytest.mark.parametrize(("N", "score"), [(1100, "volume"), (450, "gain"), (1500, "cosine")])
 def test_memory(N, score, unpoisoned):
     peaks(N, score)
+
+
+@pytest.mark.parametrize("score", ["gain", "cosine"])
+def test_memory_of_short_rows(score, unpoisoned):
+    """Tiles hold no more pairs for it."""
+    peaks(3000, score, d=8)
+
+
+def test_memory_of_many_that_are_best(unpoisoned):
+    """No more than the results take in float64 and int64, while they are found, beyond that."""
+    peaks(1500, "gain", d=8, k=800)
 
 
 @pytest.mark.parametrize("N", [90, pytest.param(600, marks=pytest.mark.slow)])

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmrl_kernels
-from pmrl_kernels import PMRLLoss, dominant_singular_triplet, dominant_sv_loss, pmrl_loss, singular_values
+from pmrl_kernels import (
+    PMRLLoss,
+    dominant_singular_triplet,
+    dominant_sv_loss,
+    gram_loss,
+    joint_contrastive_loss,
+    joint_scores,
+    pmrl_loss,
+    singular_values,
+    triangle_loss,
+)
 from tests.conftest import CPU_BACKENDS
 from tests.tools.functions import EVERY_CONTRAST
 from tests.tools.scalars import (
@@ -114,6 +124,22 @@ def test_compile_with_a_mask(backend, fresh_dynamo):
     check_compiled(
         lambda *xs: pmrl_loss(*xs, mask=torch.stack([x[:, 0] > -1 for x in xs], 1), backend=backend), "aot_eager"
     )
+
+
+JOINT: dict[str, Callable[..., Tensor]] = {
+    "joint_scores, volume": lambda *xs, **options: joint_scores(*xs, score="volume", **options).sin().sum(),
+    "joint_scores, mip": lambda *xs, **options: joint_scores(*xs, score="mip", **options).sin().sum(),
+    "joint_contrastive_loss": joint_contrastive_loss,
+    "joint_contrastive_loss, cosine": lambda *xs, **options: joint_contrastive_loss(*xs, score="cosine", **options),
+    "gram_loss": lambda *xs, **options: gram_loss(*xs, half_gradient=True, **options),
+    "triangle_loss": triangle_loss,
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", JOINT)
+def test_compile_of_joint_scores(name, backend, fresh_dynamo):
+    check_compiled(lambda *xs: JOINT[name](*xs, backend=backend), "aot_eager", (5, 8))
 
 
 @each_backend

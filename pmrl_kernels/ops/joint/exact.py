@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import constants
-from ..reference import eigenpairs, read_mask
+from ..reference import read_mask
 from . import spec
-from .reference import Basis, Edge, basis_of, edge_of, largest_root, ordered_sum, unit_rows
+from .reference import Basis, Edge, basis_of, edge_of, gram_eigenpairs, largest_root, ordered_sum, unit_rows
 
 
 def exact_rows(x: Tensor, present: Tensor | None, normalize: bool) -> Tensor:
@@ -114,20 +114,16 @@ def _exactly_rotated(V: Tensor, C: Tensor) -> Tensor:
 
 
 def _exactly_decomposed(C: Tensor, present: Tensor | None) -> list[Tensor]:
-    """As ``_decomposed``. Matrices are filled up to a multiple of four rows with what mixes with nothing, and then all
-    lie alike in memory, which LAPACK's arithmetic may depend on."""
+    """``gram_eigenpairs`` of candidates. Matrices are filled up to a multiple of four rows with what mixes with
+    nothing, and then all lie alike in memory, which LAPACK's arithmetic may depend on."""
     J, n, _ = C.shape
-    K = torch.stack([ordered_sum(C * C[:, m, None], 2) for m in range(n)], 1)
-    scale = functools.reduce(torch.add, K.diagonal(dim1=1, dim2=2).unbind(1))
-    scale = torch.where(scale == 0, 1.0, scale)  # for those of any norm, beside the -1
     size = 4 * math.ceil(n / 4)
-    A = torch.diag_embed(K.new_full((J, size), -1.0))
-    A[:, :n, :n] = K / scale[:, None, None]
-    if present is not None:
-        A[:, :n, :n] -= torch.diag_embed((~present).to(K.dtype))
-    mu, V = eigenpairs(A)
-    mu, V = mu[:, :n], V[:, :n, :n]
-    return [torch.where(mu < -0.5, -1.0, mu * scale[:, None]), V]
+    K = C.new_zeros((J, size, size))
+    K[:, :n, :n] = torch.stack([ordered_sum(C * C[:, m, None], 2) for m in range(n)], 1)
+    there = K.new_zeros((J, size), dtype=torch.bool)
+    there[:, :n] = True if present is None else present
+    mu, V = gram_eigenpairs(K, there)
+    return [mu[:, :n], V[:, :n, :n]]
 
 
 def _leading(C: Tensor, mu: Tensor, V: Tensor, float64_input: bool) -> Tensor:

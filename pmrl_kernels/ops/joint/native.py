@@ -28,7 +28,7 @@ def _contrast_forward_shapes(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     scores, state = _forward_shapes(query, candidates, mask, 0, True)
-    first, last, begin, end = own
+    first, last, begin, end = spec.own_rows(own, query, candidates)
     rows, columns = (query.new_empty(n, dtype=torch.float64) for n in (last - first, end - begin))
     return scores.new_empty(()), rows, columns, state
 

@@ -100,12 +100,17 @@ class Basis(NamedTuple):
         return torch.where(self.there, self.root, 1.0)
 
 
-def _decomposed(C: Tensor, present: Tensor | None) -> list[Tensor]:
-    """μ, 0 where it is not resolved and −1 where absent, and V of C (Ng, n, d)."""
-    K = C @ C.mT
+def gram_eigenpairs(K: Tensor, present: Tensor | None) -> list[Tensor]:
+    """μ (J, n) in descending order, −1 of absent modalities and none else below 0, and V of Gram matrices K (J, n, n),
+    in which absent ones are rows and columns of zeros."""
+    largest = K.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest)  # or the −1 would be beside numbers of any size
+    A = K / scale[:, :, None]
     if present is not None:
-        K = K - torch.diag_embed((~present).to(K.dtype))
-    return list(eigenpairs(K))
+        A = A - torch.diag_embed((~present).to(K.dtype))
+    mu, V = eigenpairs(A)
+    # The least is some eps64 of the largest where it should be 0, and of either sign.
+    return [torch.where(mu < -0.5, -1.0, mu.clamp_min(0.0) * scale), V]
 
 
 def basis_of(
@@ -117,7 +122,7 @@ def basis_of(
     mu, V = state
     n = mu.shape[1]
     floor = constants.singular_value_floor(n, float64_input) ** 2
-    absent = mu < -0.5
+    absent = mu < 0
     dropped = absent | (mu <= floor * mu[:, :1].clamp_min(0.0))
     mu = mu.masked_fill(dropped, 0.0)
     root = mu.sqrt()
@@ -463,7 +468,7 @@ class Read(NamedTuple):
 
     def decomposed(self, score: int) -> list[Tensor]:
         """What K decomposes into, (Ng, n) and (Ng, n, n), for scores that are of it."""
-        return _decomposed(self.C, self.present) if _decomposes(score) else []
+        return gram_eigenpairs(self.C @ self.C.mT, self.present) if _decomposes(score) else []
 
     def pairs(self, score: int, state: Sequence[Tensor]) -> _Pairs:
         return _pairs(score, self.t.z, self.C, state, self.float64_input)
@@ -727,6 +732,7 @@ def contrast_forward(
         pairs, sign = read.pairs(score, state), spec.SIGNS[score]
         known = _positives(pairs, roles, positives, tau, sign)
         contrast = _Contrast(roles, known, tau, sign, smoothing)
+        own = spec.own_rows(own, query, candidates)
         Q, J = slice(*own[:2]), slice(*own[2:])
         every = _every((len(query), Ng))
         if every == (Q, J):
@@ -778,6 +784,7 @@ def contrast_backward(
         pairs.begin()
         contrast = _Contrast(roles, _Positives(*state[:2]), tau, spec.SIGNS[score], smoothing)
         weights = _Weights(contrast, row_losses, column_losses, grad.double())
+        own = spec.own_rows(own, query, candidates)
         Q, J = slice(*own[:2]), slice(*own[2:])
         everyone = _every((len(query), len(roles.there)))
         of_t, of_C, slope = needed[0], any(needed[1:]), temperature is not None
@@ -803,7 +810,8 @@ def _contrast_shapes(
     loss = query.new_empty((), dtype=spec.output_dtype(query, candidates))
     known = [numbers(query.shape[0]), numbers(candidates[0].shape[0])]
     state = [*known, *_state_like(query, candidates, score)]
-    return loss, numbers(own[1] - own[0]), numbers(own[3] - own[2]), state
+    first, last, begin, end = spec.own_rows(own, query, candidates)
+    return loss, numbers(last - first), numbers(end - begin), state
 
 
 def _registered() -> tuple[Operators, dict[str, Pair]]:

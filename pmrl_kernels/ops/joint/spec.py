@@ -75,8 +75,13 @@ is an index of ``SCORES``. Forward: scores (Nq, Ng) and a state. Backward: from 
 of the candidates, in their layouts and dtypes, empty where not needed."""
 
 
+def own_rows(own: Sequence[int], query: Tensor, candidates: Sequence[Tensor]) -> Sequence[int]:
+    """(first, last, begin, end) of what an operator of ``JOINT_CONTRAST`` is told."""
+    return own or (0, query.shape[0], 0, candidates[0].shape[0])
+
+
 def _contrast_backward_shapes(query: Tensor, candidates: Sequence[Tensor], *arguments: Any) -> Any:
-    first, last, begin, end = arguments[2]
+    first, last, begin, end = own_rows(arguments[2], query, candidates)
     needed = arguments[-1]
     rows = [last - first] + [end - begin] * len(candidates)
     found = [
@@ -99,7 +104,8 @@ JOINT_CONTRAST = Op(
     _contrast_backward_shapes,
 )
 """``query``, ``candidates`` and ``mask`` as in ``JOINT``, of everyone; ``own`` = (first, last, begin, end): this
-process has the losses of queries [first, last) and of candidates [begin, end).
+process has the losses of queries [first, last) and of candidates [begin, end). Empty: of all, whose number a compiled
+graph need not know then.
 
 ``positives`` (Nq,), int64, is each query's candidate; None is its own number, Nq = Ng then. Negative ones (or such as
 there are not): the query has none. A candidate without modalities leaves with its queries. The others may be chosen,
@@ -182,8 +188,10 @@ class JointContrast(NamedTuple):
         sizes: tuple[int, int],
     ) -> tuple[Any, ...]:
         """What both operators take: everyone's tensors, and which of their rows are this process's."""
-        first, begin = (0 if group is None else group.start() for group in (self.queries, self.gallery))
-        own = [first, first + sizes[0], begin, begin + sizes[1]]
+        own: list[int] = []
+        if self.queries is not None and self.gallery is not None:
+            first, begin = self.queries.start(), self.gallery.start()
+            own = [first, first + sizes[0], begin, begin + sizes[1]]
         options = self.score, self.normalize, self.smoothing, temperature, self.fixed_temperature
         return (query, candidates, mask, positives, own, *options)
 
