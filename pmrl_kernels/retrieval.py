@@ -86,11 +86,18 @@ _RULES = {
 }
 
 
+def _norms(x: Tensor) -> Tensor:
+    """(N,) of x (N, d), whose squares need not be numbers."""
+    largest = x.abs().amax(1)
+    norms: Tensor = torch.linalg.vector_norm(x / torch.where(largest == 0, 1.0, largest)[:, None], dim=1)
+    return largest * norms
+
+
 def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: bool) -> tuple[Tensor, Tensor]:
     """(slope, offset), (J,) each, in float64: the rule's power of a score with these candidates is off by at most
     size·slope + offset, where size is β of the query, or √β. Inf where nothing can be said."""
     if of.vector is not None:
-        slope = 64 * eps * torch.linalg.vector_norm(of.vector, dim=1)
+        slope = 64 * eps * _norms(of.vector)
         return slope, torch.zeros_like(slope)
     if of.edge is not None:
         g, m2 = of.edge.length, (of.edge.middle * of.edge.middle).sum(1)
@@ -156,10 +163,10 @@ class _Scoring:
         self.rows = self.query.new_empty((Nq if self.by_product else 0, d), dtype=self._product_dtype())
         for rows in self.query_blocks():
             t = exact_rows(self.query[rows], None, self.normalize)
-            size[rows], self.finite[rows] = (t * t).sum(1), t.isfinite().all(1)
+            size[rows], self.finite[rows] = _norms(t) if self.rule.root else (t * t).sum(1), t.isfinite().all(1)
             if self.by_product:
                 self.rows[rows] = t
-        self.size = size.sqrt() if self.rule.root else size
+        self.size = size
         self.there = self.query.new_ones(self.batch.B, dtype=torch.bool)
         """(Ng,): candidates that have modalities."""
         if self.batch.mask is not None:

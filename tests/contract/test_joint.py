@@ -349,6 +349,27 @@ def test_absent_modalities_at_any_norm(score, scale, dtype, backend):
         assert off(x, y) < 10 * within
 
 
+@of_any_k
+@pytest.mark.parametrize("k", [4, 5, 17])
+def test_absent_modalities_have_no_gradient(score, k, backend):
+    """Not even one of rounding's size; none is NaN where others overflow."""
+    mask = torch.rand(6, k - 1) < 0.6
+    for scale in (1.0, 1e12):
+        t, C = (scale * torch.randn(*shape) for shape in ((5, 32), (6, k - 1, 32)))
+        C = torch.where(mask[:, :, None], C, torch.nan).requires_grad_()
+        found = joint_scores(t, C, score=score, mask=mask, normalize=False, backend=backend)
+        (grad,) = torch.autograd.grad(found.sum(), C)
+        assert (grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("score", spec.NAMES)
+def test_on_the_meta_device(score):
+    t, C = torch.randn(5, 8, device="meta", requires_grad=True), torch.randn(6, 2, 8, device="meta", requires_grad=True)
+    found = joint_scores(t, C, score=score)
+    assert found.shape == (5, 6)
+    assert [x.shape for x in torch.autograd.grad(found.sum(), (t, C))] == [t.shape, C.shape]
+
+
 @pytest.mark.parametrize("score", ["volume", "volume2"])
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8, 1e12])

@@ -297,6 +297,15 @@ def test_dependent_modalities_of_any_norm(scale):
     assert retrieval_ranks(t, c, c, e, **options).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("score", "of_t", "of_C"), [("mip", 1e150, 1e-85), ("cosine", 1e-170, 1e85)])
+def test_squares_below_float64(score, of_t, of_C):
+    """Of vectors whose products are numbers like others."""
+    t, C = of_t * torch.randn(30, 16, dtype=FLOAT64), of_C * torch.rand(16, dtype=FLOAT64).expand(40, 2, 16)
+    options = {"score": score, "normalize": False, "positives": torch.arange(30)}
+    assert not retrieval_ranks(t, C, ties="optimistic", **options).any()
+    assert (retrieval_ranks(t, C, ties="pessimistic", **options) == 39).all()
+
+
 @pytest.mark.parametrize("score", ["cosine", "mip", "gain", "lambda", "sigma", "volume", "volume2", "area2"])
 def test_scores_beyond_float32(score):
     """Too large for it, or too small; ranks are those of float64 nonetheless."""

@@ -49,16 +49,18 @@ _STEPS = 7
 
 
 class _Rows(NamedTuple):
-    """Rows (N, d) in float64, divided by ``scale`` and ``norm`` (N, 1), if they are to be unit vectors."""
+    """Rows (N, d) in float64, divided by ``scale`` and ``norm`` (N, 1), if they are to be unit vectors; those that are
+    not ``present`` (N,) are 0."""
 
     z: Tensor
+    present: Tensor | None
     scale: Tensor | None
     norm: Tensor | None
 
     def pulled(self, gradient: Tensor) -> Tensor:
         """The gradient of the rows as they came, from that of z."""
-        if self.scale is None or self.norm is None:
-            return gradient
+        if self.scale is None or self.norm is None:  # LAPACK's vectors of absent rows mix with others by some eps64
+            return gradient if self.present is None else torch.where(self.present[:, None], gradient, 0.0)
         along = (gradient * self.z).sum(1, keepdim=True)
         found = (gradient - along * self.z) / self.norm / self.scale
         return torch.where(self.norm == 0, 0.0, found)
@@ -77,12 +79,12 @@ def unit_rows(
     if present is not None:
         x = torch.where(present[:, None], x, 0.0)
     if not normalize:
-        return _Rows(x, None, None)
+        return _Rows(x, present, None, None)
     scale = x.abs().amax(1, keepdim=True)
     scale = torch.where(scale == 0, 1.0, scale)
     z = x / scale  # whose squares neither overflow nor vanish
     norm = lengths(z)
-    return _Rows(z / torch.where(norm == 0, 1.0, norm), scale, norm)
+    return _Rows(z / torch.where(norm == 0, 1.0, norm), present, scale, norm)
 
 
 class Basis(NamedTuple):

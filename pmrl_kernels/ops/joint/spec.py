@@ -17,6 +17,7 @@ holds it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -142,13 +143,18 @@ class Joint(NamedTuple):
         return 1
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The meta device has no autocast, and takes no word about it."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class Product(NamedTuple):
     """A call on (t, c), see ``function.py``: t cᵀ (Nq, Ng) of t (Nq, d) and c (Ng, d), by PyTorch; under autocast in
     their dtype, gradients too."""
 
     def forward(self, tensors: Tensors) -> tuple[tuple[Tensor, ...], Sequence[Tensor]]:
         t, c = tensors
-        with torch.autocast(t.device.type, enabled=False):
+        with _without_autocast(t):
             return (t @ c.T,), ()
 
     def backward(self, tensors: Tensors, saved: Sequence[Tensor], grads: Tensors, needed: Sequence[bool]) -> Tensors:
@@ -156,7 +162,7 @@ class Product(NamedTuple):
         (grad,) = grads
         if grad is None:
             return (None, None)
-        with torch.autocast(t.device.type, enabled=False):
+        with _without_autocast(t):
             return (grad @ c if needed[0] else None, grad.T @ t if needed[1] else None)
 
     def outputs(self, tensors: Tensors) -> int:
