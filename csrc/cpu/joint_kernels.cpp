@@ -19,6 +19,7 @@
 //
 // Near copies, of which r is mostly rounding in float32, are told by `bases` and done by pairs and pair_gradients.
 #include <cmath>
+#include <type_traits>
 
 #include "passes.h"
 #include "solvers.h"
@@ -397,6 +398,26 @@ PMRL_INLINE V largest_root(const V* w, const V* poles, V excess, int n) {
   return x;
 }
 
+// lambda_1 - mu_1 of a pair: `squares` holds q_m^2 and becomes w_m. In doubles it is made in units of a power of two near
+// the larger of mu_1 and beta: w and its like are of fourth degree, and as long as squares are in range, they are too.
+// (Floats come here only where they are.)
+template <class V>
+PMRL_INLINE V gain_of(V* squares, const V* mu, V* poles, V beta, int n) {
+  V excess = mu[0] - beta;
+  if constexpr (std::is_same<V, Floats>::value) {
+    PMRL_UNROLL(8)
+    for (int m = 0; m < n; ++m) squares[m] = mu[m] * squares[m];
+    return largest_root(squares, poles, excess, n);
+  } else {
+    const V unit = binade(max(max(mu[0], beta), V(Tiny<V>::value))), inverse = V(1.0) / unit;
+    for (int m = 0; m < n; ++m) {
+      squares[m] = (mu[m] * inverse) * (squares[m] * inverse);
+      poles[m] = poles[m] * inverse;
+    }
+    return unit * largest_root(squares, poles, excess * inverse, n);
+  }
+}
+
 // ---- tiles --------------------------------------------------------------------------------------
 
 // What pairs of a kind of score have in common.
@@ -440,14 +461,16 @@ PMRL_NOINLINE int64_t tile_bases(const JointTile& t) {
     const V own(beta[i]);
     for (int64_t j = 0; j < w; j += Lanes<V>::width) {
       if constexpr (Kind::eigenvalue) {
-        V weights[N ? N : kMaxModalities], poles[N ? N : kMaxModalities];
+        constexpr int kRoom = N ? N : kMaxModalities;
+        V squares[kRoom], mu[kRoom], poles[kRoom];
         PMRL_UNROLL(8)
         for (int m = 0; m < n; ++m) {
           const V x = V::load(q + m * w + j);
-          weights[m] = V::load(constants + m * w + j) * x * x;
+          squares[m] = x * x;
+          mu[m] = V::load(constants + m * w + j);
           poles[m] = V::load(constants + (n + m) * w + j);
         }
-        largest_root(weights, poles, V::load(constants + j) - own, n).store(out + j);
+        gain_of(squares, mu, poles, own, n).store(out + j);
       } else {
         V r = own, all = own;
         if constexpr (Kind::area) {
@@ -714,9 +737,12 @@ PMRL_NOINLINE void read_pair(const JointBatch& b, int64_t i, int64_t j, Single& 
     s.base = max(middle - along * along, 0.0);
     s.volume = mu[1];
   } else if (has_eigenvalues(b.score)) {
-    double w[kMaxModalities];
-    for (int m = 0; m < n; ++m) w[m] = s.mu[m] * s.q[m] * s.q[m];
-    s.base = largest_root<double>(w, s.poles, s.mu[0] - s.beta, n);
+    double squares[kMaxModalities], poles[kMaxModalities];
+    for (int m = 0; m < n; ++m) {
+      squares[m] = s.q[m] * s.q[m];
+      poles[m] = s.poles[m];
+    }
+    s.base = gain_of(squares, s.mu, poles, s.beta, n);
   } else {
     for (int m = 0; m < n; ++m) s.base -= s.q[m] * s.q[m];
     s.base = max(s.base, 0.0);

@@ -223,6 +223,33 @@ def test_norms_do_not_matter(score, scale, backend):
         assert off(scale * x, y) < (1e-4 if dtype == torch.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("score", ["sigma", "lambda", "gain"])
+@pytest.mark.parametrize("scale", [2.0**-450, 2.0**-260, 2.0**260, 2.0**450])
+def test_eigenvalues_of_any_norm(score, scale, backend):
+    """Where squares are in float64's range: the same bits times a power of two; and of norms that share no scale."""
+    t, C, mask = embeddings(4, "masks")
+    power = 1 if score == "sigma" else 2
+    tame, wild = ([(by * x).requires_grad_() for x in (t, C)] for by in (1.0, scale))
+    options = {"score": score, "mask": mask, "normalize": False, "backend": backend}
+    expected, found = (joint_scores(*x, **options) for x in (tame, wild))
+    assert torch.equal(found, expected * scale**power)
+    grads = [torch.autograd.grad(x.sum(), y) for x, y in ((expected, tame), (found, wild))]
+    for x, y in zip(*grads, strict=True):
+        assert torch.equal(x * scale ** (power - 1), y)
+
+    apart = [(scale * t).requires_grad_(), C.detach().requires_grad_()]
+    found = joint_scores(*apart, **options)
+    if scale > 1.0:
+        wanted = (apart[0] ** 2).sum(1, keepdim=True).expand_as(found)
+    else:
+        leading = dominant_singular_triplet(C, mask=mask, normalize=False)
+        gain = torch.where(mask.any(1), (apart[0] @ leading.u.T).square(), (apart[0] ** 2).sum(1, keepdim=True))
+        wanted = gain if score == "gain" else gain + leading.sigma.square()
+    torch.testing.assert_close(found, wanted.sqrt() if score == "sigma" else wanted, rtol=1e-10, atol=0.0)
+    for g in torch.autograd.grad(found.sum(), apart):
+        assert torch.isfinite(g).all()
+
+
 def test_roots_of_hard_spectra():
     """w of widely different sizes, poles that coincide, nothing at the top pole: no residual beyond rounding."""
     N = 20000

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import constants
 from ..reference import read_mask
 from . import spec
-from .reference import Basis, Edge, basis_of, edge_of, gram_eigenpairs, largest_root, ordered_sum, unit_rows
+from .reference import Basis, Edge, basis_of, edge_of, gain_of, gram_eigenpairs, ordered_sum, unit_rows
 
 
 def exact_rows(x: Tensor, present: Tensor | None, normalize: bool) -> Tensor:
@@ -93,7 +93,7 @@ class ExactCandidates:
             else:
                 q, beta = ordered_sum(u * t, 2)[:, None], ordered_sum(t * t, 1)[None]
                 mu = self.of.mu[j].T[:, None]
-                x = largest_root(mu * q * q, mu[:1] - mu, mu[0] - beta)[0]
+                x = gain_of(q, mu, beta)[0]
                 largest = self.of.mu[j, 0] + x
                 found = x if self.score == spec.GAIN else largest if self.score == spec.LAMBDA else largest.sqrt()
         return torch.where(self.finite[j] & t.isfinite().all(1), found, torch.nan)

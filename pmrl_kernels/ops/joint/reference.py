@@ -42,6 +42,8 @@ _DEVICE_TILE = 1 << 22
 _STEPS = 7
 """Of the root finder. The most that were needed by any of eight families of a hundred thousand pairs each, k <= 32."""
 
+_EXPONENT = 0x7FF << 52  # the bits of a float64 that, alone, are its power of two
+
 
 # ------------------------------------------------------------------------------------------------
 # Rows
@@ -217,6 +219,17 @@ def largest_root(w: Tensor, poles: Tensor, excess: Tensor) -> Tensor:
     return x
 
 
+def gain_of(q: Tensor, mu: Tensor, beta: Tensor) -> Tensor:
+    """x = λ₁(G) − μ₁ of q (n, ...), μ (n, ...) in descending order and β = ‖t‖² (...), in units of a power of two near
+    the larger of μ₁ and β: w and its like are of fourth degree, and as long as squares are in float64's range, they are
+    too."""
+    size = torch.maximum(mu[0], beta).clamp_min(torch.finfo(q.dtype).tiny)
+    unit = (size.view(torch.int64) & _EXPONENT).view(torch.float64)
+    inverse = 1.0 / unit
+    mu, beta = mu * inverse, beta * inverse
+    return unit * largest_root(mu * (q * q * inverse), mu[:1] - mu, mu[0] - beta)
+
+
 def _distance2(beta: Tensor, q: Tensor) -> Tensor:
     """r = β − Σ q², of q (n, ...)"""
     return (beta - (q * q).sum(0)).clamp_min(0.0)
@@ -266,7 +279,7 @@ class _Planes:
         """r, or x."""
         if self.of_volumes:
             return _distance2(beta, q)
-        return largest_root(mu * q * q, mu[:1] - mu, mu[0] - beta)
+        return gain_of(q, mu, beta)
 
     def _score(self, core: Tensor, volume: Tensor, largest: Tensor) -> Tensor:
         if self.score in (spec.VOLUME, spec.SINE):
