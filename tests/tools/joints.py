@@ -44,6 +44,11 @@ def data(k: int, B: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return [x.detach() for x in modalities(k, B, d, dtype)]
 
 
+def transposed(x: Tensor) -> Tensor:
+    """The same numbers, its first dimension innermost in memory."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
 def samples(ops: Any) -> dict[str, Callable[[], Iterator[tuple[Any, ...]]]]:
     """By operator's name, what makes its arguments; backward ones come from a forward call of ``ops``."""
 
@@ -53,6 +58,7 @@ def samples(ops: Any) -> dict[str, Callable[[], Iterator[tuple[Any, ...]]]]:
             mask = None if name == "area2" else some_mask(5, 2)
             yield x[:4], candidates, mask, score, True
             yield x[:4], [torch.stack(candidates, 1)], None, score, False
+            yield transposed(x[:4]), [transposed(c) for c in candidates], None, score, True
 
     def backward() -> Iterator[tuple[Any, ...]]:
         for sample in forward():
@@ -70,6 +76,7 @@ def samples(ops: Any) -> dict[str, Callable[[], Iterator[tuple[Any, ...]]]]:
             positives = torch.tensor([0, 3, 3, -1])
             yield x[:4], candidates, mask, positives, [0, 4, 0, 5], score, True, 0.1, tau, 1.0
             yield x, [torch.stack(candidates, 1)], None, None, [1, 3, 2, 5], score, False, 0.0, None, 0.3
+            yield transposed(x), [transposed(torch.stack(candidates, 1))], None, None, [], score, True, 0.0, None, 0.3
 
     def contrast_backward() -> Iterator[tuple[Any, ...]]:
         for sample in contrast_forward():

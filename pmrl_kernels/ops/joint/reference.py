@@ -503,8 +503,11 @@ class Read(NamedTuple):
         if candidates[0].dim() == 3:
             found = [torch.stack(found, 1)]
         all_of = zip((query, *candidates), (self.t.pulled(d_t)[first:last], *found), needed, strict=True)
-        # Copies: an operator's outputs are no views of more.
-        return [g.to(x.dtype, copy=True) if want else x.new_empty((0,)) for x, g, want in all_of]
+        # Copies, as an operator's outputs are no views of more; and in the order in memory that is declared of them.
+        dense = torch.contiguous_format
+        return [
+            g.to(x.dtype, copy=True, memory_format=dense) if want else x.new_empty((0,)) for x, g, want in all_of
+        ]
 
 
 def read_arguments(
