@@ -252,7 +252,7 @@ def _check_id_tensors(names: list[str], tensors: tuple[Tensor, ...], ids: list[A
 
 
 def _check_id_sequences(names: list[str], tensors: tuple[Tensor, ...], ids: list[Any]) -> None:
-    kind: tuple[type, str] | None = None  # that of the first id there is, and whose it is
+    kinds: dict[tuple[int, ...], tuple[type, str]] = {}  # by place in a tuple: that of the first one, and whose it is
     for key, x, own in zip(names, tensors, ids, strict=True):
         name, B = f"ids[{key!r}]", len(x)
         wanted = f"an integer tensor ({B},) or ({B}, c), or a sequence of {B} hashables"
@@ -263,20 +263,33 @@ def _check_id_sequences(names: list[str], tensors: tuple[Tensor, ...], ids: list
             raise TypeError(f"{name}: got {type(own).__name__}, wanted {wanted}{hint}")
         if len(own) != B:
             raise ValueError(f"{name}: got {len(own)} ids, wanted {B}, those of the rows of embeddings[{key!r}]")
-        if len(own) == 0:
-            continue
-        kind = kind or (type(own[0]), name)
-        # Of two types few ids are ever equal, "1" and 1 say: nothing would be in common, and nobody told.
-        if set(map(type, own)) != {kind[0]}:
-            i = next(i for i, id in enumerate(own) if type(id) is not kind[0])
-            wanted = f"{kind[0].__name__} as {kind[1]} has them"
-            raise TypeError(f"{name}[{i}]: got {type(own[i]).__name__}, wanted {wanted}")
-        # As a key a tensor is equal to itself alone, and so is NaN.
-        bad = 0 if issubclass(kind[0], (Tensor, float)) else _unhashable(own)
+        for i, id in enumerate(own):
+            _check_kind(id, name, (i,), kinds)
+        bad = _unhashable(own)
         if bad is not None:
-            hint = " (tensors of ids are passed as one tensor)" if isinstance(own[bad], Tensor) else ""
-            wanted = "a hashable, as a string or a tuple"
-            raise TypeError(f"{name}[{bad}]: got {type(own[bad]).__name__}, wanted {wanted}{hint}")
+            raise TypeError(f"{name}[{bad}]: got {type(own[bad]).__name__}, wanted a hashable, as a string or a tuple")
+
+
+def _check_kind(id: Any, name: str, place: tuple[int, ...], kinds: dict[tuple[int, ...], tuple[type, str]]) -> None:
+    """That an id, or what a tuple has in one place, is of a type that can be equal to those before it."""
+
+    def refuse(wanted: str) -> NoReturn:
+        where = "".join(f"[{at}]" for at in place)
+        raise TypeError(f"{name}{where}: got {type(id).__name__}, wanted {wanted}")
+
+    # Of two types few ids are ever equal, "1" and 1 say: nothing would be in common, and nobody told.
+    kind, whose = kinds.setdefault(place[1:], (type(id), name))
+    if type(id) is not kind:
+        refuse(f"{kind.__name__} as {whose} has them")
+    # As a key a tensor is equal to itself alone, and so is NaN.
+    if isinstance(id, Tensor):
+        refuse("a hashable, as a string or a tuple (tensors of ids are passed as one tensor)")
+    if isinstance(id, float):
+        refuse("a string, an integer or a tuple of such: floats that should be equal need not be")
+    if isinstance(id, tuple):
+        for at, part in enumerate(id):
+            if part is not None:
+                _check_kind(part, name, (*place, at), kinds)
 
 
 def _unhashable(ids: Sequence[Any]) -> int | None:

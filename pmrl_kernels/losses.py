@@ -167,7 +167,7 @@ def instance_contrastive_loss(
     problem = backend, u.device, u.dtype, 1, u.shape[1]
     pair = resolve(contrast_op(parts, normalize), *problem)
     column = None if mask is None else mask[:, None]
-    batch = inputs.Batch((u,), column, len(u), 1, u.shape[1], u.device, u.dtype)
+    batch = inputs.Batch((u,), column, u.shape[0], 1, u.shape[1], u.device, u.dtype)
     spread = inputs.spread_batch(group, local_sizes, batch, name, "u")
     contrast = Contrast(pair, parts, fixed, spread)
     if not normalize:

@@ -35,7 +35,8 @@ def by_id(embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor | Sequence[
         ids: by the same keys, the ids of these rows, in one of two forms for all modalities:
             integer tensors, (B_m,) or (B_m, c), where a row of c numbers is one id, such as (data set, example). Any
             signed or uint8 dtypes, all on one device, which may be another than that of the embeddings;
-            sequences of B_m hashables of one type, strings or tuples, say, which are the same id if they are equal.
+            sequences of B_m hashables of one type, strings or tuples, say, which are the same id if they are equal; in
+            each place of tuples of one type, too, or None. Floats and tensors are none.
             In a modality no id may come twice.
 
     Returns:
@@ -46,7 +47,7 @@ def by_id(embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor | Sequence[
 
     Raises:
         TypeError: no dict, embeddings that are no floating-point tensors, ids that are neither form, or of two forms,
-            two types, or a floating dtype.
+            two types, or floating ones.
         ValueError: no modality, other keys, ranks, shapes or devices, ids that are not as many as rows, or an id that
             comes twice in a modality, which the message names.
 
@@ -136,5 +137,5 @@ def _of_sequences(names: list[str], ids: Sequence[Sequence[Hashable]]) -> tuple[
         row = [instances.setdefault(id, len(instances)) for id in own]
         if len(set(row)) < len(row):
             inputs.refuse_repeated(name, next(id for id, times in Counter(own).items() if times > 1))
-        rows.append(torch.tensor(row, dtype=torch.int64))
+        rows.append(torch.tensor(row, dtype=torch.int64, device="cpu"))
     return rows, len(instances), list(instances)

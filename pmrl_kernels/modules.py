@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _CPU = torch.device("cpu")
+_LARGEST_RHO = 30.0
 
 
 class Temperature(nn.Module):
@@ -36,7 +37,7 @@ class Temperature(nn.Module):
     none, as earlier versions saved it, load.
 
     Args:
-        initial: τ at the start, a float above ``minimum``.
+        initial: τ at the start, a float above ``minimum``, if it is learned by e⁻³⁰ to e³⁰.
         learnable: make ρ a parameter; else τ is a plain float.
         minimum: τ_min >= 0.
         name: what errors call ``initial``.
@@ -65,6 +66,11 @@ class Temperature(nn.Module):
         if inputs.flag(learnable, "learnable"):
             if not self.minimum < self.initial:
                 raise ValueError(f"{name}: got {initial!r}, wanted more than the least value {minimum!r}")
+            if not math.exp(-_LARGEST_RHO) <= self.initial - self.minimum <= math.exp(_LARGEST_RHO):
+                raise ValueError(
+                    f"{name}: got {initial!r} with a least value of {minimum!r}, wanted a difference of "
+                    f"{math.exp(-_LARGEST_RHO):.1e} to {math.exp(_LARGEST_RHO):.1e} of a temperature that is learned"
+                )
             self.log_excess = nn.Parameter(torch.empty(1))
             self.reset_parameters()
         else:
@@ -88,7 +94,7 @@ class Temperature(nn.Module):
         # Where the bounds bite, the loss is flat in ρ already; without them τ could become Inf, or 0. A
         # float16 module's exp would overflow long before.
         rho = self.log_excess.to(torch.promote_types(self.log_excess.dtype, torch.float32))
-        return self.minimum + rho.reshape(()).clamp(-30.0, 30.0).exp()
+        return self.minimum + rho.reshape(()).clamp(-_LARGEST_RHO, _LARGEST_RHO).exp()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Earlier versions had a parameter without dimensions. (The other way round PyTorch sees to it.)
@@ -172,6 +178,11 @@ class _Spread(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def __copy__(self) -> Self:  # by __getstate__ it would have to be one that can be pickled
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self._state())
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

@@ -198,7 +198,10 @@ struct Paired {
 
   // The similarities of positives, and bounds of all similarities, into the state.
   void measure(Element* into) const {
-    if (unit) return;
+    if (unit) {
+      std::fill(into, into + kSpare, Element(0));
+      return;
+    }
     std::vector<double> dots(N), norms;
     for (size_t v = 0; v < vectors.size(); ++v) {  // what is in the places of absent rows may be anything
       row_dots(vectors[v], vectors[v], dots);
@@ -224,7 +227,7 @@ struct Paired {
     positives = from;
     bounds = from + count() * N;
   }
-  int64_t measured() const { return unit ? 0 : count() * (N + 1); }
+  int64_t measured() const { return unit ? kSpare : count() * (N + 1); }
 
   // Of one pair, a as rows and b as columns, or the other way round.
   struct Sides {

@@ -43,6 +43,7 @@ constexpr int64_t kTileSize = int64_t(1) << 22;   // numbers in a tile at most, 
 constexpr int64_t kLeastApart = int64_t(1) << 14;  // similarities of a product that a thread takes alone, at least
 constexpr int64_t kMostApart = int64_t(1) << 22;   // and at most
 constexpr int64_t kSavedSize = int64_t(1) << 23;  // similarities kept for the backward pass at most
+constexpr int64_t kSpare = 16;  // zeros at the start of a state that may have nothing else, see ops/contrast/native.py
 
 enum class Mode { kTriangle, kRows, kBoth };
 

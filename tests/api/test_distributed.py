@@ -229,6 +229,9 @@ def test_copies_of_a_module_share_its_group(module, group):
         assert twin.group is group
         assert twin.temperature is not loss.temperature
         assert torch.equal(twin(*xs), loss(*xs))
+    alike = copy.copy(loss)
+    assert (alike.group, alike.temperature) == (group, loss.temperature)
+    assert torch.equal(alike(*xs), loss(*xs))
     assert "group of 1" in repr(loss)
     with pytest.raises(pickle.PicklingError, match=r"^group: .* state_dict"):
         pickle.dumps(loss)

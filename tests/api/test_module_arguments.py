@@ -91,6 +91,15 @@ def test_learned_temperature_must_start_above_its_minimum(module, initial, minim
         module(initial, learnable_temperature=True, min_temperature=minimum)
 
 
+@pytest.mark.parametrize(("initial", "minimum"), [(1e-14, 0.0), (1e14, 0.01), (0.05, 0.05 - 1e-15)])
+def test_learned_temperature_must_start_where_it_can_be(initial, minimum):
+    """Or it would start elsewhere, and stay there."""
+    with pytest.raises(ValueError, match=r"^temperature: got .*, wanted a difference of 9\.4e-14 to 1\.1e\+13"):
+        Temperature(initial, learnable=True, minimum=minimum)
+    assert Temperature(1e-13, learnable=True, minimum=0.0)().item() == pytest.approx(1e-13, rel=1e-5)
+    Temperature(initial, minimum=minimum)
+
+
 def test_instance_temperature_must_start_above_its_minimum():
     with pytest.raises(ValueError, match=r"^instance_temperature: got 0\.005, wanted more than the least value 0\.01"):
         PMRLLoss(instance_temperature=0.005, learnable_instance_temperature=True)

@@ -174,6 +174,9 @@ def test_ids_of_another_device():
     assert {y.device.type for y in (*found.embeddings.values(), *found.mask.values())} == {"meta"}
     assert found.ids.tolist() == [5, 6, 7, 8]
     assert by_id(xs, {"text": ["a", "b"], "audio": ["b", "c", "d"]}).ids == ["a", "b", "c", "d"]
+    with torch.device("meta"):  # a default device is of tensors that are made
+        found = by_id({"text": torch.randn(2, 3, device="cpu")}, {"text": ["a", "b"]})
+    assert found.embeddings["text"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("c", [0, 2])
@@ -383,13 +386,26 @@ BAD: dict[str, tuple[Any, Any, type[Exception], tuple[str, ...]]] = {
         ("ids['audio'][0]", "got int", "wanted str", "ids['text']"),
     ),
     "kinds mixed in one": (tensors(2), numbers(["1", 2]), TypeError, ("ids['text'][1]", "got int", "wanted str")),
-    "floats": (tensors(2), numbers([1.0, 2.0]), TypeError, ("ids['text'][0]", "got float", "wanted a hashable")),
+    "floats": (tensors(2), numbers([1.0, 2.0]), TypeError, ("ids['text'][0]", "got float", "wanted a string, an int")),
+    "floats in tuples": (tensors(1), numbers([("a", 1.0)]), TypeError, ("ids['text'][0][1]", "got float", "floats")),
+    "tensors in tuples": (
+        tensors(1, 1),
+        numbers([("a", (2, torch.tensor(3)))], [("a", (2, torch.tensor(3)))]),
+        TypeError,
+        ("ids['text'][0][1][1]", "got Tensor", "wanted a hashable"),
+    ),
+    "tuples of strings and numbers": (
+        tensors(1, 2),
+        numbers([("a", 3)], [("a", None), ("a", "3")]),
+        TypeError,
+        ("ids['audio'][1][1]", "got str", "wanted int as ids['text'] has them"),
+    ),
     "lists": (tensors(2), numbers([[1], [2]]), TypeError, ("ids['text'][0]", "got list", "wanted a hashable")),
     "tuples of lists": (
         tensors(2),
-        numbers([(1, 0), (1, [2])]),
+        numbers([(1, [0]), (1, [2])]),
         TypeError,
-        ("ids['text'][1]", "got tuple", "wanted a hashable"),
+        ("ids['text'][0]", "got tuple", "wanted a hashable"),
     ),
     "tensors in a list": (tensors(2), numbers(list(torch.arange(2))), TypeError, ("ids['text'][0]", "one tensor")),
     "a number twice": (

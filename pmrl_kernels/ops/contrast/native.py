@@ -12,6 +12,7 @@ from .. import native
 from . import spec
 
 _KEPT = 1 << 23  # similarities that are kept for the backward pass, at most
+_SPARE = 16  # zeros where a state might be empty: whether it is nobody can say who exports for any B
 
 
 def _forward_shapes(
@@ -26,9 +27,10 @@ def _forward_shapes(
     ways, count, n = shape
     others = everyone[0].shape[0] if everyone else n
     # As csrc/cpu/contrast.cpp says: positives and bounds, and the similarities of the first products.
-    measured = 0 if ways == 1 and all(directions) else count * (others + 1)
+    measured = _SPARE if ways == 1 and all(directions) else count * (others + 1)
     products = count * (ways if everyone else 1)
-    kept = min(products, _KEPT // max(1, n * others))
+    # As functions of torch, which leave sizes open that a compiler does.
+    kept = torch.sym_min(products, _KEPT // torch.sym_max(1, n * others))
     room = n * (n + 192) // 2 if ways == 1 and not everyone else n * (others + 32)
     return x.new_empty(()), x.new_empty(shape, dtype=torch.float64), x.new_empty((measured + kept * room,))
 

@@ -505,9 +505,7 @@ class Read(NamedTuple):
         all_of = zip((query, *candidates), (self.t.pulled(d_t)[first:last], *found), needed, strict=True)
         # Copies, as an operator's outputs are no views of more; and in the order in memory that is declared of them.
         dense = torch.contiguous_format
-        return [
-            g.to(x.dtype, copy=True, memory_format=dense) if want else x.new_empty((0,)) for x, g, want in all_of
-        ]
+        return [g.to(x.dtype, copy=True, memory_format=dense) if want else x.new_empty((0,)) for x, g, want in all_of]
 
 
 def read_arguments(
