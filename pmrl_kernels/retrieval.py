@@ -93,31 +93,45 @@ def _norms(x: Tensor) -> Tensor:
     return largest * norms
 
 
-def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: bool) -> tuple[Tensor, Tensor]:
-    """(slope, offset), (J,) each, in float64: the rule's power of a score with these candidates is off by at most
-    size·slope + offset, where size is β of the query, or √β. Inf where nothing can be said."""
+class _Margin(NamedTuple):
+    """That the rule's power of a score with these candidates is off by at most (size + extra)·slope·first·second, where
+    size is β of the query, or √β; each (J,), in float64. As factors, which are multiplied in this order: that of the
+    last three, det K say, may be below float64's least number where the score is not."""
+
+    extra: Tensor
+    slope: Tensor
+    first: Tensor
+    second: Tensor
+
+    def of(self, size: Tensor) -> Tensor:
+        """(I, J) of sizes (I,)."""
+        return (size[:, None] + self.extra) * self.slope * self.first * self.second
+
+
+def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: bool) -> _Margin:
+    """Inf where nothing can be said."""
     if of.vector is not None:
-        slope = 64 * eps * _norms(of.vector)
-        return slope, torch.zeros_like(slope)
+        norms = _norms(of.vector)
+        one = torch.ones_like(norms)
+        return _Margin(0 * one, 64 * eps * one, norms, one)
     if of.edge is not None:
         g, m2 = of.edge.length, (of.edge.middle * of.edge.middle).sum(1)
-        slope = 64 * eps * g * (g + m2.sqrt())
-        return slope, slope * m2
+        return _Margin(m2, torch.full_like(g, 64 * eps), g, g + m2.sqrt())
     mu = of.eigenvalues
-    first = mu[:, 0].clamp_min(0.0)
+    mu1 = mu[:, 0].clamp_min(0.0)
+    one = torch.ones_like(mu1)
     if name in ("volume", "volume2", "sine"):
-        floor = constants.singular_value_floor(n, float64_input) ** 2 * first[:, None]
+        floor = constants.singular_value_floor(n, float64_input) ** 2 * mu1[:, None]
         resolved = mu > floor / 4
         smallest = torch.where(resolved, mu, torch.inf).amin(1)
-        slope = 64 * (eps + n * constants.EPS64 * first / smallest)
-        if name != "sine":
-            slope = slope * of.volumes() ** 2
+        slope = 64 * (eps + n * constants.EPS64 * mu1 / smallest)
+        volume = one if name == "sine" else of.volumes()
         doubtful = (resolved & (mu < 4 * floor)).any(1)  # rounding decides whether such a μ counts as 0
-        return slope.masked_fill(doubtful, torch.inf), torch.zeros_like(slope)
+        volume = volume.masked_fill(doubtful, 1.0)
+        return _Margin(0 * one, slope.masked_fill(doubtful, torch.inf), volume, volume)
     if name == "sigma":
-        return torch.full_like(first, 16 * eps), 16 * eps * first.sqrt()
-    share = (32 + 4 * n) * eps
-    return torch.full_like(first, share), share * first
+        return _Margin(mu1.sqrt(), 16 * eps * one, one, one)
+    return _Margin(mu1, (32 + 4 * n) * eps * one, one, one)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -238,9 +252,9 @@ class _Scoring:
             found = self.rows[I] @ of.vector.to(self.rows.dtype).T
         else:
             found = self.powered(self.rule.sign * self.joint(I, J))
-        slope, offset = _margin(self.name, of, self.batch.k, self.numbers.eps, self.float64_input)
-        offset = offset + 4 * self.batch.d * self.numbers.tiny  # parts below the least number are lost
-        margin = (self.size[I, None] * slope + offset).to(found.dtype)
+        known = _margin(self.name, of, self.batch.k, self.numbers.eps, self.float64_input).of(self.size[I])
+        offset = 4 * self.batch.d * self.numbers.tiny  # parts below the least number are lost
+        margin = (known + offset).to(found.dtype)
         lost = ~found.isfinite()
         return found.masked_fill_(lost, 0.0), margin.masked_fill_(lost, math.inf)
 

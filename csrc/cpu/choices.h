@@ -44,7 +44,9 @@ struct Sharpness {
   // Relative to log sum exp, rounded to an Element. Relative to a positive far away, the rounding error of a difference of
   // similarities would be one of the exponent. `bounded`: rounding a similarity or a loss may change a power of two a lot.
   Choice choice(double positive, double loss, bool bounded) const {
-    const double powers = loss / kLog2, shift = static_cast<Element>(positive + powers / steepness);
+    constexpr double kLargest = std::numeric_limits<Element>::max();  // by a large tau the loss is more
+    const double powers = loss / kLog2;
+    const double shift = static_cast<Element>(std::clamp(positive + powers / steepness, -kLargest, kLargest));
     const double rest = powers - (shift - positive) * steepness;
     if (!(bounded && (powers > kTold || std::abs(rest) > kDigits)))  // NaN stays NaN
       return {shift, std::floor(rest), std::exp2(std::floor(rest) - rest)};

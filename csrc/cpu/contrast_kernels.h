@@ -110,9 +110,10 @@ void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t e
     if (Bounded) difference = select(limit < difference, limit, difference);  // a NaN stays one
     return exp2_of_product<Bounded>(difference, factor, offset);
   };
-  double slope = 0.0;
+  double slope = 0.0;  // halved, as differences of two Elements need not be any
+  const V half(0.5);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const V positive = row(t.row.positive, i), shift = row(t.row.shift, i), weight = row(t.row.weight, i);
+    const V positive = half * row(t.row.positive, i), shift = row(t.row.shift, i), weight = row(t.row.weight, i);
     const V offset = Shared ? common : row(t.row.offset, i);
     V total(0.0);
     for (int64_t j = begin; j < end; j += width) {
@@ -128,13 +129,14 @@ void tile_weights(const BackwardTile& t, int64_t group, int64_t begin, int64_t e
       }
       ((P + R) * scale).store(weights + i * t.stride + j);
       if (t.slopes) {  // 0 beside an infinite delta counts as 0
-        if (t.row_slopes) total = total + select(P == zero, zero, P * (x - positive));
-        if (columns) total = total + select(R == zero, zero, R * (x - load(t.column.positive, j)));
+        const V y = half * x;
+        if (t.row_slopes) total = total + select(P == zero, zero, P * (y - positive));
+        if (columns) total = total + select(R == zero, zero, R * (y - half * load(t.column.positive, j)));
       }
     }
     if (t.slopes) slope += sum(total);
   }
-  if (t.slopes) t.slopes[group] = slope;
+  if (t.slopes) t.slopes[group] = 2.0 * slope;
 }
 
 void maxima(const ForwardTile& t, int64_t group, int64_t begin, int64_t end, bool columns) {

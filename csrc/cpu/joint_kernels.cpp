@@ -250,7 +250,6 @@ PMRL_NOINLINE void write_constants(const JointBatch& b, int64_t j, const double*
     put(n + m, largest - value);
     if (!(mu[m] < 0.0)) volume *= sqrt(value);
   }
-  if (b.score == Score::kVolume2) volume *= volume;
   if (b.score == Score::kSine) volume = 1.0;
   if (b.score == Score::kArea2) {
     const double inverse = inverse_root(mu[1]);
@@ -530,7 +529,7 @@ PMRL_INLINE Real score_of(Score score, Real base, Real largest, Real volume) {
   switch (score) {
     case Score::kVolume:
     case Score::kSine: return volume * sqrt(base);
-    case Score::kVolume2: return volume * base;
+    case Score::kVolume2: return volume * (volume * base);  // det K alone need not be in range
     case Score::kSigma: return sqrt(largest + base);
     case Score::kLambda: return largest + base;
     case Score::kArea2: return Real(0.5) * volume * base;
@@ -614,7 +613,7 @@ PMRL_INLINE void slopes(Score score, const Real* q, const Real* mu, const Real* 
     extra = extra * mu[0];
   } else {
     own = weight * volume;
-    own = score == Score::kVolume2 ? two * own : own * inverse_distance(base, beta);
+    own = score == Score::kVolume2 ? two * own * volume : own * inverse_distance(base, beta);
     PMRL_UNROLL(8)
     for (int m = 0; m < n; ++m) y[m] = -q[m];
     extra = score == Score::kSine ? zero : own * base;
@@ -746,7 +745,6 @@ PMRL_NOINLINE void read_pair(const JointBatch& b, int64_t i, int64_t j, Single& 
   } else {
     for (int m = 0; m < n; ++m) s.base -= s.q[m] * s.q[m];
     s.base = max(s.base, 0.0);
-    if (b.score == Score::kVolume2) s.volume *= s.volume;
     if (b.score == Score::kSine) s.volume = 1.0;
   }
 }

@@ -48,6 +48,21 @@ def test_raw_instance_contrast_of_large_norms(backend, device):
     assert not grads(loss, [u])[0].any()
 
 
+def test_similarities_whose_differences_float32_has_not(backend, device):
+    """-2e38 and 2e38 are 40 apart in units of the temperature."""
+    x = torch.tensor([[5e18, 0.0], [0.0, 5e18]], device=device, requires_grad=True)
+    y = torch.tensor([[-4e19, 0.0], [4e19, 1.0]], device=device, requires_grad=True)
+    found = []
+    for given in ([x, y], oracle.upcast([x, y])):
+        tau = torch.tensor(1e37, dtype=torch.float64, requires_grad=True)
+        options = {"contrast": "pairs", "normalize": False, "alignment_weight": 0.0, "backend": backend}
+        loss = pmrl_loss(*given, instance_temperature=tau, **options)
+        *of_rows, of_tau = grads(loss, [*given, tau])
+        found.append([loss, *(1e18 * g.double() for g in of_rows), 1e36 * of_tau])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b.cpu().double(), rtol=1e-6, atol=1e-6)
+
+
 def test_raw_instance_contrast_counts_zero_rows_and_large_losses(backend, device):
     """A zero row without normalisation is a row like any other: CE over two equal logits for it."""
     u = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -75,14 +76,21 @@ def instances(k: int, case: str, score: str) -> tuple[Tensor, Tensor, Tensor | N
 @pytest.mark.parametrize(
     ("score", "k"), [(score, k) for score in spec.NAMES for k in (2, 3, 5) if score != "area2" or k == 3]
 )
-def test_losses_and_gradients(score, case, smoothing, k, monkeypatch):
+def test_losses_and_gradients(score, case, smoothing, k, backend, monkeypatch):
     """Of embeddings and of a temperature; of several tiles."""
     monkeypatch.setattr(reference, "_TILE", 64)
     t, C, mask, positives = instances(k, case, score)
     tau = torch.tensor(TAU, dtype=FLOAT64, requires_grad=True)
     there = None if mask is None else mask.any(1)
     wanted = expected_loss(logits(t, C, score, mask, tau), positives, smoothing, there)
-    options = {"score": score, "mask": mask, "positives": positives, "label_smoothing": smoothing, "normalize": False}
+    options = {
+        "score": score,
+        "mask": mask,
+        "positives": positives,
+        "label_smoothing": smoothing,
+        "normalize": False,
+        "backend": backend,
+    }
     found = joint_contrastive_loss(t, C, temperature=tau, **options)
     assert found.dtype == FLOAT64
     assert off(found, wanted) < 1e-13
@@ -93,7 +101,7 @@ def test_losses_and_gradients(score, case, smoothing, k, monkeypatch):
 
 
 @each_score
-def test_factors_are_not_rounded(score, matmul_precision):
+def test_factors_are_not_rounded(score, backend, matmul_precision):
     """Whatever PyTorch is allowed to do with products of float32."""
     t, C = torch.randn(80, 64), torch.randn(80, 2, 64)
     C += 2 * t[:, None]
@@ -102,7 +110,7 @@ def test_factors_are_not_rounded(score, matmul_precision):
     wanted = expected_loss(logits(*wide, score))
     wanted = [wanted, *torch.autograd.grad(wanted, wide)]
     matmul_precision("medium")
-    found = joint_contrastive_loss(t, C, score=score, temperature=TAU, normalize=False)
+    found = joint_contrastive_loss(t, C, score=score, temperature=TAU, normalize=False, backend=backend)
     for x, y in zip((found, *torch.autograd.grad(found, (t, C))), wanted, strict=True):
         assert off(x.double(), y) < 1e-5
 
@@ -126,7 +134,7 @@ def test_scores_beyond_float32(score, backend):
 
 @each_score
 @pytest.mark.parametrize("case", ["pairs", "captions"])
-def test_half_gradients(score, case):
+def test_half_gradients(score, case, backend):
     """Each side's gradient of the loss in which the other one chooses among vectors that are held."""
     t, C, mask, positives = instances(3, case, score)
     tau = torch.tensor(TAU, dtype=FLOAT64, requires_grad=True)
@@ -143,6 +151,7 @@ def test_half_gradients(score, case):
         positives=positives,
         half_gradient=True,
         normalize=False,
+        backend=backend,
     )
     assert off(found, wanted) < 1e-13
     for x, y in zip(torch.autograd.grad(found, (t, C, tau)), torch.autograd.grad(wanted, (t, C, tau)), strict=True):
@@ -150,7 +159,7 @@ def test_half_gradients(score, case):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_presets_are_the_published_losses(half):
+def test_presets_are_the_published_losses(half, backend):
     """With their values, of unit vectors; with their gradient, which holds what is gathered, as an option."""
     t, C, _ = (None if x is None else x.requires_grad_() for x in embeddings(3, "any norm"))
     t = t[: len(C)].detach().requires_grad_()
@@ -165,21 +174,22 @@ def test_presets_are_the_published_losses(half):
         targets = torch.arange(len(t))
         wanted = cross_entropy(-of_text / tau, targets, label_smoothing=0.1)
         wanted = (wanted + cross_entropy(-of_candidates.T / tau, targets, label_smoothing=0.1)) / 2
-        found = loss(t, *C.unbind(1), temperature=tau, half_gradient=half)
+        found = loss(t, *C.unbind(1), temperature=tau, half_gradient=half, backend=backend)
         assert off(found, wanted) < 1e-13
-        assert off(loss(t, *C.unbind(1), half_gradient=half), wanted) < 1e-13  # 0.07 is what they begin with
+        as_they_begin = loss(t, *C.unbind(1), half_gradient=half, backend=backend)  # with 0.07
+        assert off(as_they_begin, wanted) < 1e-13
         for x, y in zip(torch.autograd.grad(found, (t, C, tau)), torch.autograd.grad(wanted, (t, C, tau)), strict=True):
             assert off(x, y) < 1e-11
 
 
 @each_score
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(score, dtype):
+def test_dtypes(score, dtype, backend):
     t, C, _ = embeddings(3, "any norm")
     t, C = (x.to(dtype).requires_grad_() for x in (t[: len(C)], C))
     wide = [x.detach().double().requires_grad_() for x in (t, C)]
     wanted = expected_loss(logits(*map(unit, wide), score), smoothing=0.1)
-    found = joint_contrastive_loss(t, C, score=score, temperature=TAU, label_smoothing=0.1)
+    found = joint_contrastive_loss(t, C, score=score, temperature=TAU, label_smoothing=0.1, backend=backend)
     assert found.dtype == torch.float32
     assert off(found.double(), wanted) < 1e-6
     pairs = zip(torch.autograd.grad(found, (t, C)), torch.autograd.grad(wanted, wide), strict=True)
@@ -189,15 +199,15 @@ def test_dtypes(score, dtype):
 
 
 @pytest.mark.parametrize("score", [name for name in spec.NAMES if name != "area2"])
-def test_who_leaves_has_zeros_and_is_not_read(score):
+def test_who_leaves_has_zeros_and_is_not_read(score, backend):
     t, C, mask = embeddings(4, "masks")
     t = t[: len(C)]
-    expected = joint_contrastive_loss(t, C, score=score, mask=mask)
+    expected = joint_contrastive_loss(t, C, score=score, mask=mask, backend=backend)
     gone = ~mask.any(1)
     assert gone.any()
     t = torch.where(gone[:, None], torch.nan, t).requires_grad_()
     C = torch.where(mask[:, :, None], C, torch.inf).requires_grad_()
-    loss = joint_contrastive_loss(t, C, score=score, mask=mask)
+    loss = joint_contrastive_loss(t, C, score=score, mask=mask, backend=backend)
     torch.testing.assert_close(loss, expected, rtol=1e-15, atol=0.0)
     loss.backward()
     assert t.grad.isfinite().all()
@@ -208,16 +218,28 @@ def test_who_leaves_has_zeros_and_is_not_read(score):
 
 @each_score
 @pytest.mark.parametrize("tau", [1.2e-38, 1e-4, 0.01, 1e4, 1e38])
-def test_any_temperature(score, tau):
+def test_any_temperature(score, tau, backend):
     """Finite, and the loss that of the formulation (where that is finite)."""
     t, C, _ = embeddings(3, "duplicates")
     t, C = (x.requires_grad_() for x in (t[: len(C)], C))
     temperature = torch.tensor(tau, dtype=FLOAT64, requires_grad=True)
-    found = joint_contrastive_loss(t, C, score=score, temperature=temperature)
+    found = joint_contrastive_loss(t, C, score=score, temperature=temperature, backend=backend)
     wanted = expected_loss(logits(unit(t), unit(C), score, tau=tau))
     torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-12, atol=0.0)
     for x in torch.autograd.grad(found, (t, C, temperature)):
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("N", [4, 200])
+@pytest.mark.parametrize("tau", [2e37, 1e38, 2.6e38, 3.4e38])
+def test_temperatures_near_the_largest_of_float32(N, tau, backend):
+    """Times the loss, they are none of its numbers."""
+    xs = [torch.randn(N, 6, requires_grad=True) for _ in range(3)]
+    temperature = torch.tensor(tau, dtype=FLOAT64, requires_grad=True)
+    for score in spec.NAMES:
+        found = joint_contrastive_loss(*xs, score=score, temperature=temperature, backend=backend)
+        torch.testing.assert_close(found.item(), math.log(N), rtol=1e-6, atol=0.0)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(found, (*xs, temperature)))
 
 
 TINY = [(torch.float32, tau) for tau in (1e-13, 1e-18)] + [(FLOAT64, tau) for tau in (1e-16, 1e-30)]
@@ -277,33 +299,36 @@ def test_slopes_do_not_depend_on_norms(score, dtype, of_t, of_C, backend):
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, torch.nan, torch.inf, 1e-40])
-def test_a_bad_temperature_tensor_is_nan(tau):
+def test_a_bad_temperature_tensor_is_nan(tau, backend):
     t, C, _ = embeddings(3, "random")
     t, C = (x.float().requires_grad_() for x in (t[: len(C)], C))
-    loss = joint_contrastive_loss(t, C, temperature=torch.tensor(tau, dtype=FLOAT64))
+    loss = joint_contrastive_loss(t, C, temperature=torch.tensor(tau, dtype=FLOAT64), backend=backend)
     loss.backward()
     assert loss.isnan()
     assert t.grad.isnan().all()
     assert C.grad.isnan().all()
+    for N, positives in ((0, None), (1, None), (3, torch.full((3,), -1))):  # nothing is compared
+        options = {"temperature": torch.tensor(tau, dtype=FLOAT64), "positives": positives, "backend": backend}
+        assert joint_contrastive_loss(t[:N], C[:N], **options).isnan()
 
 
-def test_a_small_loss_has_its_digits():
+def test_a_small_loss_has_its_digits(backend):
     """Beyond what 1 plus it can hold."""
     basis = torch.eye(6, dtype=FLOAT64)
     t, C = basis[:2], torch.stack((basis[:2], basis[2:4]), 1)
-    found = joint_contrastive_loss(t, C, score="volume", temperature=0.02)
+    found = joint_contrastive_loss(t, C, score="volume", temperature=0.02, backend=backend)
     torch.testing.assert_close(found, torch.tensor(-50.0, dtype=FLOAT64).exp(), rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("score", ["volume", "volume2", "sine", "sigma", "gain", "area2", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
-def test_descending_from_the_optimum(score, dtype):
+def test_descending_from_the_optimum(score, dtype, backend):
     """From where all modalities of an instance agree: finite, and it does not climb."""
     t = unit(torch.randn(6, 12, dtype=dtype))
     t, *C = (t.clone().requires_grad_() for _ in range(3))
     losses = []
     for _ in range(20):
-        loss = joint_contrastive_loss(t, *C, score=score, temperature=0.1)
+        loss = joint_contrastive_loss(t, *C, score=score, temperature=0.1, backend=backend)
         losses.append(loss.item())
         for x, g in zip((t, *C), torch.autograd.grad(loss, (t, *C)), strict=True):
             assert g.isfinite().all()
@@ -312,12 +337,12 @@ def test_descending_from_the_optimum(score, dtype):
     assert losses[-1] <= losses[0]
 
 
-def test_alone_or_without_anyone():
+def test_alone_or_without_anyone(backend):
     for Nq, Ng in ((0, 0), (1, 1), (3, 0), (0, 3)):
         t, C = torch.randn(Nq, 4, requires_grad=True), torch.randn(Ng, 2, 4, requires_grad=True)
         positives = None if Nq == Ng else torch.full((Nq,), -1)
         for score in spec.NAMES:
-            loss = joint_contrastive_loss(t, C, score=score, positives=positives, label_smoothing=0.1)
+            loss = joint_contrastive_loss(t, C, score=score, positives=positives, label_smoothing=0.1, backend=backend)
             loss.backward()
             assert loss == 0
             assert not t.grad.any()
@@ -325,13 +350,13 @@ def test_alone_or_without_anyone():
 
 
 @pytest.mark.parametrize("where", ["query", "candidate"])
-def test_nan_is_everyones(where):
+def test_nan_is_everyones(where, backend):
     t, C, _ = embeddings(3, "random")
     t = t[: len(C)]
     (t if where == "query" else C)[2, ..., 0] = torch.nan
     t.requires_grad_(), C.requires_grad_()
     for score in spec.NAMES:
-        loss = joint_contrastive_loss(t, C, score=score)
+        loss = joint_contrastive_loss(t, C, score=score, backend=backend)
         assert loss.isnan()
         assert all(g.isnan().any() for g in torch.autograd.grad(loss, (t, C)))
 
@@ -364,13 +389,16 @@ def test_what_may_be_asked_for():
         g.sum().backward()
 
 
-def test_compiled():
+def test_compiled(backend):
+    torch.compiler.reset()  # of one function it compiles eight graphs at most
     t, C, mask = embeddings(3, "masks")
     t, C, positives = t.requires_grad_(), C.requires_grad_(), torch.arange(20) % 17
     for score, half in itertools.product(("volume", "gain", "cosine"), (False, True)):
 
         def loss(t, C, mask, positives, score=score, half=half):
-            return joint_contrastive_loss(t, C, score=score, mask=mask, positives=positives, half_gradient=half)
+            return joint_contrastive_loss(
+                t, C, score=score, mask=mask, positives=positives, half_gradient=half, backend=backend
+            )
 
         found = torch.compile(loss, backend="aot_eager", fullgraph=True)(t, C, mask, positives)
         expected = loss(t, C, mask, positives)

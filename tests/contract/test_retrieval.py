@@ -306,6 +306,22 @@ def test_squares_below_float64(score, of_t, of_C):
     assert (retrieval_ranks(t, C, ties="pessimistic", **options) == 39).all()
 
 
+@pytest.mark.parametrize("score", ["volume", "volume2"])
+def test_gram_determinants_below_float64(score, backend):
+    """Of scores that are numbers like others: no positive comes before itself, nor anything else than without scale."""
+    C = torch.randn(3, 8, dtype=FLOAT64) + 1e-3 * torch.randn(25, 3, 8, dtype=FLOAT64)
+    t = torch.randn(8, dtype=FLOAT64) + 1e-3 * torch.randn(25, 8, dtype=FLOAT64)
+    options = {"score": score, "normalize": False, "backend": backend}
+    for scale in (2.0**-175, 2.0**175):
+        apart = t / scale, C * scale
+        assert torch.equal(retrieval_ranks(*apart, **options), retrieval_ranks(t, C, **options))
+        assert torch.equal(
+            joint_scores(*apart, **options), scale ** (2 if score == "volume" else 4) * joint_scores(t, C, **options)
+        )
+        for i in range(len(t)):
+            assert retrieval_ranks(apart[0][i : i + 1], apart[1][i : i + 1], **options).tolist() == [0]
+
+
 @pytest.mark.parametrize("score", ["cosine", "mip", "gain", "lambda", "sigma", "volume", "volume2", "area2"])
 def test_scores_beyond_float32(score):
     """Too large for it, or too small; ranks are those of float64 nonetheless."""

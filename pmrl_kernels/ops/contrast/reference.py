@@ -8,6 +8,8 @@ its loss is
 which neither overflows nor cancels when ℓ_i is small, and P_ij = exp(δ_ij − ℓ_i) are the softmax probabilities, so ℓ is
 all the backward pass needs besides its inputs. Of a batch over several processes, a are one process's rows and b
 everyone's. The formulas are derived in docs/mathematics.md.
+
+Similarities and τ are halved, exactly, so that the difference of any two that the dtype holds is a number, too.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class _Side(NamedTuple):
     """Rows or columns of a similarity matrix."""
 
     vectors: Tensor  # (n, d)
-    positive: Tensor  # (n,): similarity with its own partner on the other side
+    positive: Tensor  # (n,): similarity with its own partner on the other side, halved
     counted: Tensor | None  # bool (n,): which have a loss
     seen: Tensor | None  # bool (n,): which the other side may choose
 
@@ -63,13 +65,17 @@ class _Side(NamedTuple):
         return _Side(self.vectors[rows], self.positive[rows], counted, seen)
 
 
+def _half_similarities(a: _Side, b: _Side) -> Tensor:
+    return (a.vectors * 0.5) @ b.vectors.T
+
+
 def _log_sums(a: _Side, b: _Side, start: int, tau: Tensor | float, both: bool) -> tuple[Tensor, Tensor | None]:
     """logsumexp_{j≠start+i} δ_ij for every row of a; where ``both``, for every column too (a and b then pair up)."""
     rows = torch.empty_like(a.positive)
     columns = torch.full_like(b.positive, -torch.inf, dtype=torch.float64) if both else None
     for tile in _row_tiles(len(rows), len(b.positive), rows.device):
         part = a.at(tile)
-        similarity = part.vectors @ b.vectors.T
+        similarity = _half_similarities(part, b)
         rows[tile] = _deltas(similarity, part.positive[:, None], tau, b.seen, start + tile.start).logsumexp(1)
         if columns is not None:
             allowed = None if part.seen is None else part.seen[:, None]
@@ -80,7 +86,7 @@ def _log_sums(a: _Side, b: _Side, start: int, tau: Tensor | float, both: bool) -
 
 def _deltas(similarity: Tensor, positive: Tensor, tau: Tensor | float, allowed: Tensor | None, start: int) -> Tensor:
     """δ of one tile: −inf where not allowed and for the positives, which ℓ treats apart."""
-    delta = torch.sub(similarity, positive).div_(tau)
+    delta = torch.sub(similarity, positive).div_(tau / 2)
     if allowed is not None:
         delta.masked_fill_(~allowed, -torch.inf)
     delta.diagonal(start).fill_(-torch.inf)
@@ -101,7 +107,7 @@ def _pulled(
     own, theirs = (losses.to(a.vectors.dtype) for losses in (own, theirs))
     for tile in _row_tiles(len(a.vectors), len(b.vectors), a.vectors.device):
         part, rows = a.at(tile), own[tile]
-        similarity, first = part.vectors @ b.vectors.T, start + tile.start
+        similarity, first = _half_similarities(part, b), start + tile.start
         allowed = _both(part.counted, b.seen)
         G = _probabilities(similarity, part.positive[:, None], rows[:, None], tau, allowed, first)
         if slope:
@@ -122,7 +128,7 @@ def _probabilities(
     similarity: Tensor, positive: Tensor, losses: Tensor, tau: Tensor | float, allowed: Tensor | None, start: int
 ) -> Tensor:
     """P of one tile: 0 where not allowed and for the positives."""
-    P = torch.sub(similarity, positive).div_(tau).sub_(losses).clamp_max_(0.0).exp_()
+    P = torch.sub(similarity, positive).div_(tau / 2).sub_(losses).clamp_max_(0.0).exp_()
     if allowed is not None:
         P.masked_fill_(~allowed, 0.0)
     P.diagonal(start).fill_(0.0)
@@ -131,7 +137,7 @@ def _probabilities(
 
 def _slope(P: Tensor, similarity: Tensor, positive: Tensor) -> Tensor:
     """τ Σ P·δ, the negative of ∂Σℓ/∂τ · τ². (log P + ℓ is δ too, but for large τ the rounding of two numbers.)"""
-    return torch.where(P == 0, 0.0, P * (similarity - positive)).sum(dtype=torch.float64)
+    return 2 * torch.where(P == 0, 0.0, P * (similarity - positive)).sum(dtype=torch.float64)
 
 
 def _divisor(counted: Tensor, positive: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ def _pairs(
         seen_a = both if directions[b] and not directions[a] else there[a]
         seen_b = both if directions[a] and not directions[b] else there[b]
         here = _unless_all(both)
-        left, right = (_Side(filled[n], positive, here, _unless_all(x)) for n, x in ((a, seen_a), (b, seen_b)))
+        left, right = (_Side(filled[n], positive / 2, here, _unless_all(x)) for n, x in ((a, seen_a), (b, seen_b)))
         found.append(_Pair(left, right, (a, b), a == b))
         counted.append(both)
         positives.append(positive)

@@ -88,7 +88,7 @@ class ExactCandidates:
                 e = _without(t, u)
                 r = ordered_sum(e * e, 1)
                 volume = self.volumes()[j]
-                found = volume * volume * r if self.score == spec.VOLUME2 else r.sqrt()
+                found = volume * (volume * r) if self.score == spec.VOLUME2 else r.sqrt()
                 found = volume * found if self.score == spec.VOLUME else found
             else:
                 q, beta = ordered_sum(u * t, 2)[:, None], ordered_sum(t * t, 1)[None]

@@ -285,7 +285,7 @@ class _Planes:
         if self.score in (spec.VOLUME, spec.SINE):
             return volume * core.sqrt()
         if self.score == spec.VOLUME2:
-            return volume * volume * core
+            return volume * (volume * core)  # det K alone need not be in range
         if self.score == spec.GAIN:
             return core
         return (largest + core).sqrt() if self.score == spec.SIGMA else largest + core
