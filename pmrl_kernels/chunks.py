@@ -50,6 +50,12 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
             differ (ValueError); an output with another number of rows than its chunk (ValueError), or that cannot be
             concatenated, such as a cache of keys and values (TypeError).
 
+    Until ``backward()`` has run, ``function`` has to stay what it was, since it is called again: variables that it reads
+    (a name bound by a loop, say, in a lambda), parameters, ``train()`` or ``eval()``. PyTorch does not notice if an
+    optimizer's step or ``torch.func.functional_call`` has changed parameters in between, and of random numbers it
+    repeats its own, those of the CPU and of devices of tensors among the arguments. What the arguments' containers hold
+    is read once, at the call; a tensor that is written to is an error.
+
     Gradients: to the bit those of a loop over chunks that keeps everything, so those of the whole batch up to how
     PyTorch rounds products and sums of fewer rows, for parameters, inputs and shared tensors; under autocast, chunks
     are summed in the parameters' dtype. Without grad mode nothing is kept, and nothing runs twice; so it is with what
@@ -79,24 +85,44 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
     chunk_size, names = inputs.count(chunk_size, "chunk_size"), _names(shared)
 
     def call(*arguments: Any, **named: Any) -> Any:
-        given = (arguments, named)
-        rows = [(name, x) for name, x in _leaves(given, "", names) if _has_rows(x)]
+        rows = [(name, x) for name, x in _leaves((arguments, named), "", names) if _has_rows(x)]
         _check_rows(rows)
         chunks = list(zip(*(x.split(chunk_size) for _, x in rows), strict=True))
+        whole: list[Tensor] = []  # what is shared
 
-        def one(*chunk: Tensor) -> Any:
+        def hold(x: Any) -> Any:
+            if isinstance(x, Tensor) and not _has_rows(x):
+                whole.append(x)
+            return x
+
+        def hold_whole(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                whole.append(x)
+            return x
+
+        # Containers as they are now: whoever called may put the result into one of them before chunks run again.
+        given = _replaced((arguments, named), hold, names, hold_whole)
+
+        def one(*tensors: Tensor) -> Any:
             # Or weights that autocast has cast for one chunk would serve the next one as well, and collect the
             # gradients of all chunks in autocast's dtype: sums of many terms in bfloat16. (What compiles a graph
             # caches none of them, and that of torch 2.10 cannot trace this.)
             if not torch.compiler.is_compiling():
                 torch.clear_autocast_cache()
-            parts = iter(chunk)
-            arguments, named = _replaced(given, lambda x: next(parts) if _has_rows(x) else x, names)
+            parts, rest = iter(tensors[: len(rows)]), iter(tensors[len(rows) :])
+
+            def shared_one(x: Any) -> Any:
+                return next(rest) if isinstance(x, Tensor) else x
+
+            arguments, named = _replaced(
+                given, lambda x: next(parts) if _has_rows(x) else shared_one(x), names, shared_one
+            )
             return function(*arguments, **named)
 
-        # As positional arguments tensors tell on which device there are random numbers to keep.
+        # As positional arguments tensors tell on which device there are random numbers to keep, and PyTorch notices if
+        # they are written to before chunks run again.
         run = one if len(chunks) == 1 or not torch.is_grad_enabled() else _checkpointed(one)
-        return _joined([run(*chunk) for chunk in chunks], [len(chunk[0]) for chunk in chunks])
+        return _joined([run(*chunk, *whole) for chunk in chunks], [len(chunk[0]) for chunk in chunks])
 
     return call
 
@@ -237,23 +263,47 @@ def _name(container: str, key: Hashable) -> str:
     return f"{container}[{key!r}]"
 
 
-def _replaced(value: Any, leaf: Callable[[Any], Any], shared: tuple[str, ...] = ()) -> Any:
-    """The same container with ``leaf(x)`` for everything in it that is none, in the order of :func:`_leaves`."""
+def _replaced(
+    value: Any,
+    leaf: Callable[[Any], Any],
+    shared: tuple[str, ...] = (),
+    shared_leaf: Callable[[Any], Any] = lambda x: x,
+) -> Any:
+    """The same container with ``leaf(x)`` for everything in it that is none, in the order of :func:`_leaves`; and
+    ``shared_leaf(x)`` for what is in plain containers below a shared name."""
     parts = _parts(value)
     if parts is None:
         return leaf(value)
     new = {
-        key: part if isinstance(key, str) and key in shared else _replaced(part, leaf, shared) for key, part in parts
+        key: _of_shared(part, shared_leaf)
+        if isinstance(key, str) and key in shared
+        else _replaced(part, leaf, shared, shared_leaf)
+        for key, part in parts
     }
     if type(value) is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
         return new
     if isinstance(value, MutableMapping):
         twin = copy.copy(value)  # of its class, with whatever else it has
         for key, part in new.items():
-            twin[key] = part
+            before, twin[key] = value[key], part
+            if part is not before and value[key] is part:  # the copy has no memory of its own
+                value[key] = before
+                raise TypeError(
+                    f"inputs and outputs: got {type(value).__name__}, wanted a dict, or a mapping of which copy.copy makes another "
+                    "one that can be written to"
+                )
         return twin
     if isinstance(value, tuple):
         return value._make(new.values()) if hasattr(value, "_make") else type(value)(new.values())
     if isinstance(value, list):
         return type(value)(new.values())
     return dataclasses.replace(value, **{str(key): part for key, part in new.items()})
+
+
+def _of_shared(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Of what is shared: dicts, lists and tuples with ``leaf(x)`` for everything else in them, whatever that is."""
+    if type(value) is dict:
+        return {key: _of_shared(part, leaf) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_of_shared(part, leaf) for part in value)
+    return leaf(value)

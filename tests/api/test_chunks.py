@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -370,6 +371,79 @@ def test_containers(kind, grad):
         assert torch.equal(a, b) if isinstance(b, Tensor) else a == b
     if kind == "model output":
         assert torch.equal(found.embedding, found["embedding"])
+
+
+def to_add(batch: dict[str, Any]) -> None:
+    batch["embedding"] = torch.zeros(())
+
+
+def to_reorder(batch: dict[str, Any]) -> None:
+    batch["x"] = batch.pop("x")
+
+
+def to_write(batch: dict[str, Any]) -> None:
+    batch["scales"][0], batch["places"]["first"] = 0.0, None
+
+
+@pytest.mark.parametrize("change", [to_add, to_reorder, to_write, dict.clear], ids=lambda f: f.__name__)
+def test_containers_may_change_once_they_were_given(change):
+    """As to hold the result, before `backward()` runs the chunks again."""
+    encoder, found = nn.Linear(5, 8), []
+
+    def embed(batch: dict[str, Any]) -> Tensor:
+        return encoder(batch["x"]) * batch["y"] * batch["scales"][0] + batch["places"]["first"]
+
+    x, y, place = torch.randn(10, 5), torch.randn(10, 1), torch.randn(8, requires_grad=True)
+    for function in (embed, in_chunks(embed, 4, shared=("places",))):
+        batch = {"x": x, "y": y, "scales": [2.0], "places": {"first": place}}
+        z = function(batch)
+        change(batch)
+        found.append(torch.autograd.grad(z.square().sum(), [encoder.weight, place]))
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("name", ["x", "scale", "place"])
+def test_tensors_may_not(name):
+    """Neither may they without chunks, where they are needed."""
+    encoder = nn.Linear(5, 8)
+    given = {"x": torch.randn(10, 5), "scale": torch.tensor(2.0), "place": torch.randn(8)}
+    z = in_chunks(lambda x, scale, place: encoder(x) * scale * place, 4, shared=("place",))(**given)
+    given[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+class Shallow(collections.abc.MutableMapping):
+    """Of which copy.copy has the same memory."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+def test_a_mapping_that_cannot_be_copied_is_not_written_to():
+    batch, x = Shallow(x=torch.randn(10, 4)), nn.Linear(4, 3)
+    given = batch["x"]
+    with pytest.raises(
+        TypeError, match=r"^inputs and outputs: got Shallow, wanted a dict, or a mapping of which copy\.copy"
+    ):
+        in_chunks(lambda batch: x(batch["x"]), 4)(batch)
+    assert batch["x"] is given
 
 
 def test_what_is_shared_comes_whole():
