@@ -50,11 +50,11 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
             differ (ValueError); an output with another number of rows than its chunk (ValueError), or that cannot be
             concatenated, such as a cache of keys and values (TypeError).
 
-    Until ``backward()`` has run, ``function`` has to stay what it was, since it is called again: variables that it reads
-    (a name bound by a loop, say, in a lambda), parameters, ``train()`` or ``eval()``. PyTorch does not notice if an
-    optimizer's step or ``torch.func.functional_call`` has changed parameters in between, and of random numbers it
-    repeats its own, those of the CPU and of devices of tensors among the arguments. What the arguments' containers hold
-    is read once, at the call; a tensor that is written to is an error.
+    Until ``backward()`` has run, ``function`` has to stay what it was, since it is called again: variables that it
+    reads (a name bound by a loop, say, in a lambda), parameters, ``train()`` or ``eval()``. PyTorch does not notice if
+    an optimizer's step or ``torch.func.functional_call`` has changed parameters in between, and of random numbers it
+    repeats its own, those of the CPU and of devices of tensors among the arguments. What the arguments' containers
+    hold is read once, at the call; a tensor that is written to is an error.
 
     Gradients: to the bit those of a loop over chunks that keeps everything, so those of the whole batch up to how
     PyTorch rounds products and sums of fewer rows, for parameters, inputs and shared tensors; under autocast, chunks
@@ -289,8 +289,8 @@ def _replaced(
             if part is not before and value[key] is part:  # the copy has no memory of its own
                 value[key] = before
                 raise TypeError(
-                    f"inputs and outputs: got {type(value).__name__}, wanted a dict, or a mapping of which copy.copy makes another "
-                    "one that can be written to"
+                    f"inputs and outputs: got {type(value).__name__}, wanted a dict, or a mapping of which copy.copy "
+                    "makes another one that can be written to"
                 )
         return twin
     if isinstance(value, tuple):
