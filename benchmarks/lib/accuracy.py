@@ -49,6 +49,19 @@ def agreement(contender: Contender, xs: list[Tensor]) -> float:
     return error(contender.loss(xs), xs, formulations.reduced_svd(doubles, TEMPERATURE), doubles)
 
 
+def disagreement(contender: Contender, xs: list[Tensor], by_svd: bool = True) -> float:
+    """``agreement``, where there is a loss to take a float64 SVD of; else how far the gradients of a step are from the
+    reference's in float64, of their norm."""
+    if contender.loss is not None and (by_svd or contender.exact is None):
+        return agreement(contender, xs)
+    assert contender.exact is not None
+    found, truth = (
+        torch.cat([g.double().flatten() for g in gradients])
+        for gradients in (contender.step(xs), contender.exact(doubled(xs)))
+    )
+    return float(torch.linalg.vector_norm(found - truth) / torch.linalg.vector_norm(truth))
+
+
 def refuse(said: str) -> NoReturn:
     sys.exit(f"{said}. No time of a wrong result is printed.")
 

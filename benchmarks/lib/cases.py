@@ -65,6 +65,8 @@ class Contender:
     """From embeddings to the mean loss; None for those of which only the work counts."""
     work: Step | None = None
     """Forward and backward, where that is not the loss and its gradients."""
+    exact: Step | None = None
+    """The same step by the reference, which in float64 it has to agree with where there is no SVD to compare with."""
     tolerance: float = 1e-3
     """Of loss and gradients at the gate, relative to a float64 SVD: wide enough for float32, for no wrong formula."""
     rival: str | None = None

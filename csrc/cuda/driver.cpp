@@ -9,6 +9,8 @@
 #include <mutex>
 #include <string>
 
+#include "../common/constants.h"
+
 namespace pmrl {
 namespace cuda {
 namespace {
@@ -145,6 +147,10 @@ struct KnownDevice {
     else if (d.version < needed)
       reason = "the CUDA driver is too old: it is of CUDA " + release(d.version) + ", and for " + card + " " +
                kBuilt.compiler + " compiled for drivers of CUDA " + release(needed) + " or newer";
+    else if (has_fast_float64(properties.code) && !has_fast_float64(properties.capability))
+      reason = "float64 is slow on compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+               ", and what this library has for it, compiled for " + std::to_string(properties.code / 10) + "." +
+               std::to_string(properties.code % 10) + ", sums in float64";
   }
 
   Context context(const Driver& d) {

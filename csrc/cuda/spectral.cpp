@@ -235,7 +235,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
     f.parts = static_cast<Sums*>(parts->mutable_data_ptr());
   }
   f.batch = b;
-  // Both are loaded by the first call, of whatever size: another may come while a graph is captured.
+  // All are loaded by the first call, of whatever size: another may come while a graph is captured.
+  if (f.total) load(call.device, kernel(call.k(), "total", call.stream), 0, call.stream);
   if (call.may_stream()) {
     const std::string other = call.name(b.rounds ? "forward" : "stream");
     load(call.device, kernel(call.k(), other.c_str(), call.stream), b.rounds ? 0 : dynamic_of_stream(call.k()),

@@ -88,9 +88,9 @@ for k in (4, 5):
     def forward(B, d):
         return door.forward([torch.empty(B, d)] * k, None, None, 0.3, True, True, spec.ALIGNMENT_MEAN)
     door.launches.clear()
-    forward(9, 64)
+    forward(2, 64)  # by one block
     capturing.value = 1
-    for B in (5, 5000, 20000):
+    for B in (5, 400, 5000, 20000):
         forward(B, 64)
     print(sorted({name for name, *_ in door.launches}))
     capturing.value = 0

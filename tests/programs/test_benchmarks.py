@@ -301,7 +301,7 @@ def test_the_gate_of_contrasts_on_a_gpu(benchmark_modules):
     for _, _, passed in gpu_contrast.gated(wanted, gpu_contrast.Clock("cpu"), refused):
         assert passed == [plain]
     assert refused == [
-        "F.cross_entropy, compiled: its gradient is 1.0e+00 from the reference in float64: not timed",
+        "F.cross_entropy, compiled: its gradient is 1.0e+00 from the reference in float64 at B = 7: not timed",
         "instance: RuntimeError: no kernel",
     ]
 
@@ -314,9 +314,37 @@ def test_the_gate_of_the_gpu_benchmark(benchmark_modules):
     wrong = dataclasses.replace(right, name="rival", loss=lambda xs: right.loss(xs) * 1.01)
     kept, left_out = gpu.gate([right, wrong], gpu.Clock("cpu"), True)
     assert kept == [right]
-    assert re.fullmatch(r"rival is 1\.0e-02 from a float64 SVD at \(B, d, k\) = \(3, 20, 3\)", left_out[0])
+    assert re.fullmatch(r"rival is 1\.0e-02 from float64 at B=3,d=20,k=3 in torch\.float32", left_out[0])
     with pytest.raises(SystemExit, match=r"triton is 1\.0e-02 from .* Nothing is timed"):
         gpu.gate([dataclasses.replace(wrong, name="triton")], gpu.Clock("cpu"), True)
+
+
+@pytest.mark.parametrize("what", ["leading", "triplet"])
+def test_what_has_no_loss_passes_the_gate_of_the_gpu_benchmark_too(benchmark_modules, what):
+    """By its gradients, in float32 and bfloat16; in layouts that only large batches have, too."""
+    import gpu
+
+    (right,) = (one for one in gpu._ours("reference") if one.name == f"reference, {what}")
+    for error, dtype in ((1e-4, torch.float32), (1e-1, torch.bfloat16)):
+
+        def step(xs, error=error, dtype=dtype):
+            return [(1 + error * (x.dtype == dtype)) * g for x, g in zip(xs, right.step(xs), strict=True)]
+
+        wrong = dataclasses.replace(right, work=step)
+        kept, left_out = gpu.gate([right, wrong], gpu.Clock("cpu"), True)
+        assert kept == [right]
+        assert left_out[0].endswith(f"in {dtype}")
+    large = dataclasses.replace(right, work=lambda xs: [g * (1 + (len(xs[0]) > 4096)) for g in right.step(xs)])
+    _, left_out = gpu.gate([large], gpu.Clock("cpu"), False)
+    assert "at B=13312,d=256,k=4 in torch.float32" in left_out[0]
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_price_of_an_ordinary_loss_is_that_of_all_embeddings(benchmark_modules, k):
+    import gpu
+
+    xs = [torch.randn(5, 4, requires_grad=True) for _ in range(k)]
+    assert [g.abs().min() > 0 for g in gpu._squared_error(xs)] == [True] * k
 
 
 @pytest.mark.slow

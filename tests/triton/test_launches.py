@@ -237,6 +237,22 @@ def test_kernels_of_contrasts_are_launched_with_what_they_were_compiled_for(comp
     assert len(sources) == len(compiled_kernels) >= 200, "two keys for one source compile it twice"
 
 
+def test_settings_of_a_kernel_are_compiled_apart(compiled_kernels, monkeypatch):
+    """Whoever tunes changes one setting at a time, and would time one kernel under every name."""
+    made, run = [], runtime.run
+    monkeypatch.setattr(runtime, "run", lambda one: (made.append(one), run(one)))
+    u = torch.empty(1, 64).expand(2000, 64)
+    contrasts.forward([u], [0, 0], [True], None, [], None, 0, None, 0.1)
+    launch.forward([u, u], None, None, 0.05, True, True, OUTPUTS["alignment"])
+    assert {one.varies is None for one in made} == {True, False}
+    for one in made:
+        before = len(compiled_kernels)
+        others = [{"warps": one.warps * 2}, {"registers": 64}, {"stages": (7, 1024)}]
+        for change in ({}, *others):
+            run(one._replace(**change))
+        assert len(compiled_kernels) == before + len(others)
+
+
 def test_a_first_call_while_a_graph_is_captured(compiled_kernels, monkeypatch):
     """To load a kernel would end the capture. What is there already runs."""
     xs = [torch.empty(8, 16) for _ in range(3)]

@@ -194,7 +194,10 @@ def run(launch: Launch) -> None:
         return
     index = torch.cuda.current_device()
     varies = launch.varies
-    of = launch.compilation() if varies is None else (varies, parameters, launch.multiples, launch.warps)
+    if varies is None:
+        of: tuple[Any, ...] = launch.compilation()
+    else:
+        of = varies, parameters, launch.multiples, launch.warps, launch.registers, launch.stages
     key = kernel.fn, index, of
     compiled = _compiled.get(key)
     if compiled is None:
