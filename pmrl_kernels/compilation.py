@@ -54,7 +54,8 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
         mask: an example of one, if the function is to be called with ``mask=``.
 
     Raises:
-        TypeError: an example that is no dense tensor of an accepted dtype; a mask that is no tensor.
+        TypeError: a function that is none; an example that is no dense tensor of an accepted dtype; a mask that is no
+            tensor.
         ValueError: an example on the meta device, for which there is nothing to compile: build the model first.
 
     What ``function`` raises comes through. No gradient is accumulated anywhere.
@@ -66,6 +67,8 @@ def warm_up(function: Callable[..., Any], *embeddings: Any, mask: Any = None) ->
         >>> warm_up(dominant_sv_loss, text, video, audio)
         >>> warm_up(lambda xs: dominant_sv_loss(xs, objective="leading"), [text, video, audio])
     """
+    if not callable(function):
+        raise TypeError(f"function: got {type(function).__name__}, wanted a callable")
     leaves, tree = pytree.tree_flatten(embeddings)
     inputs.examples(leaves, [] if mask is None else pytree.tree_leaves(mask))
     all_of_them = not any(x.requires_grad for x in leaves)

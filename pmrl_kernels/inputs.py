@@ -133,7 +133,7 @@ def canonical(embeddings: tuple[Any, ...], mask: Any, name: str = "embeddings") 
         only = embeddings[0]
         if isinstance(only, Mapping):
             keys, tensors = tuple(only.keys()), tuple(only.values())
-        elif isinstance(only, (list, tuple)):
+        elif _is_list(only):
             tensors = tuple(only)
         else:
             hint = _ARRAY if hasattr(only, "__array__") else ""
@@ -170,6 +170,10 @@ def canonical(embeddings: tuple[Any, ...], mask: Any, name: str = "embeddings") 
     return Batch(tensors, None if mask is None else _mask(mask, keys, B, k, d, device), B, k, d, device, dtype)
 
 
+def _is_list(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) or (isinstance(x, Sequence) and not isinstance(x, (str, bytes)))
+
+
 def _mask(mask: Any, keys: tuple[Any, ...] | None, B: int, k: int, d: int, device: torch.device) -> Tensor:
     if isinstance(mask, Mapping):
         if keys is None:
@@ -196,7 +200,7 @@ def _check_mask(mask: Any, name: str, shape: tuple[int, ...], device: torch.devi
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name}: got shape {_shape(mask)}, wanted {shape}{hint}")
     if mask.device != device:
-        raise ValueError(f"{name}: got device {mask.device}, wanted {device} as the embeddings have it")
+        raise ValueError(f"{name}: got device {mask.device}, wanted {device} as what it masks has it")
 
 
 def identified(embeddings: Any, ids: Any) -> tuple[list[str], tuple[Tensor, ...], list[Any]]:
@@ -371,6 +375,8 @@ def ranks(value: Any) -> Tensor:
     if value.dtype != torch.int64:
         raise TypeError(f"ranks: got dtype {value.dtype}, wanted torch.int64")
     _check_dense(value, "ranks")
+    if value.is_meta:
+        raise ValueError("ranks: got device meta, wanted one where ranks can be read")
     if value.dim() != 1:
         raise ValueError(f"ranks: got shape {_shape(value)}, wanted (N,)")
     return value
@@ -507,7 +513,7 @@ def spread_batch(group: Any, local_sizes: Any, batch: Batch, contrast: str, name
     if local_sizes is None:
         told = [(B, B)] if world == 1 else _sizes(processes, batch, contrast, name)
         return Group(processes, tuple(size for size, _ in told), rank)
-    if not isinstance(local_sizes, (list, tuple)) or not all(_is_count(size) for size in local_sizes):
+    if not _is_list(local_sizes) or not all(_is_count(size) for size in local_sizes):
         raise TypeError(f"local_sizes: got {local_sizes!r}, wanted a list of {world} ints, the rows of each process")
     if len(local_sizes) != world:
         raise ValueError(
@@ -534,8 +540,7 @@ def spread_pairs(
         rank = dist.get_rank(processes)
         return Group(processes, of_queries, rank), Group(processes, of_candidates, rank)
     if local_sizes is not None and not (
-        isinstance(local_sizes, (list, tuple))
-        and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in local_sizes)
+        _is_list(local_sizes) and all(_is_list(pair) and len(pair) == 2 for pair in local_sizes)
     ):
         raise TypeError(
             f"local_sizes: got {local_sizes!r}, wanted a list of pairs, how many queries and how many candidates each "

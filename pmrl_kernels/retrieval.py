@@ -2,7 +2,7 @@
 
 Scores of a block of candidates with a block of queries come from the fastest backend, as ``joint_scores`` has them.
 They are off by rounding, so they decide only between candidates that differ by more. The others are compared by scores
-in float64 that are functions of one query and one candidate alone (``ops/joint/reference.py``), among which copies tie
+in float64 that are functions of one query and one candidate alone (``ops/joint/exact.py``), among which copies tie
 exactly. What comes out is the order of those.
 """
 
@@ -542,7 +542,7 @@ def recall_at(ranks: Tensor, at: Sequence[int] = (1, 5, 10)) -> Recall:
         Recall(recall={1: 0.25, 5: 0.5, 10: 0.75}, median_rank=4.0, mean_rank=8.5)
     """
     ranks = inputs.ranks(ranks)
-    if not isinstance(at, Sequence) or isinstance(at, str):
+    if not isinstance(at, Sequence) or isinstance(at, (str, bytes)):
         raise TypeError(f"at: got {type(at).__name__}, wanted a sequence of ints of at least 1")
     wanted = [inputs.count(K, "at") for K in at]
     ranks = ranks[ranks >= 0]

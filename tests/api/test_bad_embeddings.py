@@ -315,6 +315,7 @@ def test_bad_examples(make, error, parts):
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("the function was called with bad examples")
 
+    rejects(TypeError, lambda: warm_up(3, x()), "function: got int, wanted a callable")
     arguments = make()
     rejects(error, lambda: warm_up(reached, *arguments.pop("xs"), **arguments), *parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ def values_and_gradients(result: Any, leaves: list[Tensor]) -> list[Tensor]:
 FORMS: dict[str, Callable[[list[Tensor]], tuple[Any, ...]]] = {
     "list": lambda xs: (list(xs),),
     "tuple": lambda xs: (tuple(xs),),
+    "deque": lambda xs: (collections.deque(xs),),
     "dict": lambda xs: (dict(zip("abcdefgh", xs, strict=False)),),
     "stack": lambda xs: (torch.stack(xs, 1),),
     "stack in a list": lambda xs: ([torch.stack(xs, 1)],),

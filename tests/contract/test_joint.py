@@ -181,6 +181,18 @@ def test_where_volumes_have_no_slope(score, backend):
     assert g_t[:2].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("angle", "slope"), [(1e-2, 1.0), (1e-5, 1.0), (2e-7, 1.0), (9e-8, 0.755), (3e-8, 0.0)])
+def test_slopes_near_the_span_of_a_candidate(angle, slope, backend):
+    """1/√r, which makes a unit vector of t's part beside the span; down to r = eps32²‖t‖², 0 where r is rounding."""
+    t = torch.tensor([[math.cos(angle), math.sin(angle), 0.0]], dtype=FLOAT64, requires_grad=True)
+    C = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=FLOAT64)
+    for score in ("volume", "sine"):
+        found = joint_scores(t, C, score=score, normalize=False, backend=backend)
+        (g,) = torch.autograd.grad(found.sum(), t)
+        assert g[0, 1].item() == pytest.approx(slope, rel=0.05, abs=0.0)
+        assert abs(g[0, 0].item()) <= 1e-8
+
+
 @pytest.mark.parametrize("score", ["volume", "sine", "gain", "area2"])
 def test_descending_from_the_optimum_stays_there(score, backend):
     x = unit(torch.randn(4, 8)).repeat(3, 1, 1)

@@ -288,6 +288,18 @@ def test_products_that_may_be_rounded(score, matmul_precision):
     check_topk(t, C, score, 7)
 
 
+@pytest.mark.parametrize("score", ["mip", "cosine", "gain", "volume"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_comes_last_of_any_norm(score, bad, backend):
+    t, C = torch.randn(5, 6), torch.randn(5, 2, 6)
+    t[1, 2], C[3, 0, 4] = bad, bad
+    options = {"score": score, "normalize": False, "backend": backend}
+    assert retrieval_ranks(t, C, **options)[[1, 3]].tolist() == [4, 4]
+    best = topk(t, C, k=5, **options)
+    assert best.scores[1].isnan().all()
+    assert best.indices[[0, 2, 4], 4].tolist() == [3, 3, 3]
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_dependent_modalities_of_any_norm(scale):
     """All volumes are 0, so all candidates tie."""
@@ -577,3 +589,7 @@ def test_errors_name_the_argument():
         recall_at(torch.tensor([0]), at=(0,))
     with pytest.raises(TypeError, match="at: got int, wanted a sequence"):
         recall_at(torch.tensor([0]), at=1)
+    with pytest.raises(TypeError, match="at: got bytes, wanted a sequence"):
+        recall_at(torch.tensor([0]), at=b"1")
+    with pytest.raises(ValueError, match="ranks: got device meta"):
+        recall_at(torch.tensor([0], device="meta"))

@@ -1,7 +1,7 @@
 """Compiling and launching kernels: of any op family, and told of another target, for machines that are not here.
 
 Kernels are compiled through ``triton.compile`` from explicit signatures, and launched by the compiled function
-itself: what runs is what tests/data/resources.py compiles ahead of time, and a launch costs the host a few
+itself: what runs is what tests/tools/resources.py compiles ahead of time, and a launch costs the host a few
 microseconds instead of the tens that binding and specialising arguments takes each time.
 """
 
