@@ -18,6 +18,7 @@ from pmrl_kernels import (
     pmrl_loss,
     triangle_loss,
 )
+from tests.conftest import CPU_BACKENDS
 from tests.tools.functions import EVERY_CONTRAST
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -46,18 +47,19 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_exports_of_any_batch(name, strict, backend):
-    xs = tuple(torch.randn(8, 6) for _ in range(3))
+def test_exports_of_any_batch(name, strict, backend, device):
+    xs = tuple(torch.randn(8, 6, device=device) for _ in range(3))
     model = Model(name, backend)
     with torch.no_grad():
         any_size = {0: Dim("B", min=2)}
         program = export(model, xs, dynamic_shapes=(any_size, any_size, any_size), strict=strict).module()
-        for B in (8, 3, 300):
-            others = [torch.randn(B, 6) for _ in range(3)]
+        for B in (8, 3, 40):
+            others = [torch.randn(B, 6, device=device) for _ in range(3)]
             torch.testing.assert_close(program(*others), model(*others))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_traces_of_the_alignment_term(backend):
     """Which are deprecated, and know no lists of bools: contrasts cannot be traced so."""
     xs = tuple(torch.randn(8, 6) for _ in range(3))

@@ -38,7 +38,7 @@ def test_a_sample_of_contrasts_and_joint_scores():
 
 
 def test_a_sample_of_what_compilers_do_with_it():
-    assert run_interpreted("tests/pytorch", "-k", "triton and compile", "--one-in", "18") >= 2
+    assert run_interpreted("tests/pytorch", "-k", "triton and (compile or export)", "--one-in", "24") >= 4
 
 
 @pytest.mark.slow

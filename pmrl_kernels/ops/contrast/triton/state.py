@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from ...triton import INTERPRETED
 
 KEPT = 1 << 22
@@ -41,16 +43,27 @@ def prepared(buffer: Any, V: int, padded: int, N: int, d: int, pairs: int, block
     return Prepared(buffer, HEAD, positives, flags, there, counters), counters + (blocks + 4) // 4 * 2
 
 
+def _padded(N: int, gathered: bool) -> int:
+    # (PyTorch 2.11 adds no bool to a symbolic size.)
+    return (-(-N // LARGEST_TILE) + int(gathered)) * LARGEST_TILE
+
+
+def _blocks(N: int, pairs: int) -> int:
+    return 2 * pairs * -(-N // 32)
+
+
 def kept(V: int, N: int, d: int, pairs: int, gathered: bool) -> tuple[int, int]:
     """Rows of the parts that are kept, and for how many blocks of rows there are counters, whatever the tiles; zeros
     where the batch is too large."""
-    # (PyTorch 2.11 adds no bool to a symbolic size.)
-    padded = (-(-N // LARGEST_TILE) + int(gathered)) * LARGEST_TILE
+    padded = _padded(N, gathered)
     if padded * V * width_of(d) > KEPT:
         return 0, 0
-    return padded, 2 * pairs * -(-N // 32)
+    return padded, _blocks(N, pairs)
 
 
 def state_size(V: int, N: int, d: int, pairs: int, gathered: bool) -> int:
-    padded, blocks = kept(V, N, d, pairs, gathered)
-    return prepared(None, V, padded, N, d, pairs, blocks)[1] if padded else HEAD
+    """Asks nothing of N, which exports leave open."""
+    padded = _padded(N, gathered)
+    fits: int = torch.sym_min(1, KEPT // torch.sym_max(1, padded * V * width_of(d)))
+    is_kept: int = fits * torch.sym_min(1, padded)
+    return HEAD + is_kept * (prepared(None, V, padded, N, d, pairs, _blocks(N, pairs))[1] - HEAD)
