@@ -141,7 +141,7 @@ def _compile_rivals(candidates: Sequence[Contender], shapes: Sequence[tuple[int,
 def _gate_shapes(device: str) -> tuple[tuple[int, int, int], ...]:
     """The first for everyone; ours have to agree with every tile and in strips. Of as many columns as share their
     kernels with those that are timed."""
-    return ((7, 12, 3),) if device == "cpu" else tuple((B, 256, 4) for B in (300, 1000, 4096, 8400))
+    return ((7, 12, 3),) if device == "cpu" else tuple((B, 256, 4) for B in (300, 1024, 4096, 16384))
 
 
 def _of_ours(contender: Contender) -> bool:

@@ -53,8 +53,9 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
     Until ``backward()`` has run, ``function`` has to stay what it was, since it is called again: variables that it
     reads (a name bound by a loop, say, in a lambda), parameters, ``train()`` or ``eval()``. PyTorch does not notice if
     an optimizer's step or ``torch.func.functional_call`` has changed parameters in between, and of random numbers it
-    repeats its own, those of the CPU and of devices of tensors among the arguments. What the arguments' containers
-    hold is read once, at the call; a tensor that is written to is an error.
+    repeats its own, those of the CPU and of devices of tensors among the arguments. What containers among the
+    arguments hold is read once, at the call, but for what is shared, which comes as it is each time; a tensor that is
+    written to is an error.
 
     Gradients: to the bit those of a loop over chunks that keeps everything, so those of the whole batch up to how
     PyTorch rounds products and sums of fewer rows, for parameters, inputs and shared tensors; under autocast, chunks
@@ -88,20 +89,9 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
         rows = [(name, x) for name, x in _leaves((arguments, named), "", names) if _has_rows(x)]
         _check_rows(rows)
         chunks = list(zip(*(x.split(chunk_size) for _, x in rows), strict=True))
-        whole: list[Tensor] = []  # what is shared
-
-        def hold(x: Any) -> Any:
-            if isinstance(x, Tensor) and not _has_rows(x):
-                whole.append(x)
-            return x
-
-        def hold_whole(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                whole.append(x)
-            return x
-
-        # Containers as they are now: whoever called may put the result into one of them before chunks run again.
-        given = _replaced((arguments, named), hold, names, hold_whole)
+        given = _held((arguments, named), names)
+        # What is shared is read from where it is, and comes along so that PyTorch notices if it is written to.
+        whole = [x for x in _shared((arguments, named), names) if isinstance(x, Tensor)]
 
         def one(*tensors: Tensor) -> Any:
             # Or weights that autocast has cast for one chunk would serve the next one as well, and collect the
@@ -109,18 +99,11 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
             # caches none of them, and that of torch 2.10 cannot trace this.)
             if not torch.compiler.is_compiling():
                 torch.clear_autocast_cache()
-            parts, rest = iter(tensors[: len(rows)]), iter(tensors[len(rows) :])
-
-            def shared_one(x: Any) -> Any:
-                return next(rest) if isinstance(x, Tensor) else x
-
-            arguments, named = _replaced(
-                given, lambda x: next(parts) if _has_rows(x) else shared_one(x), names, shared_one
-            )
+            parts = iter(tensors)
+            arguments, named = _replaced(given, lambda x: next(parts) if _has_rows(x) else x, names)
             return function(*arguments, **named)
 
-        # As positional arguments tensors tell on which device there are random numbers to keep, and PyTorch notices if
-        # they are written to before chunks run again.
+        # As positional arguments tensors tell on which device there are random numbers to keep.
         run = one if len(chunks) == 1 or not torch.is_grad_enabled() else _checkpointed(one)
         return _joined([run(*chunk, *whole) for chunk in chunks], [len(chunk[0]) for chunk in chunks])
 
@@ -263,23 +246,46 @@ def _name(container: str, key: Hashable) -> str:
     return f"{container}[{key!r}]"
 
 
-def _replaced(
-    value: Any,
-    leaf: Callable[[Any], Any],
-    shared: tuple[str, ...] = (),
-    shared_leaf: Callable[[Any], Any] = lambda x: x,
-) -> Any:
-    """The same container with ``leaf(x)`` for everything in it that is none, in the order of :func:`_leaves`; and
-    ``shared_leaf(x)`` for what is in plain containers below a shared name."""
+def _shared(value: Any, shared: tuple[str, ...]) -> list[Any]:
+    """Everything that :func:`_leaves` leaves out, and tensors without dimensions."""
+    parts = _parts(value)
+    if parts is None:
+        return [value] if isinstance(value, Tensor) and not _has_rows(value) else []
+    found = []
+    for key, part in parts:
+        below = isinstance(key, str) and key in shared
+        found += [x for _, x in _leaves(part, "")] if below else _shared(part, shared)
+    return found
+
+
+def _held(value: Any, shared: tuple[str, ...]) -> Any:
+    """The same containers, as they are now: whoever called may put the result into one of them before chunks run again.
+    What is shared comes as it is."""
+    parts = _parts(value)
+    if parts is None:
+        return value
+    new = {key: part if isinstance(key, str) and key in shared else _held(part, shared) for key, part in parts}
+    if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):  # which need not be made a second time
+        twin = copy.copy(value)
+        for key, part in new.items():
+            object.__setattr__(twin, str(key), part)
+        return twin
+    return _rebuilt(value, new)
+
+
+def _replaced(value: Any, leaf: Callable[[Any], Any], shared: tuple[str, ...] = ()) -> Any:
+    """The same container with ``leaf(x)`` for everything in it that is none, in the order of :func:`_leaves`."""
     parts = _parts(value)
     if parts is None:
         return leaf(value)
-    new = {
-        key: _of_shared(part, shared_leaf)
-        if isinstance(key, str) and key in shared
-        else _replaced(part, leaf, shared, shared_leaf)
-        for key, part in parts
-    }
+    return _rebuilt(
+        value,
+        {key: part if isinstance(key, str) and key in shared else _replaced(part, leaf, shared) for key, part in parts},
+    )
+
+
+def _rebuilt(value: Any, new: dict[Hashable, Any]) -> Any:
+    """A container like this one that holds these."""
     if type(value) is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
         return new
     if isinstance(value, MutableMapping):
@@ -298,12 +304,3 @@ def _replaced(
     if isinstance(value, list):
         return type(value)(new.values())
     return dataclasses.replace(value, **{str(key): part for key, part in new.items()})
-
-
-def _of_shared(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Of what is shared: dicts, lists and tuples with ``leaf(x)`` for everything else in them, whatever that is."""
-    if type(value) is dict:
-        return {key: _of_shared(part, leaf) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_of_shared(part, leaf) for part in value)
-    return leaf(value)

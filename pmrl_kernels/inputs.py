@@ -288,7 +288,7 @@ def _check_kind(id: Any, name: str, place: tuple[int, ...], kinds: dict[tuple[in
     # As a key a tensor is equal to itself alone, and so is NaN.
     if isinstance(id, Tensor):
         refuse("a hashable, as a string or a tuple (tensors of ids are passed as one tensor)")
-    if isinstance(id, float):
+    if isinstance(id, numbers.Real) and not isinstance(id, numbers.Rational):  # NumPy's, too
         refuse("a string, an integer or a tuple of such: floats that should be equal need not be")
     if isinstance(id, tuple):
         for at, part in enumerate(id):

@@ -94,18 +94,21 @@ def _norms(x: Tensor) -> Tensor:
 
 
 class _Margin(NamedTuple):
-    """That the rule's power of a score with these candidates is off by at most (size + extra)·slope·first·second, where
-    size is β of the query, or √β; each (J,), in float64. As factors, which are multiplied in this order: that of the
-    last three, det K say, may be below float64's least number where the score is not."""
+    """That the rule's power of a score with these candidates is off by at most (size + extra)·first·second·slope, where
+    size is β of the query, or √β; each (J,), in float64. As factors, which are multiplied in this order: without the
+    first one their product, det K say, may be below float64's least number where the score is not."""
 
     extra: Tensor
-    slope: Tensor
     first: Tensor
     second: Tensor
+    slope: Tensor
 
     def of(self, size: Tensor) -> Tensor:
         """(I, J) of sizes (I,)."""
-        return (size[:, None] + self.extra) * self.slope * self.first * self.second
+        found = size[:, None] + self.extra
+        for factor in (self.first, self.second, self.slope):
+            found *= factor
+        return found
 
 
 def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: bool) -> _Margin:
@@ -113,10 +116,10 @@ def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: b
     if of.vector is not None:
         norms = _norms(of.vector)
         one = torch.ones_like(norms)
-        return _Margin(0 * one, 64 * eps * one, norms, one)
+        return _Margin(0 * one, norms, one, 64 * eps * one)
     if of.edge is not None:
         g, m2 = of.edge.length, (of.edge.middle * of.edge.middle).sum(1)
-        return _Margin(m2, torch.full_like(g, 64 * eps), g, g + m2.sqrt())
+        return _Margin(m2, g, g + m2.sqrt(), torch.full_like(g, 64 * eps))
     mu = of.eigenvalues
     mu1 = mu[:, 0].clamp_min(0.0)
     one = torch.ones_like(mu1)
@@ -128,10 +131,10 @@ def _margin(name: str, of: ExactCandidates, n: int, eps: float, float64_input: b
         volume = one if name == "sine" else of.volumes()
         doubtful = (resolved & (mu < 4 * floor)).any(1)  # rounding decides whether such a μ counts as 0
         volume = volume.masked_fill(doubtful, 1.0)
-        return _Margin(0 * one, slope.masked_fill(doubtful, torch.inf), volume, volume)
+        return _Margin(0 * one, volume, volume, slope.masked_fill(doubtful, torch.inf))
     if name == "sigma":
-        return _Margin(mu1.sqrt(), 16 * eps * one, one, one)
-    return _Margin(mu1, (32 + 4 * n) * eps * one, one, one)
+        return _Margin(mu1.sqrt(), one, one, 16 * eps * one)
+    return _Margin(mu1, one, one, (32 + 4 * n) * eps * one)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -254,7 +257,7 @@ class _Scoring:
             found = self.powered(self.rule.sign * self.joint(I, J))
         known = _margin(self.name, of, self.batch.k, self.numbers.eps, self.float64_input).of(self.size[I])
         offset = 4 * self.batch.d * self.numbers.tiny  # parts below the least number are lost
-        margin = (known + offset).to(found.dtype)
+        margin = known.add_(offset).to(found.dtype)
         lost = ~found.isfinite()
         return found.masked_fill_(lost, 0.0), margin.masked_fill_(lost, math.inf)
 

@@ -397,23 +397,25 @@ PMRL_INLINE V largest_root(const V* w, const V* poles, V excess, int n) {
   return x;
 }
 
-// lambda_1 - mu_1 of a pair: `squares` holds q_m^2 and becomes w_m. In doubles it is made in units of a power of two near
-// the larger of mu_1 and beta: w and its like are of fourth degree, and as long as squares are in range, they are too.
-// (Floats come here only where they are.)
+// lambda_1 - mu_1 of a pair: `q` becomes w_m = mu_m q_m^2. In doubles it is made in units of a power of two near
+// sqrt(mu_1 beta): w and its like are of fourth degree, and so stay in range where squares are in it, however far t and C
+// are apart (from 2^480 on in units that keep squares of mu_1 and beta there). Floats come here only where they are.
 template <class V>
-PMRL_INLINE V gain_of(V* squares, const V* mu, V* poles, V beta, int n) {
-  V excess = mu[0] - beta;
+PMRL_INLINE V gain_of(V* q, const V* mu, V* poles, V beta, int n) {
+  const V excess = mu[0] - beta;
   if constexpr (std::is_same<V, Floats>::value) {
     PMRL_UNROLL(8)
-    for (int m = 0; m < n; ++m) squares[m] = mu[m] * squares[m];
-    return largest_root(squares, poles, excess, n);
+    for (int m = 0; m < n; ++m) q[m] = mu[m] * q[m] * q[m];
+    return largest_root(q, poles, excess, n);
   } else {
-    const V unit = binade(max(max(mu[0], beta), V(Tiny<V>::value))), inverse = V(1.0) / unit;
+    const V tiny(Tiny<V>::value), largest = max(mu[0], tiny), other = max(beta, tiny);
+    const V size = max(sqrt(largest) * sqrt(other), max(largest, other) * V(0x1p-480));
+    const V unit = binade(max(size, tiny)), inverse = V(1.0) / unit;
     for (int m = 0; m < n; ++m) {
-      squares[m] = (mu[m] * inverse) * (squares[m] * inverse);
+      q[m] = (mu[m] * inverse) * (q[m] * (q[m] * inverse));
       poles[m] = poles[m] * inverse;
     }
-    return unit * largest_root(squares, poles, excess * inverse, n);
+    return unit * largest_root(q, poles, excess * inverse, n);
   }
 }
 
@@ -461,15 +463,14 @@ PMRL_NOINLINE int64_t tile_bases(const JointTile& t) {
     for (int64_t j = 0; j < w; j += Lanes<V>::width) {
       if constexpr (Kind::eigenvalue) {
         constexpr int kRoom = N ? N : kMaxModalities;
-        V squares[kRoom], mu[kRoom], poles[kRoom];
+        V found_q[kRoom], mu[kRoom], poles[kRoom];
         PMRL_UNROLL(8)
         for (int m = 0; m < n; ++m) {
-          const V x = V::load(q + m * w + j);
-          squares[m] = x * x;
+          found_q[m] = V::load(q + m * w + j);
           mu[m] = V::load(constants + m * w + j);
           poles[m] = V::load(constants + (n + m) * w + j);
         }
-        gain_of(squares, mu, poles, own, n).store(out + j);
+        gain_of(found_q, mu, poles, own, n).store(out + j);
       } else {
         V r = own, all = own;
         if constexpr (Kind::area) {
@@ -736,12 +737,12 @@ PMRL_NOINLINE void read_pair(const JointBatch& b, int64_t i, int64_t j, Single& 
     s.base = max(middle - along * along, 0.0);
     s.volume = mu[1];
   } else if (has_eigenvalues(b.score)) {
-    double squares[kMaxModalities], poles[kMaxModalities];
+    double q[kMaxModalities], poles[kMaxModalities];
     for (int m = 0; m < n; ++m) {
-      squares[m] = s.q[m] * s.q[m];
+      q[m] = s.q[m];
       poles[m] = s.poles[m];
     }
-    s.base = gain_of(squares, s.mu, poles, s.beta, n);
+    s.base = gain_of(q, s.mu, poles, s.beta, n);
   } else {
     for (int m = 0; m < n; ++m) s.base -= s.q[m] * s.q[m];
     s.base = max(s.base, 0.0);

@@ -382,7 +382,7 @@ def to_reorder(batch: dict[str, Any]) -> None:
 
 
 def to_write(batch: dict[str, Any]) -> None:
-    batch["scales"][0], batch["places"]["first"] = 0.0, None
+    batch["scales"][0] = 0.0
 
 
 @pytest.mark.parametrize("change", [to_add, to_reorder, to_write, dict.clear], ids=lambda f: f.__name__)
@@ -412,6 +412,44 @@ def test_tensors_may_not(name):
     given[name].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+def test_shared_containers_come_as_they_are():
+    encoder, log = nn.Linear(5, 8), []
+
+    def embed(x: Tensor, log: list[int]) -> Tensor:
+        log.append(len(x))
+        return encoder(x)
+
+    in_chunks(embed, 4, shared=("log",))(torch.randn(10, 5), log=log)
+    assert log == [4, 4, 2]
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict, collections.UserDict])
+def test_shared_tensors_may_not_be_written_to(kind):
+    encoder, places = nn.Linear(5, 8), kind(first=torch.randn(8))
+    z = in_chunks(lambda x, places: encoder(x) * places["first"], 4, shared=("places",))(
+        torch.randn(10, 5), places=places
+    )
+    places["first"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@dataclasses.dataclass
+class Scaled:
+    x: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        self.made = getattr(self, "made", 0) + 1
+
+
+def test_a_dataclass_is_made_once_for_each_chunk():
+    given, seen = Scaled(torch.randn(10, 5), 2.0), []
+    in_chunks(lambda given: (seen.append(given.made), given.x * given.scale)[1], 4)(given)
+    assert seen == [1, 1, 1]
+    assert given.made == 1
 
 
 class Shallow(collections.abc.MutableMapping):

@@ -63,6 +63,16 @@ def test_similarities_whose_differences_float32_has_not(backend, device):
         torch.testing.assert_close(a.cpu().double(), b.cpu().double(), rtol=1e-6, atol=1e-6)
 
 
+def test_subnormal_numbers_of_any_norm(backend, device):
+    """Which halving would round to 0."""
+    x = torch.tensor([[1.4e-45, 0.0], [0.0, 1.0]], device=device)
+    y = torch.tensor([[1e38, 0.0], [3e38, 1.0]], device=device)
+    options = {"contrast": "pairs", "normalize": False, "alignment_weight": 0.0, "backend": backend}
+    found = pmrl_loss(x, y, instance_temperature=1e-7, **options)
+    wanted = pmrl_loss(x.double(), y.double(), instance_temperature=1e-7, **options)
+    torch.testing.assert_close(found.cpu().double(), wanted.cpu(), rtol=1e-5, atol=0.0)
+
+
 def test_raw_instance_contrast_counts_zero_rows_and_large_losses(backend, device):
     """A zero row without normalisation is a row like any other: CE over two equal logits for it."""
     u = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64, device=device)

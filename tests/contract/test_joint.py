@@ -249,17 +249,20 @@ def test_eigenvalues_of_any_norm(score, scale, backend):
     for x, y in zip(*grads, strict=True):
         assert torch.equal(x * scale ** (power - 1), y)
 
-    apart = [(scale * t).requires_grad_(), C.detach().requires_grad_()]
-    found = joint_scores(*apart, **options)
-    if scale > 1.0:
-        wanted = (apart[0] ** 2).sum(1, keepdim=True).expand_as(found)
-    else:
-        leading = dominant_singular_triplet(C, mask=mask, normalize=False)
-        gain = torch.where(mask.any(1), (apart[0] @ leading.u.T).square(), (apart[0] ** 2).sum(1, keepdim=True))
-        wanted = gain if score == "gain" else gain + leading.sigma.square()
-    torch.testing.assert_close(found, wanted.sqrt() if score == "sigma" else wanted, rtol=1e-10, atol=0.0)
-    for g in torch.autograd.grad(found.sum(), apart):
-        assert torch.isfinite(g).all()
+    for of_C in (1.0, max(scale, 2.0**-300) ** -1 if scale < 1.0 else min(scale, 2.0**300) ** -1):
+        by = scale if of_C == 1.0 else 1.0 / of_C
+        apart = [(by * t).requires_grad_(), (of_C * C).requires_grad_()]
+        found = joint_scores(*apart, **options)
+        beta = apart[0].detach().square().sum(1, keepdim=True)
+        if by > 1.0:
+            wanted = beta.expand_as(found)
+        else:
+            leading = dominant_singular_triplet(apart[1].detach(), mask=mask, normalize=False)
+            gain = torch.where(mask.any(1), (apart[0].detach() @ leading.u.T).square(), beta)
+            wanted = gain if score == "gain" else gain + leading.sigma.square()
+        torch.testing.assert_close(found, wanted.sqrt() if score == "sigma" else wanted, rtol=1e-10, atol=0.0)
+        for g in torch.autograd.grad(found.sum(), apart):
+            assert torch.isfinite(g).all()
 
 
 def test_roots_of_hard_spectra():

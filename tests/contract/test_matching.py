@@ -387,6 +387,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], tuple[str, ...]]] = {
     ),
     "kinds mixed in one": (tensors(2), numbers(["1", 2]), TypeError, ("ids['text'][1]", "got int", "wanted str")),
     "floats": (tensors(2), numbers([1.0, 2.0]), TypeError, ("ids['text'][0]", "got float", "wanted a string, an int")),
+    "floats of NumPy": (tensors(1), numbers([np.float32(1)]), TypeError, ("ids['text'][0]", "got float32", "floats")),
     "floats in tuples": (tensors(1), numbers([("a", 1.0)]), TypeError, ("ids['text'][0][1]", "got float", "floats")),
     "tensors in tuples": (
         tensors(1, 1),

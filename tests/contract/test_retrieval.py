@@ -309,7 +309,10 @@ def test_dependent_modalities_of_any_norm(scale):
     assert retrieval_ranks(t, c, c, e, **options).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("score", "of_t", "of_C"), [("mip", 1e150, 1e-85), ("cosine", 1e-170, 1e85)])
+@pytest.mark.parametrize(
+    ("score", "of_t", "of_C"),
+    [("mip", 1e150, 1e-85), ("cosine", 1e-170, 1e85), ("mip", 1e-308, 1e150), ("cosine", 1e-310, 1e85)],
+)
 def test_squares_below_float64(score, of_t, of_C):
     """Of vectors whose products are numbers like others."""
     t, C = of_t * torch.randn(30, 16, dtype=FLOAT64), of_C * torch.rand(16, dtype=FLOAT64).expand(40, 2, 16)

@@ -9,7 +9,7 @@ which neither overflows nor cancels when ℓ_i is small, and P_ij = exp(δ_ij �
 all the backward pass needs besides its inputs. Of a batch over several processes, a are one process's rows and b
 everyone's. The formulas are derived in docs/mathematics.md.
 
-Similarities and τ are halved, exactly, so that the difference of any two that the dtype holds is a number, too.
+Similarities and τ are halved, so that the difference of any two that the dtype holds is a number, too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Side(NamedTuple):
 
 
 def _half_similarities(a: _Side, b: _Side) -> Tensor:
-    return (a.vectors * 0.5) @ b.vectors.T
+    return (a.vectors @ b.vectors.T).mul_(0.5)
 
 
 def _log_sums(a: _Side, b: _Side, start: int, tau: Tensor | float, both: bool) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +121,7 @@ def _pulled(
         from_rows[tile] = G @ b.vectors
         if from_columns is not None:
             from_columns += G.T @ part.vectors
-    return from_rows, from_columns, total / tau
+    return from_rows, from_columns, total / (tau / 2)
 
 
 def _probabilities(
@@ -136,8 +136,8 @@ def _probabilities(
 
 
 def _slope(P: Tensor, similarity: Tensor, positive: Tensor) -> Tensor:
-    """τ Σ P·δ, the negative of ∂Σℓ/∂τ · τ². (log P + ℓ is δ too, but for large τ the rounding of two numbers.)"""
-    return 2 * torch.where(P == 0, 0.0, P * (similarity - positive)).sum(dtype=torch.float64)
+    """½τ Σ P·δ, half the negative of ∂Σℓ/∂τ · τ². (log P + ℓ is δ too, but for large τ the rounding of two numbers.)"""
+    return torch.where(P == 0, 0.0, P * (similarity - positive)).sum(dtype=torch.float64)
 
 
 def _divisor(counted: Tensor, positive: Tensor) -> Tensor:

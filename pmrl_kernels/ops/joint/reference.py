@@ -221,13 +221,15 @@ def largest_root(w: Tensor, poles: Tensor, excess: Tensor) -> Tensor:
 
 def gain_of(q: Tensor, mu: Tensor, beta: Tensor) -> Tensor:
     """x = λ₁(G) − μ₁ of q (n, ...), μ (n, ...) in descending order and β = ‖t‖² (...), in units of a power of two near
-    the larger of μ₁ and β: w and its like are of fourth degree, and as long as squares are in float64's range, they are
-    too."""
-    size = torch.maximum(mu[0], beta).clamp_min(torch.finfo(q.dtype).tiny)
-    unit = (size.view(torch.int64) & _EXPONENT).view(torch.float64)
+    √(μ₁β): w and its like are of fourth degree, and so stay in float64's range where squares are in it, however far t
+    and C are apart (from 2⁴⁸⁰ on in units that keep squares of μ₁ and β there)."""
+    tiny = torch.finfo(q.dtype).tiny
+    largest, other = mu[0].clamp_min(tiny), beta.clamp_min(tiny)
+    size = torch.maximum(largest.sqrt() * other.sqrt(), torch.maximum(largest, other) * 2.0**-480)
+    unit = (size.clamp_min(tiny).view(torch.int64) & _EXPONENT).view(torch.float64)
     inverse = 1.0 / unit
     mu, beta = mu * inverse, beta * inverse
-    return unit * largest_root(mu * (q * q * inverse), mu[:1] - mu, mu[0] - beta)
+    return unit * largest_root(mu * (q * (q * inverse)), mu[:1] - mu, mu[0] - beta)
 
 
 def _distance2(beta: Tensor, q: Tensor) -> Tensor:
