@@ -36,7 +36,7 @@ from lib.report import number, table
 from torch import Tensor
 from tqdm import tqdm
 
-from pmrl_kernels import dominant_sv_loss
+from pmrl_kernels import dominant_singular_triplet, dominant_sv_loss
 from pmrl_kernels.ops.spectral.triton import launch
 from pmrl_kernels.ops.triton import runtime
 
@@ -63,11 +63,12 @@ class Shape(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Kernels that share parameters, and what is tried for these."""
+    """Kernels that share parameters, what is tried for these, and the call of CALLS whose kernels they are."""
 
     kernels: tuple[str, ...]
     shapes: tuple[Shape, ...]
     settings: Callable[[Shape], list[Changes]]
+    call: str = "alignment"
 
 
 def product(**values: Sequence[int]) -> list[Changes]:
@@ -106,6 +107,14 @@ def alls(shape: Shape) -> list[Changes]:
     return product(all_warps=(1, 2, 4), all_block=(32,))
 
 
+def all_rows(shape: Shape) -> list[Changes]:
+    """With all of d at a time embeddings are read once for both steps."""
+    lanes = 32 * (16 // DTYPES[shape.dtype].itemsize)
+    blocks = sorted({min(loads * lanes, shape.d) for loads in (1, 2, 4)})
+    one = product(all_rows=(1,), all_warps=(1, 2, 4), all_block=blocks)
+    return [*one, {"all_rows": 2, "all_block": blocks[0]}]
+
+
 THROUGHPUT = (
     *(Shape(65536, 512, k) for k in (3, 4, 6, 8)),
     *(Shape(65536, 512, 4, "bf16"), Shape(65536, 512, 8, "bf16"), Shape(65536, 512, 4, "fp64")),
@@ -117,12 +126,15 @@ LATENCY = (
     *(Shape(256, 1024, 4), Shape(256, 512, 4, "bf16")),
 )
 WIDE = tuple(Shape(256, 512, k) for k in (16, 32))
+TRIPLETS = (Shape(65536, 512, 4), Shape(65536, 512, 8), Shape(65536, 512, 4, "bf16"), Shape(256, 512, 4))
 FAMILIES = {
     "grams": Family(("gram_kernel",), THROUGHPUT, functools.partial(passes, kernel="gram")),
     "backwards": Family(("backward_kernel",), THROUGHPUT, functools.partial(passes, kernel="backward")),
     "solves": Family(("solve_kernel",), THROUGHPUT, solves),
     "latencies": Family(("forward_kernel",), LATENCY, latencies),
     "alls": Family(("backward_kernel",), WIDE, alls),
+    "vectors": Family(("vectors_kernel",), TRIPLETS[:3], functools.partial(passes, kernel="vectors"), "triplet"),
+    "triplets": Family(("backward_kernel",), TRIPLETS, all_rows, "triplet"),
 }
 LAYOUTS = tuple(Shape(B, 512, k) for k in (3, 4, 6, 8) for B in (64, 256, 512, 1024, 2048, 4096, 8192, 16384))
 
@@ -139,6 +151,9 @@ DRY = {
     ),
     "latencies": FAMILIES["latencies"]._replace(
         shapes=(Shape(3, 32, 3),), settings=lambda _: product(latency_rows=(1,), latency_warps=(2,))
+    ),
+    "triplets": FAMILIES["triplets"]._replace(
+        shapes=(Shape(9, 32, 3),), settings=lambda _: product(all_rows=(2,), all_block=(16,))
     ),
 }
 DRY_LAYOUTS = (Shape(3, 32, 3),)
@@ -170,13 +185,13 @@ def layout(small: bool) -> Iterator[None]:
         launch.LATENCY_BATCH = largest
 
 
-def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], changes: Changes) -> str | None:
+def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], call: str, changes: Changes) -> str | None:
     """Compiles them into Triton's cache, in a process without a GPU; what went wrong, if anything."""
     name = f"sm_{target.arch}"
     resources.TARGETS.setdefault(name, target)
     with planned(changes):
         try:
-            for one in resources.launches(resources.Case(name, "alignment", shape.dtype, shape.k), shape.d):
+            for one in resources.launches(resources.Case(name, call, shape.dtype, shape.k), shape.d):
                 if one.kernel.fn.__name__ in kernels:
                     runtime.compile_for(target, one.kernel, one.compilation())
         except Exception as error:  # whatever a compiler throws: this setting is out, the others are not
@@ -189,7 +204,11 @@ def compiled(target: Any, shape: Shape, kernels: tuple[str, ...], changes: Chang
 # ------------------------------------------------------------------------------------------------
 
 
-def step(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def step(xs: Sequence[Tensor], call: str = "alignment") -> tuple[Tensor, ...]:
+    if call == "triplet":
+        sigma, u, _ = dominant_singular_triplet(*xs, backend="triton")
+        incoming = torch.ones_like(sigma), xs[0].detach().to(u.dtype)
+        return (sigma.detach(), u.detach(), *torch.autograd.grad((sigma, u), tuple(xs), incoming))
     loss = dominant_sv_loss(xs, temperature=TEMPERATURE, backend="triton")
     return (loss.detach(), *torch.autograd.grad(loss, tuple(xs)))
 
@@ -202,7 +221,7 @@ def agree(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def launches(xs: Sequence[Tensor]) -> tuple[dict[str, runtime.Launch], Sequence[Tensor]]:
+def launches(xs: Sequence[Tensor], call: str) -> tuple[dict[str, runtime.Launch], Sequence[Tensor]]:
     """The launches of a step by kernel, and what the step returned: kernels that write k gradients hold one of them and
     the distances to the others, which have to stay where they are."""
     seen: dict[str, runtime.Launch] = {}
@@ -214,7 +233,7 @@ def launches(xs: Sequence[Tensor]) -> tuple[dict[str, runtime.Launch], Sequence[
 
     runtime.run = recording
     try:
-        return seen, step(xs)
+        return seen, step(xs, call)
     finally:
         runtime.run = make
 
@@ -265,14 +284,16 @@ def registers(one: runtime.Launch) -> tuple[int | None, int | None]:
     return getattr(binary, "n_regs", None), getattr(binary, "n_spills", None)
 
 
-def least_bytes(kernel: str, shape: Shape) -> int:
-    """Embeddings read, gradients written; records are counted where they are all there is."""
+def least_bytes(kernel: str, shape: Shape, call: str) -> int:
+    """Embeddings read, gradients written, and u or its gradient; records are counted where they are all there is."""
+    u = shape.B * shape.d * max(4, DTYPES[shape.dtype].itemsize)
     stream = shape.B * shape.d * shape.k * DTYPES[shape.dtype].itemsize
     half = shape.k * (shape.k + 1) // 2
     return {
         "gram_kernel": stream,
         "forward_kernel": stream,
-        "backward_kernel": 2 * stream,
+        "vectors_kernel": stream + u,
+        "backward_kernel": 2 * stream + (u if call == "triplet" else 0),
         "solve_kernel": 16 * half * shape.B,  # the Gram matrix, and the coefficients of the backward pass
     }[kernel]
 
@@ -281,22 +302,23 @@ def swept(name: str, family: Family, clock: Clock, progress: tqdm) -> Iterator[d
     for shape in family.shapes:
         xs = embeddings(Case(shape.B, shape.d, shape.k, clock.device), dtype=DTYPES[shape.dtype])
         with layout(name == "latencies"):
-            expected = step(xs)
+            expected = step(xs, family.call)
             for changes in ({}, *family.settings(shape)):
                 progress.update()
                 row: dict[str, Any] = {"family": name, "shape": str(shape), "changes": changes}
                 with planned(changes):
                     try:
-                        if not agree(step(xs), expected):
+                        if not agree(step(xs, family.call), expected):
                             yield row | {"wrong": True}
                             continue
-                        recorded, alive = launches(xs)
+                        recorded, alive = launches(xs, family.call)
                         timed = []
                         for kernel in family.kernels:
                             call, beside = again(kernel, recorded)
                             used, spilled = registers(recorded[kernel])
                             seconds = repeated(call, clock) - (repeated(beside, clock) if beside else 0.0)
-                            facts = {"registers": used, "spills": spilled, "bytes": least_bytes(kernel, shape)}
+                            least = least_bytes(kernel, shape, family.call)
+                            facts = {"registers": used, "spills": spilled, "bytes": least}
                             timed.append(row | {"kernel": kernel, "us": 1e6 * seconds} | facts)
                             if beside:
                                 alive[0].fill_(torch.nan)  # the loss: what is written once more must be right
@@ -388,14 +410,14 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     if target.backend == "cuda":
         spawn = multiprocessing.get_context("spawn")
-        jobs = {
-            (shape._replace(B=0), family.kernels, tuple(changes.items()))  # what is compiled does not depend on B
+        jobs = {  # what is compiled does not depend on B
+            (shape._replace(B=0), family.kernels, family.call, tuple(changes.items()))
             for family in families.values()
             for shape in family.shapes
             for changes in family.settings(shape)
         }
         with ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
-            waiting = {pool.submit(compiled, target, s, k, dict(c)): (s, c) for s, k, c in jobs}
+            waiting = {pool.submit(compiled, target, s, k, call, dict(c)): (s, c) for s, k, call, c in jobs}
             for future in tqdm(waiting, desc="compiling", file=sys.stderr):
                 if said := future.result():
                     shape, changes = waiting[future]

@@ -45,7 +45,9 @@ if "triton-latency" in ON_A_CPU:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``backend`` and ``device`` together take the pairs that go together; ``backend`` alone, what runs on a CPU."""
-    marked = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
+    marked: set[str] = set()
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        marked.update(mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
     wanted = {"backend", "device"} & set(metafunc.fixturenames) - marked
     if wanted == {"backend", "device"}:
         pairs = [(v, device) for v in VARIANTS for device in DEVICES if _runs(v, device)]

@@ -20,6 +20,7 @@ from pmrl_kernels import (
     dominant_singular_value,
     dominant_sv_loss,
     instance_contrastive_loss,
+    joint_scores,
     ops,
     pmrl_loss,
     singular_values,
@@ -161,6 +162,58 @@ def test_layouts_and_sums_agree(function, monkeypatch):
     for result in results[1:]:
         for one, other in zip(results[0], result, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+# How a batch is launched: LATENCY_BATCH and SPREAD_BATCH of Triton's, and how it sums.
+FORMS = {
+    "latency": (1 << 30, 1 << 30, "float64"),
+    "throughput": (0, 0, "float64"),
+    "spread": (0, 1 << 30, "float64"),
+    "pairs": (0, 0, "float32"),
+}
+ODD = [
+    (backend, form, function, k)
+    for backend, forms, sizes in (("cuda", ("blocks", "rounds"), (3, 4, 5, 8)), ("triton", FORMS, (3, 4, 8, 12)))
+    for form, k in itertools.product(forms, sizes)
+    for function in ("softmax", "triplet", "pmrl-leave_one_out", "pmrl-modality")
+    if backend in BACKENDS
+    if not (k == 12 and form != "latency")  # which larger batches of it have, too
+    if not (form == "rounds" and (k not in (4, 5) or function != "softmax"))
+    if not (function == "pmrl-modality" and (k, form) not in ((3, "latency"), (3, "blocks")))
+    if not (TOY and (k, form) != (3, "latency"))  # what a CPU interprets, the contract goes through
+]
+
+
+@pytest.mark.parametrize(("backend", "form", "function", "k"), ODD)
+def test_odd_sizes_agree_with_a_cpu(backend, form, function, k, monkeypatch):
+    """Nothing but what is tested runs on the device: compute-sanitizer has these to look at."""
+    if backend == "triton":
+        for name, value in zip(("LATENCY_BATCH", "SPREAD_BATCH"), FORMS[form][:2], strict=True):
+            monkeypatch.setattr(launch, name, value)
+        monkeypatch.setattr(runtime, "SUMS", FORMS[form][2])
+    # Rounds are for blocks that have two at least; the modalities' contrast has several tiles.
+    B = 7 if TOY else 13331 if form == "rounds" else 300 if function == "pmrl-modality" else 67
+    d = 40 if k == 4 else 37
+    generator = torch.Generator().manual_seed(0)
+    there = [torch.randn(B, d, generator=generator).requires_grad_() for _ in range(k)]
+    mask = torch.ones(B, k, dtype=torch.bool)
+    mask[1, 0] = mask[5, 1] = False
+    loss = FUNCTIONS[function](there, backend="reference", mask=mask)
+    expected = [loss.detach(), *torch.autograd.grad(loss, there)]
+    here = [x.detach().to(DEVICE).requires_grad_() for x in there]
+    for ours, theirs in zip(step(backend, function, here, mask=mask.to(DEVICE)), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton on this device")
+@pytest.mark.parametrize("score", ["volume", "gain"])
+def test_joint_scores_of_odd_sizes_agree_with_a_cpu(score):
+    rows, columns, d = (5, 7, 12) if TOY else (67, 130, 37)
+    generator = torch.Generator().manual_seed(0)
+    query, *candidates = (torch.randn(n, d, generator=generator) for n in (rows, *3 * [columns]))
+    expected = joint_scores(query, *candidates, score=score, backend="reference")
+    found = joint_scores(query.to(DEVICE), *(x.to(DEVICE) for x in candidates), score=score, backend="triton")
+    torch.testing.assert_close(found.cpu(), expected, rtol=2e-5, atol=2e-6)
 
 
 @each_backend
