@@ -63,23 +63,21 @@ class Sweep(NamedTuple):
 
 LARGE = (Shape("leading", 4096), Shape("leave_one_out", 2048), Shape("leading", 1024))
 SWEEPS = {
-    # One loop for each product, or one for all of what is loaded once, which then takes twice the memory.
     "loops": Sweep(
         LARGE,
         (
-            *({"stages": stages} for stages in (3, 4, 5)),
-            *({"together": True, "depth": 64, "stages": stages} for stages in (2, 3)),
-            *({"together": True, "depth": 32, "stages": stages} for stages in (3, 4, 5, 6)),
+            *({"depth": 64, "stages": stages} for stages in (2, 3)),
+            *({"depth": 32, "stages": stages} for stages in (3, 4, 5, 6)),
         ),
     ),
     "tiles": Sweep(
         tuple(Shape(c, B) for c in ("leading", "leave_one_out", "pairs") for B in (256, 512, 1024, 1536)),
-        ({"tile": 32, "warps": 4, "stages": 0}, {"tile": 64, "warps": 4, "stages": 0}, {"tile": 128, "warps": 8}),
+        ({"tile": 32, "warps": 4}, {"tile": 64, "warps": 4}, {"tile": 128, "warps": 8}),
     ),
     "order": Sweep(LARGE, ({"group": 4}, {"group": 16})),
     "rows": Sweep((Shape("leave_one_out", 4096), Shape("leading", 4096)), ({"rows": 2}, {"rows": 4})),
 }
-DRY = {"loops": Sweep((Shape("leading", 70),), ({"together": True, "depth": 32, "stages": 5},))}
+DRY = {"loops": Sweep((Shape("leading", 70),), ({"depth": 32, "stages": 5},))}
 
 
 @contextlib.contextmanager

@@ -160,6 +160,7 @@ def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
     make, runtime.run = runtime.run, recorded.append
     slow = runtime.slow_float64(TARGETS[case.target])
     sums, runtime.SUMS = runtime.SUMS, "float32" if slow else "float64"
+    shared, runtime.shared_memory = runtime.shared_memory, lambda _: SHARED_LIMIT[case.target]
     # Nothing is computed, so nobody reads what tests fill memory with, gigabytes of it.
     memory = torch.utils.deterministic
     fill, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
@@ -169,7 +170,8 @@ def launches(case: Case, d: int = 512) -> Iterator[runtime.Launch]:
         )
         make_calls(case, d)
     finally:
-        runtime.run, runtime.SUMS, memory.fill_uninitialized_memory = make, sums, fill
+        runtime.run, runtime.SUMS, runtime.shared_memory = make, sums, shared
+        memory.fill_uninitialized_memory = fill
     seen = set()
     for one in recorded:
         key = (one.kernel, one.compilation())

@@ -40,11 +40,8 @@ each_contrast = pytest.mark.parametrize("contrast", spec.NAMES)
 def tiles(monkeypatch) -> Iterator[None]:
     """Sets their size."""
 
-    def of(
-        tile: int, room: int = launch.ROOM, resident: int = launch.RESIDENT, together: bool = False, depth: int = 64
-    ) -> None:
-        rows, large = 64 if runtime.INTERPRETED else 1, tile == 128
-        plan = launch.Plan(tile, 8 if large else 4, 8, rows, 32, depth, 5 if large else 0, together)
+    def of(tile: int, room: int = launch.ROOM, resident: int = launch.RESIDENT, depth: int = 64) -> None:
+        plan = launch.Plan(tile, 8 if tile == 128 else 4, 8, 64 if runtime.INTERPRETED else 1, 32, depth)
         monkeypatch.setattr(launch, "plan", lambda *_: plan)
         monkeypatch.setattr(launch, "ROOM", room)
         monkeypatch.setattr(launch, "RESIDENT", resident)
@@ -206,16 +203,15 @@ def similarities_kernel(prepared, s, k, width, sizes, FORM: tl.constexpr, TILE: 
     tl.store(s + rows[:, None] * length + columns[None, :], found)
 
 
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-def test_similarities_have_the_same_bits_in_all_tiles(rows, together, tiles):
+def test_similarities_have_the_same_bits_in_all_tiles(rows, tiles):
     """Of whole numbers, whose sums are exact however they are added up, and of small ones added up in one order."""
     N, d = 128, 100
     vectors = unit(ROWS[rows](2, N, d))
     vectors[0][5] = vectors[1][5]
     found = []
     for tile in (32, 64, 128):
-        tiles(tile, together=together)
+        tiles(tile)
         problem = launch.Problem(vectors, (0, 1), (True, True), None, [], None, 0, None, 0.1)
         call = launch.geometry(problem)._replace(kept=False)
         made = launch._prepare(call, problem, vectors[0])
@@ -233,12 +229,10 @@ def test_similarities_have_the_same_bits_in_all_tiles(rows, together, tiles):
     assert float((found[0] - exact).abs().max()) <= max(2 * plain, 1.3e-7)
 
 
-@pytest.mark.parametrize(
-    ("tile", "together", "depth"), [(64, False, 64), (128, False, 64), (64, True, 64), (128, True, 32)]
-)
-def test_larger_tiles(tile, together, depth, tiles):
+@pytest.mark.parametrize(("tile", "depth"), [(64, 64), (128, 64), (128, 32)])
+def test_larger_tiles(tile, depth, tiles):
     """Of which four warps make products together on some cards."""
-    tiles(tile, together=together, depth=depth)
+    tiles(tile, depth=depth)
     for contrast, tau in (("pairs", 0.05), ("leading", 0.1)):
         vectors = unit(clustered(number_of_vectors(contrast, 2), tile + 9, 40))
         expected = computed(contrast, [x.double() for x in vectors], None, tau, reference)
@@ -255,11 +249,11 @@ def in_parts(x: Tensor, padded: int, width: int) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tile", "together"), [(32, False), (128, False), (128, True)])
-def test_a_product_over_many_rows(tile, together, tiles):
+@pytest.mark.parametrize("tile", [32, 128])
+def test_a_product_over_many_rows(tile, tiles):
     """K = 65536. An accumulator that is cut, not rounded, would lose 3e-4 of it (with sums of one sign, as here): it is
     rounded at the end of each tile."""
-    tiles(tile, together=together)
+    tiles(tile)
     n, N, tau = tile, 65536, 0.5
     b, G = unit(cone(1, N, 16))[0], torch.rand(n, N, device=DEVICE)
     own = [b[:n], b[:n]]
@@ -350,10 +344,9 @@ def test_gradients_that_come_in(grad, tiles):
     assert not results[0][0][3].any()
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_equal_rows_have_equal_similarities(together, tiles):
+def test_equal_rows_have_equal_similarities(tiles):
     """At temperatures that show the last bit: log N of N equal rows."""
-    tiles(32, together=together)
+    tiles(32)
     for d in (7, 64):
         (x,) = unit(random(1, 1, d))
         rows = [x.repeat(33, 1), x.repeat(33, 1)]

@@ -327,6 +327,42 @@ print(len(before), len(seen))
     assert compiled_before == needed >= 8
 
 
+def test_what_is_kept_on_disk_is_found_in_whatever_order_kernels_come():
+    """Triton 3.6 would give them other names, later ones do not."""
+    code = """
+import sys
+from pmrl_kernels.ops.triton import runtime
+from tests.tools import resources
+launches = []
+runtime.run = launches.append
+resources.spectral_calls(resources.Case("sm_90", "pmrl", "fp32", 3), 64)
+resources.contrast_calls(resources.Case("sm_90", "instances", "fp32", 1), 64)
+runtime.triton.compile = lambda source, **_: print(source.fn.fn.__name__, source.fn.cache_key)
+for one in launches if sys.argv[1] == "forwards" else reversed(launches):
+    runtime.compile_for(resources.TARGETS["sm_90"], one.kernel, one.compilation())
+"""
+    found = []
+    for order in ("forwards", "backwards"):
+        done = run("-c", code, order)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(set(done.stdout.splitlines()))
+    assert len({line.partition(" ")[0] for line in found[0]}) >= 8
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("KiB", sorted({*runtime.SHARED.values()}))
+def test_two_loads_at_least_fit_shared_memory(KiB, precision, monkeypatch):
+    """On each card, of what a contrast loads for a product: Triton would refuse to launch what takes more."""
+    monkeypatch.setattr(runtime, "shared_memory", lambda _: KiB)
+    monkeypatch.setattr(contrasts, "exact", lambda: precision == "highest")
+    for N in (100, 600, 2000):
+        xs = [torch.empty(N, 512)]
+        call = contrasts.geometry(contrasts.Problem(xs, (0, 0), (True,), None, [], None, 0, None, 0.1))
+        _, each = contrasts._stages(call, call.plan.tile)
+        assert 2 * each <= 1024 * KiB, N
+
+
 def test_warm_up_takes_a_batch_of_each_kind():
     for k in range(2, 33):
         assert {launch.size_of(B, k) for B in compilation._BATCHES} == {launch.SMALL, launch.MEDIUM, launch.LARGE}
@@ -335,15 +371,15 @@ def test_warm_up_takes_a_batch_of_each_kind():
     assert compilation._ON_CPUS[0] <= launch.SHARE < compilation._ON_CPUS[1]
     # of each size of tiles the fewest and the most, or more than there is room for
     for itself, N in itertools.product((True, False), range(1, 10000)):
-        tile = contrasts.plan(N, itself).tile
-        warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B, itself).tile == tile]
+        tile = contrasts.plan(N, itself, 227).tile
+        warmed = [-(-B // tile) for B in compilation._BATCHES if contrasts.plan(B, itself, 227).tile == tile]
         assert min(warmed) <= -(-N // tile) <= max(warmed) or (max(warmed) * tile) ** 2 > contrasts.ROOM, N
 
 
 @pytest.mark.parametrize("itself", [True, False])
 def test_warm_up_takes_what_processes_have_together(itself, monkeypatch):
     def tile(N: int) -> int:
-        return contrasts.plan(N, itself).tile
+        return contrasts.plan(N, itself, 227).tile
 
     on_a_gpu = [torch.empty(5, 4, device="meta")]
     monkeypatch.setattr(compilation.dist, "is_initialized", lambda: True)

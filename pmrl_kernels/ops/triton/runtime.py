@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,15 @@ def double_float(index: int | None, sums: str | None) -> bool:
 
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KiB of shared memory that a program can have, by NVIDIA's compute capability; of others, the least of these."""
+
+
+@functools.cache
+def shared_memory(index: int | None) -> int:
+    """KiB that a program can have on a device; where there is none, on a large one."""
+    if index is None:
+        return max(SHARED.values())
+    target = triton.runtime.driver.active.get_current_target()
+    return SHARED.get(target.arch, min(SHARED.values()))
 
 
 class Compilation(NamedTuple):
@@ -167,15 +177,31 @@ def _source(kernel: Any, compilation: Compilation) -> ASTSource:
     return ASTSource(kernel, signature, source.constants, source.attributes)
 
 
+@functools.cache
+def _name(module: str) -> None:
+    """What Triton keeps on disk it finds by a kernel's source, those of all functions that it calls, and the constants
+    that these use: in Triton 3.6, of a callee's only if somebody has asked for the callee's own name before. A kernel's
+    name would depend on which kernels came before it in a process, and each order would compile anew what is there. So
+    all functions are named in one order: those that a module imports before its own, as they are defined."""
+    functions = [x for x in vars(sys.modules[module]).values() if isinstance(x, triton.JITFunction)]
+    for other in dict.fromkeys(function.fn.__module__ for function in functions):
+        if other != module and other in sys.modules:
+            _name(other)
+    for function in functions:
+        if function.fn.__module__ == module:
+            function.cache_key  # noqa: B018 - it is kept
+
+
 def compile_for(target: GPUTarget, kernel: Any, compilation: Compilation) -> Any:
     """The compiled kernel; needs no GPU. Multiplications and additions are fused, whatever Triton's default is."""
+    _name(kernel.fn.__module__)
     options = {"num_warps": compilation.warps, "enable_fp_fusion": True}
     if target.backend == "cuda":  # left alone, ptxas spills a few registers to make room for more warps
         options["maxnreg"] = compilation.registers or min(255, 65536 // (32 * compilation.warps))
         wanted, each = compilation.stages
         if wanted:
-            room = SHARED.get(int(target.arch), min(SHARED.values())) * 1024
-            options["num_stages"] = max(2, min(wanted, room // each))
+            shared = SHARED.get(int(target.arch), min(SHARED.values())) * 1024
+            options["num_stages"] = max(2, min(wanted, shared // each))
     return triton.compile(_source(kernel, compilation), target=target, options=options)
 
 

@@ -8,14 +8,14 @@
 
 **Similarities.** Tensor cores do not round what they add, they cut it, and so a sum in float32 loses up to a unit of
 its last place each time. But sums of whole numbers below 2²⁴ are exact however they are added up. With x' = 4092 x,
-|x| <= 1, a row is hi + lo, hi the nearest whole number to x' and lo what is left, both in fp16, and w = x' in fp16:
+|x| <= 1, a row is hi + lo, hi the nearest whole number to x' and lo what is left, both in fp16:
 
-    4092² a·b = Σ hi hi' + (Σ hi lo' + Σ lo w')
+    4092² a·b = Σ hi hi' + (Σ hi lo' + Σ lo hi' + Σ lo lo')
 
-up to Σ lo (x' - w), at most 4 for unit vectors, 2⁻²² of the whole, and mostly far less. The first sum is at most
-4092² < 2²⁴ plus what rounding to whole numbers adds, and exact; the other two are small. In one loop (``together``) it
-is Σ lo hi' + Σ lo lo' for the last one, a product more of what is there anyway. Positives are of the same sums, so that
-a row and its equal have the same similarity. Where products in reduced precision are allowed, Σ w w' does.
+up to what fp16 cannot hold of lo, less than 2⁻¹¹ of it. The first sum is at most 4092² < 2²⁴ plus what rounding to
+whole numbers adds, and exact; the others are small. All four are of what is loaded once. Positives are of the same
+sums, so that a row and its equal have the same similarity. Where products in reduced precision are allowed, Σ w w' is
+the similarity, w being x' in fp16.
 
 **Exponentials.** With s <= 1 and τ >= 1/64 exp(s/τ) fits float32 as it is, with room for sums; vectors with themselves
 (``itself``) take exp((s - 1)/τ), which is right for any τ, since their positives are 1. Below 1/64 (*steep*) sums over
@@ -96,8 +96,7 @@ class Form(NamedTuple):
     star: bool  # k vectors with vector 0, which comes before them
     clique: bool  # each of k with each other one; else, k with k others
     rows_only: bool  # a way at a time; else tiles serve both ways of a pair
-    exact: bool  # several products; else one
-    together: bool  # these, of what is loaded once, in one loop; else in a loop for each
+    exact: bool  # several products, of what is loaded once; else one
 
 
 @triton.jit
@@ -214,10 +213,7 @@ def prepare_kernel(
                 hi_a, lo_a = load_part(p_a + at, inside), load_part(p_a + plane + at, inside)
                 hi_b, lo_b = load_part(p_b + at, inside), load_part(p_b + plane + at, inside)
                 sums += hi_a * hi_b
-                if FORM.together:
-                    low += lo_a * lo_b + lo_a * hi_b
-                else:
-                    low += lo_a * load_part(p_b + 2 * plane + at, inside)
+                low += lo_a * lo_b + lo_a * hi_b
                 low += hi_a * lo_b
             else:
                 sums += load_part(p_a + 2 * plane + at, inside) * load_part(p_b + 2 * plane + at, inside)
@@ -311,14 +307,6 @@ def others(tile):
 
 
 @triton.jit
-def dots(a, b, total, width, BLOCK: tl.constexpr):
-    """total + a bᵀ. A loop with one product in it keeps the next operands on their way."""
-    for c in range(0, width, BLOCK):
-        total = tl.dot(tl.load(a + c), tl.load(b + c), total)
-    return total
-
-
-@triton.jit
 def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """a bᵀ (TILE, TILE)."""
     parts = parts_of(prepared)
@@ -330,7 +318,7 @@ def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.c
     a = parts + x.to(tl.int64) * 3 * plane + tile.row * width + (tile.lane[:, None] * width + c[None, :])
     b = parts + y.to(tl.int64) * 3 * plane + tile.column * width + (tile.lane[None, :] * width + c[:, None])
     nothing = tl.zeros([TILE, TILE], tl.float32)
-    if FORM.exact and FORM.together:
+    if FORM.exact:
         s, low = nothing, nothing
         for c in range(0, width, BLOCK):
             hi_a, lo_a = tl.load(a + c), tl.load(a + plane + c)
@@ -340,12 +328,10 @@ def similarities(prepared, tile, k, width, sizes, FORM: tl.constexpr, TILE: tl.c
             low = tl.dot(hi_a, lo_b, low)
             s = tl.dot(hi_a, hi_b, s)
         s += low
-    elif FORM.exact:
-        low = dots(a + plane, b + 2 * plane, nothing, width, BLOCK)
-        low = dots(a, b + plane, low, width, BLOCK)
-        s = dots(a, b, nothing, width, BLOCK) + low
     else:
-        s = dots(a + 2 * plane, b + 2 * plane, nothing, width, BLOCK)
+        s = nothing
+        for c in range(0, width, BLOCK):
+            s = tl.dot(tl.load(a + 2 * plane + c), tl.load(b + 2 * plane + c), s)
     s = unscaled(s)
     if FORM.itself:
         s = tl.where(s > 1.0, 1.0, s)  # a NaN stays one
@@ -769,37 +755,30 @@ def product_kernel(
     a = weights + I * TILE * length + (lane[:, None] * length.to(tl.int32) + step[None, :])
     b = parts + C * COLUMNS + (step[:, None] * width + tl.arange(0, COLUMNS)[None, :])
     STEPS: tl.constexpr = TILE // BLOCK
-    TERMS: tl.constexpr = 3 if FORM.exact and not FORM.together else 1  # in steps of their own
     PLANES: tl.constexpr = 2 if FORM.exact else 1
-    ROUND: tl.constexpr = TERMS * STEPS
     ways = number_of_ways(vector, k, FORM)
     if not ALL:
         ways = 1
-    per_way = sizes.tiles.to(tl.int32) * ROUND
+    per_way = sizes.tiles.to(tl.int32) * STEPS
     total = tl.zeros([TILE, COLUMNS], tl.float32)
     found = tl.zeros([TILE, COLUMNS], tl.float32)
     for number in range(ways * per_way):
         t = k * 0 + number  # a tensor in the interpreter, too
         job, other = job_and_partner(vector, t // per_way, k, one_job, FORM, ALL)
         in_way = t % per_way
-        tile, within = in_way // ROUND, in_way % ROUND
-        j = tile * TILE + within % STEPS * BLOCK
+        tile, within = in_way // STEPS, in_way % STEPS
+        j = tile * TILE + within * BLOCK
         x = a + PLANES * job * part + j
         y = b + 3 * other * plane + j.to(tl.int64) * width
-        if FORM.exact and FORM.together:  # but for lo lo', 2⁻²³ of the whole
+        if FORM.exact:  # but for lo lo', 2⁻²³ of the whole
             high, low = tl.load(x), tl.load(x + part)
             hi, lo = tl.load(y), tl.load(y + plane)
             found = tl.dot(low, hi, found)
             found = tl.dot(high, lo, found)
             found = tl.dot(high, hi, found)
         else:
-            which = 2
-            if FORM.exact:  # of three terms: lo w, hi lo', hi hi'
-                term = within // STEPS
-                x += tl.where(term == 0, 1, 0) * part
-                which = 2 - term
-            found = tl.dot(tl.load(x), tl.load(y + which * plane), found)
-        if within == ROUND - 1:
+            found = tl.dot(tl.load(x), tl.load(y + 2 * plane), found)
+        if within == STEPS - 1:
             total += found * tl.load(scales + (job * strip.height + I) * sizes.tiles + tile)
             found = tl.zeros([TILE, COLUMNS], tl.float32)
 

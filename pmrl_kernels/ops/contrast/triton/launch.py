@@ -37,23 +37,24 @@ class Plan(NamedTuple):
     group: int  # tiles whose rows, and then whose columns, stay in cache
     rows: int  # of a program of prepare_kernel
     finish: int  # rows of a program of finish_kernel
-    depth: int = 64  # columns of rows, or rows of a product, that are loaded at a time
-    stages: int = 0  # of which so many are under way, if there is room; 0: Triton's default
-    together: bool = False  # see ``Form``
+    depth: int  # columns of rows, or rows of a product, that are loaded at a time
+    stages: int = 3  # of which so many are under way, if there is room
 
 
 @functools.cache
-def plan(N: int, itself: bool) -> Plan:
-    """By the number of columns: tiles as large as leave some 40 of them, of a few pairs. See docs/gpu-notes.md."""
+def plan(N: int, itself: bool, shared_memory: int) -> Plan:
+    """By the number of columns: tiles as large as leave some 40 of them, of a few pairs; and by KiB of shared memory.
+    See docs/gpu-notes.md."""
     if runtime.INTERPRETED:  # where a program costs the same whatever it does
-        return Plan(512 if N > 1024 else 128 if N > 64 else 32, 4, 8, 64, 32)
+        return Plan(512 if N > 1024 else 128 if N > 64 else 32, 4, 8, 64, 32, 64)
     tile = 32
     for larger, beyond in ((64, 448), (128, 1280)) if itself else ((64, 192), (128, 448)):
         if beyond < N:
             tile = larger
     if tile < 128:
-        return Plan(tile, 4, 8, 1, 32)
-    return Plan(tile, 8, 8, 1, 32, stages=5)  # registers leave room for one program, so shared memory is all its own
+        return Plan(tile, 4, 8, 1, 32, depth=64)
+    # Registers leave room for one program, so shared memory is all its own: three loads of 64 KiB, or of 32.
+    return Plan(tile, 8, 8, 1, 32, depth=64 if shared_memory >= 192 else 32)
 
 
 def exact() -> bool:
@@ -153,7 +154,7 @@ def _geometry(
     is_kept = padded > 0
     if not is_kept:
         padded, blocks = (tiles + gathered) * p.tile, 2 * count * tiles  # tiles of rows begin where this process's do
-    kind, sizes = Form(itself, star, clique, gathered, exact, p.together), Sizes(n, N, start, padded, tiles)
+    kind, sizes = Form(itself, star, clique, gathered, exact), Sizes(n, N, start, padded, tiles)
     layout, numbers = prepared(None, V, padded, N, d, count, blocks)
     return Geometry(count, k, kind, p, sizes, width_of(d), layout, numbers, is_kept)
 
@@ -163,7 +164,8 @@ def geometry(problem: Problem) -> Geometry:
     (N, d), n = columns[0].shape, problem.vectors[0].shape[0]
     gathered = bool(problem.everyone)
     pairs, directions = tuple(problem.pairs), tuple(problem.directions)
-    return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), plan(N, pairs == (0, 0)))
+    p = plan(N, pairs == (0, 0), runtime.shared_memory(columns[0].device.index))
+    return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), p)
 
 
 def _prepare(call: Geometry, problem: Problem, state: Tensor) -> Prepared:
@@ -202,8 +204,10 @@ def _run(
 
 def _stages(call: Geometry, columns: int) -> tuple[int, int]:
     """Loads under way, of the operands of a tile with so many columns, and their bytes."""
-    p = call.plan
-    return p.stages, (2 if p.together and call.form.exact else 1) * (p.tile + columns) * p.depth * 2
+    p, exact = call.plan, call.form.exact
+    # Of one product half the bytes are loaded; two more are under way where a program has the memory to itself.
+    more = 0 if exact or p.tile < 128 else 2
+    return p.stages + more, (2 if exact else 1) * (p.tile + columns) * p.depth * 2
 
 
 def _nothing(problem: Problem) -> Tensor:

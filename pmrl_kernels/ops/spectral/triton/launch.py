@@ -53,7 +53,8 @@ class Plan(NamedTuple):
     solve_registers: int  # at most, of a thread; 0 for as many as there are
     vectors_rows: int  # the same of vectors_kernel
     vectors_block: int
-    vectors_others_block: int  # where it writes the w: it holds all rows at once
+    vectors_others_rows: int  # where it writes the w: it holds all rows at once
+    vectors_others_block: int
     vectors_warps: int
     backward_rows: int  # of backward_kernel, for gradients of the alignment term alone
     backward_block: int
@@ -106,6 +107,7 @@ def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool, spectrum:
         return 1 if double_float else 16 if together else max(1, 32 * vector // block)
 
     gram_block, backward_block = block(16 if k <= 6 else 32), block(32, loads=1 if itemsize == 2 else 2)
+    others_block = min(block(32), 1024 // K)
     lanes = k <= 4 and not (K == 4 and size < LARGE)
     latency_block = 32 if K >= 16 or double_float else block(32)
     return Plan(
@@ -120,10 +122,11 @@ def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool, spectrum:
         solve_instances=32 if lanes else 8 if size == LARGE and spectrum else 4,
         solve_part=4 if not lanes else {2: 32, 4: 8}[K],
         solve_registers=128 if lanes and K == 4 else 0,  # 16 warps a multiprocessor: 65536 at a time on an H200
-        vectors_rows=1 if double_float else 16,
-        vectors_block=block(8),
-        vectors_others_block=min(block(8), 256 // K),
-        vectors_warps=1 if double_float else 4,
+        vectors_rows=rows_of(backward_block),
+        vectors_block=backward_block,
+        vectors_others_rows=rows_of(others_block),
+        vectors_others_block=others_block,
+        vectors_warps=1,
         backward_rows=rows_of(backward_block),
         backward_block=backward_block,
         backward_warps=1,
@@ -263,7 +266,9 @@ def forward(
     solved = (mask, tau, state, sums, small, B, d), (MODE, solve, vectors, mean, BATCH), (1,) * 7
     runtime.run(Launch(kernels.solve_kernel, -(-B // solve.instances), 1, *solved, registers=p.solve_registers))
     if u is not None or z is not None or w is not None:
-        R, block, warps = p.vectors_rows, p.vectors_block if w is None else p.vectors_others_block, p.vectors_warps
+        R, block, warps = p.vectors_rows, p.vectors_block, p.vectors_warps
+        if w is not None:
+            R, block = p.vectors_others_rows, p.vectors_others_block
         aligned = (multiple, 1, 1, u_multiple, z_multiple, w_multiple, 1, multiple)
         written = (x, mask, state, u, z, w, B, d), (MODE, Step(R, block, 1)), aligned
         runtime.run(Launch(kernels.vectors_kernel, -(-B // R), warps, *written))
