@@ -349,6 +349,8 @@ def bandwidth(clock: Clock) -> float:
     """Bytes read and written per second of a device-to-device copy."""
     x = torch.empty(1 << (28 if clock.device == "cuda" else 20), device=clock.device)
     y = torch.empty_like(x)
+    for _ in range(1000 if clock.device == "cuda" else 1):  # half a second: a card that was idle has yet to wake up
+        y.copy_(x)
     return 8 * x.numel() / repeated(lambda: [y.copy_(x), None][1], clock)
 
 

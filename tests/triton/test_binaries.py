@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("triton", reason="Triton has no packages for this system")
 from pmrl_kernels.ops.contrast.triton import kernels
 from pmrl_kernels.ops.triton import runtime
 from tests import ROOT, TOOLS
-from tests.tools import resources
+from tests.tools import ahead, resources
 from tests.tools.processes import run
 
 if runtime.INTERPRETED:
@@ -173,3 +175,27 @@ def test_nothing_adds_floating_point_numbers_atomically():
         atomics += re.findall(r"\b(?:atom|red)\.[\w.:]+", text)
     assert atomics, "the last program of solve_kernel is found by counting"
     assert not [name for name in atomics if re.search(r"\.(f|bf)\d+", name)]
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_ahead_for_a_card_that_is_not_here(tmp_path):
+    """Of a test of the contract: its kernels and their launchers, without the text of PTX, and its name there."""
+    archive, cache = tmp_path / "kernels.tar.xz", tmp_path / "cache"
+    options = ("--only", "contract", "--one-in", "4000", "--seconds", "60", "--jobs", "1", "--cache", str(cache))
+    done = run("tests/tools/ahead.py", str(archive), *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = archive.with_suffix(".txt").read_text().splitlines()
+    assert names
+    assert all("-cuda" in name for name in names)
+    with tarfile.open(archive) as tar:
+        binaries = [x for x in tar.getmembers() if x.name.endswith(".cubin")]
+        assert binaries
+        for one in binaries:
+            content = tar.extractfile(one).read()
+            whole = (Path("/") / one.name).read_bytes()
+            text = [(offset, length) for name, offset, length in ahead.sections(whole) if "ptx_txt" in name]
+            assert text
+            assert len(content) == len(whole)
+            assert all(not any(content[offset : offset + length]) for offset, length in text)
+            assert content[:0x200] == whole[:0x200]
+        assert {".cubin", ".json"} <= {Path(x.name).suffix for x in tar.getmembers()} <= {".cubin", ".json", ".so"}

@@ -8,6 +8,7 @@ on a GPU is lost to a typing error.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ if not torch.cuda.is_available() and ops.available["triton"].rejects(torch.devic
     pytest.skip("needs a GPU or an interpreter", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOY = DEVICE == "cpu"
+TOY = DEVICE == "cpu" and os.environ.get("PMRL_KERNELS_TESTS") != "whole"  # as tests/tools/ahead.py has them
 BOTH = (3, 10) if TOY else (64, 9000)  # a batch for each layout
 needs_a_gpu = pytest.mark.skipif(TOY, reason="streams, capture, synchronisation and memory are a GPU's")
 

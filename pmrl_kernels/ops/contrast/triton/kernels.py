@@ -411,26 +411,16 @@ def column_sums_of(sums):
 @triton.jit
 def slots(found, sums, distance, first, last, inside, steep):
     """``found`` and what is in the slots from the first to before the last, ``distance`` apart: sums, or logarithms.
-    Other programs may have left it just now. Eight are on their way at a time: one after the other, each would wait for
-    the device's memory."""
-    of_eight = tl.arange(0, 8)[:, None]
-    sums = sums[None, :]
+    Other programs may have left it just now. Eight at a time take longer than one by one, see docs/gpu-notes.md."""
     if steep:
-        for begin in range(first, last, 8):
-            slot = begin + of_eight
-            there = inside[None, :] & (slot < last)
-            more = tl.load(sums + slot * distance, mask=there, other=float("-inf"), volatile=True).to(tl.float64)
-            top = tl.max(more, 0)
-            top = tl.where((found != found) | (found > top), found, top)
+        for slot in range(first, last):
+            more = tl.load(sums + slot * distance, mask=inside, other=float("-inf"), volatile=True).to(tl.float64)
+            top = tl.where((found != found) | (found > more), found, more)  # NaN if either is
             shift = tl.where(top == float("-inf"), 0.0, top)
-            found = shift + logarithm(
-                tl.exp2(found - shift) + tl.sum(tl.exp2(more - shift[None, :]), 0)
-            )  # NaN if one is
+            found = shift + logarithm(tl.exp2(found - shift) + tl.exp2(more - shift))
     else:
-        for begin in range(first, last, 8):
-            slot = begin + of_eight
-            there = inside[None, :] & (slot < last)
-            found += tl.sum(tl.load(sums + slot * distance, mask=there, other=0.0, volatile=True).to(tl.float64), 0)
+        for slot in range(first, last):
+            found += tl.load(sums + slot * distance, mask=inside, other=0.0, volatile=True).to(tl.float64)
     return found
 
 

@@ -42,9 +42,8 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def plan(N: int, itself: bool, shared_memory: int) -> Plan:
-    """By the number of columns: tiles as large as leave some 40 of them, of a few pairs; and by KiB of shared memory.
-    See docs/gpu-notes.md."""
+def plan(N: int, itself: bool, architecture: int | str) -> Plan:
+    """By the number of columns: tiles as large as leave some 40 of them, of a few pairs. See docs/gpu-notes.md."""
     if runtime.INTERPRETED:  # where a program costs the same whatever it does
         return Plan(512 if N > 1024 else 128 if N > 64 else 32, 4, 8, 64, 32, 64)
     tile = 32
@@ -53,8 +52,9 @@ def plan(N: int, itself: bool, shared_memory: int) -> Plan:
             tile = larger
     if tile < 128:
         return Plan(tile, 4, 8, 1, 32, depth=64)
-    # Registers leave room for one program, so shared memory is all its own: three loads of 64 KiB, or of 32.
-    return Plan(tile, 8, 8, 1, 32, depth=64 if shared_memory >= 192 else 32)
+    # Registers leave room for one program, so shared memory is all its own. An H200 has room for three loads of 64 KiB;
+    # most others have not, and on those of 10.0, where Triton 3.6 keeps a fourth, nobody has tried.
+    return Plan(tile, 8, 8, 1, 32, depth=64 if architecture == 90 else 32)
 
 
 def exact() -> bool:
@@ -164,7 +164,7 @@ def geometry(problem: Problem) -> Geometry:
     (N, d), n = columns[0].shape, problem.vectors[0].shape[0]
     gathered = bool(problem.everyone)
     pairs, directions = tuple(problem.pairs), tuple(problem.directions)
-    p = plan(N, pairs == (0, 0), runtime.shared_memory(columns[0].device.index))
+    p = plan(N, pairs == (0, 0), runtime.architecture(columns[0].device.index))
     return _geometry(pairs, directions, n, N, d, problem.start, gathered, exact(), p)
 
 
