@@ -2,7 +2,7 @@
 
     python tests/tools/ahead.py kernels.tar.xz                                # benchmarks, tuning, tests on a GPU
     python tests/tools/ahead.py kernels.tar.xz --only contract --one-in 16    # and one test in so many of the contract
-    tar xJf kernels.tar.xz -C / && export TRITON_CACHE_DIR=/tmp/pmrl_kernels/cache        # where the GPU is
+    tar xJf kernels.tar.xz -C / && export TRITON_CACHE_DIR=/tmp/kernels-ahead        # where the GPU is
 
 A card that is lent by the minute need not wait for compilers then. Needs the Python, torch and Triton of that machine,
 whose versions are in the names that Triton gives, and the tests' requirements; launches are recorded instead of made,
@@ -34,7 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path("/tmp/pmrl_kernels/cache")
+CACHE = Path("/tmp/kernels-ahead")  # a folder named as the package would hide it from programs beside it
 KEPT = (".cubin", ".json", ".so")
 
 Job = tuple[str, str, Any]

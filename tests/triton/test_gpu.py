@@ -206,7 +206,6 @@ def test_odd_sizes_agree_with_a_cpu(backend, form, function, k, monkeypatch):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton on this device")
 @pytest.mark.parametrize("score", ["volume", "gain"])
 def test_joint_scores_of_odd_sizes_agree_with_a_cpu(score):
     rows, columns, d = (5, 7, 12) if TOY else (67, 130, 37)
