@@ -39,7 +39,7 @@ def single() -> dict[str, list[Tensor]]:
     return worker.everything(slice(0, worker.B), None, None)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 3])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
     """What each process of a world of so many finds."""
     out = tmp_path_factory.mktemp("world") / "found.pt"

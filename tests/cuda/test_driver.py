@@ -13,13 +13,12 @@ import pytest
 
 from tests import ROOT
 from tests.tools import driver
+from tests.tools.kept import kept
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    found = tmp_path_factory.mktemp("driver")
-    driver.compile_libraries(found)
-    return found
+def folder() -> Path:
+    return kept("driver", driver.compile_libraries)
 
 
 CARD = "cuda(capabilities=[{}] * 8, driver_version={}); pytorch(); print(door().door_unavailable(0).decode())"

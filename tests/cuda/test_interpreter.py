@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.tools import ptx
+from tests.tools.kept import kept
 
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH, which compiles the kernels")
@@ -25,23 +26,25 @@ T = 64  # two warps
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def modules() -> dict[str, str]:
     """PTX by architecture."""
-    folder = tmp_path_factory.mktemp("ptx")
-    paths = {name: folder / f"{name}.ptx" for name in ARCHITECTURES}
+    folder = kept("interpreted", compile_modules, *FLAGS)
+    return {name: (folder / f"{name}.ptx").read_text() for name in ARCHITECTURES}
+
+
+def compile_modules(folder: Path) -> None:
     running = [
         subprocess.Popen(
-            [NVCC, *FLAGS, f"-arch={name}", SOURCE, "-o", path],
+            [NVCC, *FLAGS, f"-arch={name}", SOURCE, "-o", folder / f"{name}.ptx"],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for name, path in paths.items()
+        for name in ARCHITECTURES
     ]
     for one in running:
         out, err = one.communicate(timeout=600)
         assert (one.returncode, out, err) == (0, "", "")
-    return {name: path.read_text() for name, path in paths.items()}
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -242,7 +242,7 @@ def forms(xs: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_forms_of_embeddings(dtype):
     xs, mask = rows(3, 5, 16, dtype), torch.rand(5, 3) > 0.3
     options = mask, None, 0.5, True, True, spec.ALIGNMENT_SUM | spec.U

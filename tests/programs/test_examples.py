@@ -278,7 +278,11 @@ def joint_retrieval(monkeypatch) -> ModuleType:
 
 
 @pytest.mark.usefixtures("ordinary_memory")
-@pytest.mark.parametrize("more", [[], ["--fine-tune", "volume", "--scores-only"]])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], marks=pytest.mark.slow), ["--fine-tune", "volume", "--scores-only"]],
+    ids=["whole", "brief"],
+)
 def test_joint_retrieval(joint_retrieval, tmp_path, capsys, more):
     """All of it in small, at k = 3; published formulations rank as the scores do that they compute."""
     threads = torch.get_num_threads()

@@ -68,6 +68,10 @@ def slow(case: object) -> object:
     return pytest.param(case, marks=pytest.mark.slow)
 
 
+# Where backends differ in an operator's name alone.
+one_backend = pytest.mark.parametrize("backend", [CPU_BACKENDS[0], *map(slow, CPU_BACKENDS[1:])])
+
+
 def of_each_loss(transforms: list[str], left_out: tuple[str, ...]) -> Any:
     """Every transform of every loss. `make test` has each of both but for what is left out, and half of the pairs."""
     losses = ["dominant_sv_loss", "pmrl_loss", "instance_contrastive_loss"]
@@ -136,7 +140,7 @@ JOINT: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@each_backend
+@one_backend
 @pytest.mark.parametrize("name", JOINT)
 def test_compile_of_joint_scores(name, backend, fresh_dynamo):
     check_compiled(lambda *xs: JOINT[name](*xs, backend=backend), "aot_eager", (5, 8))
@@ -147,7 +151,7 @@ def test_compile_of_a_stack_and_of_a_repeated_modality(backend, fresh_dynamo):
     check_compiled(lambda *xs: pmrl_loss(torch.stack([xs[0], *xs], 1), backend=backend), "aot_eager", (5, 8))
 
 
-@each_backend
+@one_backend
 @pytest.mark.parametrize("name", [slow(name) if name.startswith("pmrl") else name for name in COMPILED[:-1]])
 def test_compile_of_stacks_of_any_shape(name, backend, fresh_dynamo):
     """With ``dynamic=True`` k and d of a (B, k, d) stack are symbols too, as far as a backend lets them."""
@@ -165,7 +169,7 @@ def test_compile_of_stacks_of_any_shape(name, backend, fresh_dynamo):
         torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-14)
 
 
-@each_backend
+@one_backend
 def test_compile_of_modules_with_learned_temperatures(backend, fresh_dynamo):
     """The temperatures' gradients come out of the graph too, and the module trains."""
     options = {"learnable_temperature": True, "learnable_instance_temperature": True, "backend": backend}
@@ -192,7 +196,7 @@ def test_compile_of_modules_with_learned_temperatures(backend, fresh_dynamo):
     assert graphs == graphs[:1] * 3
 
 
-@each_backend
+@one_backend
 @pytest.mark.parametrize("k", [1, slow(2), 3, slow(4), 5])
 @pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "pmrl_loss-modality", "dominant_singular_triplet"])
 def test_compile_without_gradients(name, k, backend, fresh_dynamo):
@@ -205,7 +209,7 @@ def test_compile_without_gradients(name, k, backend, fresh_dynamo):
         torch.testing.assert_close(found, call(*xs), rtol=1e-12, atol=0.0)
 
 
-@each_backend
+@one_backend
 @pytest.mark.parametrize("name", ["dominant_sv_loss", "pmrl_loss", "pmrl_loss-modality"])
 def test_compile_of_one_tensor_in_several_places(name, backend, fresh_dynamo):
     """As two modalities, and as both temperatures."""
@@ -224,7 +228,7 @@ def test_compile_of_one_tensor_in_several_places(name, backend, fresh_dynamo):
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
 
 
-@each_backend
+@one_backend
 @each_place
 @pytest.mark.parametrize("contrast", EVERY_CONTRAST)
 def test_compile_of_mixed_dtypes(contrast, enabled, backend, fresh_dynamo):
@@ -241,11 +245,8 @@ def test_compile_of_mixed_dtypes(contrast, enabled, backend, fresh_dynamo):
     assert_same_bits(gradients(found, xs), gradients(expected, xs))
 
 
-SOME_SLOW = [CPU_BACKENDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CPU_BACKENDS[1:])]
-
-
-# It generates and compiles C++, which takes 12 s a time; the backends differ in an operator's name alone.
-@pytest.mark.parametrize("backend", SOME_SLOW)
+# It generates and compiles C++, which takes 12 s a time.
+@one_backend
 def test_compile_with_the_default_compiler(backend, fresh_dynamo):
     """Inductor, one graph of an encoder and the loss, forward and backward."""
     generator = torch.Generator().manual_seed(0)
@@ -273,7 +274,7 @@ COMPILED_TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], An
 }
 
 
-@each_backend
+@one_backend
 @of_each_loss(["grad", "vjp", "grad of a part"], left_out=("grad of a part",))
 def test_compiled_functional_gradient_is_right_or_an_error(transform, name, backend, fresh_dynamo):
     transform = COMPILED_TRANSFORMS[transform]
@@ -300,7 +301,7 @@ def test_compiled_vmap_is_right_or_an_error(name, backend, fresh_dynamo):
     right_or_an_error(lambda: torch.compile(torch.func.vmap(call), backend="aot_eager")(stacked), expected)
 
 
-@each_backend
+@one_backend
 @of_each_loss(["func.jvp", "func.grad of grad", "forward_ad", "func.hessian"], left_out=("forward_ad", "func.hessian"))
 def test_compiled_unsupported_transforms_raise(transform, name, backend, fresh_dynamo):
     """Inside a graph no less than outside: never zeros."""

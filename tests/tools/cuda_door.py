@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from pmrl_kernels.ops.spectral import native, spec
 from tests import ROOT
 from tests.tools import driver, ptx
 from tests.tools.installation import COMPILER
+from tests.tools.kept import kept
 
 CSRC = ROOT / "csrc"
 TOOLS = Path(__file__).parent
@@ -57,10 +57,11 @@ def command(k: int, architecture: str, *options: str) -> list[str]:
 @functools.cache
 def compiled(k: int, architecture: str) -> str:
     """Their PTX."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernels.ptx")
-        driver.run_compiler([*command(k, architecture, "-ptx", "-o"), path])
-        return path.read_text()
+    folder = kept(
+        f"ptx-{architecture}-{k}",
+        lambda folder: driver.run_compiler([*command(k, architecture, "-ptx", "-o"), folder / "kernels.ptx"]),
+    )
+    return (folder / "kernels.ptx").read_text()
 
 
 def disassembler() -> str | None:
@@ -125,18 +126,15 @@ class Door:
         self.launches: list[tuple[str, int, int]] = []
         self.executed: Counter[str] = Counter()  # instructions of warps, by kernel
         self.errors: list[Exception] = []
-        with tempfile.TemporaryDirectory() as folder:
-            compile_door(Path(folder))
-            self.driver = ctypes.CDLL(str(Path(folder, "cuda_of_door.so")))
-            self.driver.name_of.restype, self.driver.image_of.restype = ctypes.c_char_p, ctypes.c_void_p
-            self.driver.name_of.argtypes = self.driver.image_of.argtypes = (ctypes.c_size_t,)
-            self._callback = LAUNCHED(self._launched)  # C does not keep it alive
-            self.driver.on_launch(self._callback)
-            torch.ops.load_library(str(Path(folder, "door.so")))
-            self.operators = torch.ops.pmrl_door
-            os.environ["PMRL_DOOR_FOLDER"] = folder
-            nobody = [torch.empty(0, 1), torch.empty(0, 1)]  # the driver is found by the first call
-            self.operators.spectral_forward(nobody, None, None, 1.0, True, True, spec.SIGMA)
+        folder = kept("door", compile_door, os.environ.get("PMRL_DOOR_FLAGS", ""))
+        self.driver = ctypes.CDLL(str(folder / "cuda_of_door.so"))
+        self.driver.name_of.restype, self.driver.image_of.restype = ctypes.c_char_p, ctypes.c_void_p
+        self.driver.name_of.argtypes = self.driver.image_of.argtypes = (ctypes.c_size_t,)
+        self._callback = LAUNCHED(self._launched)  # C does not keep it alive
+        self.driver.on_launch(self._callback)
+        torch.ops.load_library(str(folder / "door.so"))
+        self.operators = torch.ops.pmrl_door
+        os.environ["PMRL_DOOR_FOLDER"] = str(folder)
         shapes = {"spectral_forward": forward_shapes, "spectral_backward": spec.SPECTRAL.backward_shapes}
         for name, function in shapes.items():
             torch.library.register_fake(f"pmrl_door::{name}", function)

@@ -37,6 +37,7 @@ def test_a_sample_of_contrasts_and_joint_scores():
     assert run_interpreted(*files, "-m", "not slow", "--every", "18") >= 10
 
 
+@pytest.mark.slow
 def test_a_sample_of_what_compilers_do_with_it():
     assert run_interpreted("tests/pytorch", "-k", "triton and (compile or export)", "--one-in", "24") >= 4
 

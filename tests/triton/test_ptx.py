@@ -190,6 +190,7 @@ def test_tritons_launcher_passes_what_kernels_take(tmp_path):
     assert run_compiled(*which, TRITON_LIBCUDA_PATH=str(tmp_path)) == 4
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_aligned():
     """Spread one column a lane: what lanes add up of one number must come out alike in all of them."""
     which = "test_singular_values and triton-double-float and float64-2-clustered-True"
@@ -203,6 +204,7 @@ def test_contrasts_on_tensor_cores_that_cut():
     assert run_compiled("tests/triton/test_contrasts.py", "-k", which) == 3
 
 
+@pytest.mark.slow
 def test_joint_scores_on_tensor_cores_that_cut():
     """Products of four warps, of float32 in three parts of TF32; near copies in float64."""
     which = "test_scores and 5-64-33 and (sigma-4 or area2)"
