@@ -15,7 +15,7 @@
 #   make release   both, checked as for a release; says how to upload, and uploads nothing; ARGS=--rehearse beforehand
 #   make sanitize  the kernels' tests on a library that checks its own memory accesses and arithmetic
 #   make resources what the kernels for GPUs take on each architecture, compiled anew, to tests/data
-#   make gpu-check tests and benchmark on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
+#   make gpu-check tests and benchmarks on a GPU, by $(PYTHON) as it is; ARGS=--dry-run for a rehearsal without one
 #   make bench     the benchmark, on an idle machine; ARGS='--quick' for two shapes
 #   make bench-contrast   the contrasts and the whole objective beside their matrix products
 #   make bench-joint      joint scores, their losses and ranks beside their matrix products; ARGS='--threads 1'

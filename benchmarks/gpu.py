@@ -16,6 +16,7 @@ What matters most is measured first, and results are written as they come: a run
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ if __name__ == "__main__" and "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import torch
-from lib import accuracy, cases, figures, formulations, report, run
+from lib import accuracy, cases, figures, formulations, on_gpu, report, run
 from lib.cases import GATE_COSINE, TEMPERATURE, Case, Contender, embeddings
 from lib.formulations import Loss
 from lib.measure import Clock
@@ -222,6 +223,17 @@ def compile_ahead(wanted: Sequence[Work], device: str) -> None:
     on_all_cores(_prepare, sorted(jobs, key=lambda job: -job[3]))  # the slowest first
 
 
+def compiled_rivals(wanted: Sequence[Work], device: str) -> Iterator[Callable[[], object]]:
+    """Calls that have PyTorch's compiler make each of its graphs: for each k, and for small and large batches."""
+    made = set()
+    for shapes, dtype, candidates in wanted:
+        for contender, (B, d, k) in itertools.product(candidates, shapes):
+            graph = contender.name, k, B >= formulations.LARGE
+            if contender.rival == "compiled" and k <= 8 and graph not in made:
+                made.add(graph)
+                yield functools.partial(contender.step, embeddings(Case(B, d, k, device), dtype=dtype))
+
+
 # ------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------
@@ -337,9 +349,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 def main() -> None:
     where = f"folder for the results; default: {run.RESULTS.name}/, none for a dry run"
-    parser = run.parser(__doc__, dry_run="toy sizes on the CPU, kernels interpreted", output=where)
+    parser = on_gpu.parser(__doc__, where)
     parser.add_argument("--once", type=int, nargs=3, metavar=("B", "d", "k"), help="two calls, and no times")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
     options = parser.parse_args()
     dry, deadline = options.dry_run, time.monotonic() + options.limit
     clock = Clock("cpu" if dry else "cuda")
@@ -350,7 +361,10 @@ def main() -> None:
                 contender.step(embeddings(Case(*options.once, clock.device)))
         return clock.wait()
     wanted, rows, left_out = work(candidates, dry), [], []
-    compile_ahead(wanted, clock.device)
+    if not options.compiled:
+        compile_ahead(wanted, clock.device)
+    if options.on_cue:
+        deadline = time.monotonic() + on_gpu.wait_for(options.on_cue, compiled_rivals(wanted, clock.device))
     results: dict[str, Any] = {"conditions": run.on_a_gpu(clock.device), "left_out": left_out, "time": rows}
     folder = options.output or (None if dry else run.RESULTS)
     with run.progress(sum(len(shapes) * len(some) for shapes, _, some in wanted)) as bar:

@@ -12,7 +12,6 @@ reference in float64.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
@@ -24,7 +23,7 @@ if __name__ == "__main__" and "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import torch
-from lib import objectives, report, run
+from lib import objectives, on_gpu, report, run
 from lib.accuracy import doubled
 from lib.cases import Case, Contender, embeddings
 from lib.measure import Clock
@@ -129,13 +128,15 @@ def _prepare(name: str, B: int, d: int, k: int, device: str) -> None:
     contender.step(embeddings(Case(B, d, k, device)))
 
 
-def _compile_rivals(candidates: Sequence[Contender], shapes: Sequence[tuple[int, int, int]], deadline: float) -> None:
-    """For the gate and small batches: PyTorch's compiler takes half a minute, most of it to be imported."""
-    for B, d, k in (_gate_shapes("cuda")[0], *(shape for shape in shapes if shape[0] <= SMALL)):
+def compiled_rivals(
+    candidates: Sequence[Contender], shapes: Sequence[tuple[int, int, int]], device: str
+) -> Iterator[Callable[[], object]]:
+    """Calls that have PyTorch's compiler make a graph for the gate and for each shape: it takes half a minute, most of
+    it to be imported."""
+    for B, d, k in (_gate_shapes("cuda")[0], *shapes):
         for one in candidates:
-            if "compiled" in one.name and time.monotonic() < deadline:
-                with contextlib.suppress(Exception):  # it will be met again, and told
-                    one.step(embeddings(Case(B, d, k, "cuda")))
+            if "compiled" in one.name:
+                yield functools.partial(one.step, embeddings(Case(B, d, k, device)))
 
 
 def _gate_shapes(device: str) -> tuple[tuple[int, int, int], ...]:
@@ -210,11 +211,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = run.parser(
-        __doc__, dry_run="toy sizes on the CPU, kernels interpreted", output="folder for gpu-contrast.json"
-    )
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
-    options = parser.parse_args()
+    options = on_gpu.parser(__doc__, "folder for gpu-contrast.json").parse_args()
     dry, deadline = options.dry_run, time.monotonic() + options.limit
     clock = Clock("cpu" if dry else "cuda")
     candidates = contenders(dry)
@@ -223,7 +220,10 @@ def main() -> None:
     # On one core it would take minutes, in which the device waits.
     ours = [c.name for c in candidates if _of_ours(c)]
     jobs = [(name, B, d, k, clock.device) for B in (batches if dry else COMPILED_AHEAD) for name in ours]
-    on_all_cores(_prepare, jobs[:1] if dry else jobs, lambda: _compile_rivals(candidates, shapes, deadline))
+    if not options.compiled:
+        on_all_cores(_prepare, jobs[:1] if dry else jobs)
+    if options.on_cue:
+        deadline = time.monotonic() + on_gpu.wait_for(options.on_cue, compiled_rivals(candidates, shapes, clock.device))
     rows: list[Row] = []
     refused: list[str] = []
     results = {"conditions": run.on_a_gpu(clock.device), "refused": refused, "time": rows}

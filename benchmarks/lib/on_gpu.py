@@ -1,13 +1,16 @@
-"""Contenders on a GPU, one after the other: eager wall time, device time, peak memory."""
+"""Contenders on a GPU, one after the other: when they begin, eager wall time, device time, peak memory."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +28,39 @@ Work = tuple[Sequence[tuple[int, int, int]], torch.dtype, Sequence[Contender]]
 """Shapes (B, d, k), and who is timed there."""
 
 
-def on_all_cores(
-    prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]], meanwhile: Callable[[], None] | None = None
-) -> None:
-    """Calls it for each, in processes of their own, for what they leave in Triton's cache; and ``meanwhile`` here."""
+def parser(doc: str | None, output: str) -> argparse.ArgumentParser:
+    """That of lib/run.py, with when to end, and when to begin."""
+    made = run.parser(doc or "", dry_run="toy sizes on the CPU, kernels interpreted", output=output)
+    made.add_argument("--limit", type=float, default=float("inf"), help="seconds, after which no call is begun")
+    made.add_argument("--compiled", action="store_true", help="our kernels are in Triton's cache: compile none ahead")
+    made.add_argument(
+        "--on-cue", type=Path, metavar="FILE",
+        help="have rivals compiled until there is such a file, and begin when it holds a number, which is the --limit",
+    )  # fmt: skip
+    return made
+
+
+def wait_for(cue: Path, getting_ready: Iterable[Callable[[], object]]) -> float:
+    """Makes these calls until the file ``cue`` is there, says by a file beside it that no more is done, and waits for
+    the number in it."""
+    for call in getting_ready:
+        if cue.exists():
+            break
+        with contextlib.suppress(Exception):  # it will be met again, and told
+            call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    cue.with_suffix(".ready").touch()
+    while not (cue.exists() and (told := cue.read_text())):
+        time.sleep(0.1)
+    return float(told)
+
+
+def on_all_cores(prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
+    """Calls it for each, in processes of their own, for what they leave in Triton's cache."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(prepare, *job) for job in jobs]
-        if meanwhile is not None:
-            meanwhile()
         with run.progress(len(waiting), "compiling") as bar:
             for future in waiting:
                 future.exception()  # it will be met again, and told, where that kernel is to be timed

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -351,17 +354,23 @@ def test_the_price_of_an_ordinary_loss_is_that_of_all_embeddings(benchmark_modul
 def test_the_check_on_a_gpu_can_be_rehearsed(tmp_path):
     """Time on a GPU is too dear for typing errors: every step that can, runs on the CPU at toy sizes."""
     pytest.importorskip("triton", reason="Triton has no packages for this system")
-    arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "1000", "--limit", "900"]
+    arguments = ["--dry-run", "--output", str(tmp_path), "--one-in", "1000", "--limit", "2000"]
     command = [sys.executable, str(FOLDER / "gpu_check.py"), *arguments, "--only"]
     done = subprocess.run(
-        [*command, "facts", "fused", "gpu", "benchmark", "contrasts", "tune", "tune-contrasts", "host", "contract"],
+        [
+            *(*command, "facts", "fused", "gpu", "contract", "contract-cuda", "benchmark", "contrasts", "host"),
+            *("tune", "tune-contrasts"),
+        ],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert {path.name for path in tmp_path.iterdir()} >= {
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} >= {
         "gpu-check.log", "gpu.json", "gpu.csv", "gpu-contrast.json", "tune.json", "tune-contrast.json",
     }  # fmt: skip
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".running", ".cue", ".ready", ".half")]
+    log = (tmp_path / "gpu-check.log").read_text()
+    assert re.findall(r"(?m)^== (\S+): passed, ", log)[-4:] == ["contrasts", "tune", "tune-contrasts", "host"]
     tuned = json.loads((tmp_path / "tune.json").read_text())
     assert {row["kernel"] for row in tuned["kernels"]} >= {"gram_kernel", "solve_kernel", "forward_kernel"}
     settings = json.loads((tmp_path / "tune-contrast.json").read_text())["settings"]
@@ -411,25 +420,117 @@ def test_the_profiler_is_told_the_names_of_kernels(benchmark_modules):
     assert not re.fullmatch(pattern, "vectorized_elementwise_kernel")
 
 
-def test_steps_of_the_check_leave_one_another_time(benchmark_modules):
-    """Those that go on until their time is over, too; and what is new comes first."""
+def steps_of(gpu_check: Any, only: Sequence[str], **options: Any) -> dict[str, Any]:
+    given = {"dry_run": False, "output": FOLDER, "one_in": None, "wheel": None, "kernels": None, **options}
+    return {name: x for name, x in gpu_check.steps(SimpleNamespace(only=only, **given)).items() if name in only}
+
+
+def test_steps_of_the_check_on_a_gpu(benchmark_modules, monkeypatch, tmp_path):
+    """Who waits for whom, how many processes they have, and what is new comes first."""
     import gpu_check
 
-    options = SimpleNamespace(dry_run=False, output=FOLDER, one_in=None, wheel=None, limit=590.0)
-    for only, shares in (
-        (["benchmark"], 590.0),
-        (["fused", "benchmark", "contrasts"], 295.0),
-        (["gpu", "contract"], 260),
-    ):
-        options.only = only
-        chosen = gpu_check.steps(options)
-        assert (chosen["benchmark"].most, chosen["contrasts"].most) == (shares, shares)
-    assert chosen["gpu"].most == 180
-    options.only = ["gpu"]
-    assert gpu_check.steps(options)["gpu"].most == 590.0
-    names = list(chosen)
-    assert names[:3] == ["facts", "fused", "gpu"]
-    assert set(gpu_check.DEFAULT) <= set(names)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    every = steps_of(gpu_check, gpu_check.DEFAULT)
+    assert list(every) == list(gpu_check.DEFAULT)
+    assert {name for name, step in every.items() if gpu_check.CUE in step.arguments} == {"benchmark", "contrasts"}
+    assert gpu_check.LEFT in steps_of(gpu_check, ["benchmark"])["benchmark"].arguments
+    assert gpu_check.workers(gpu_check.DEFAULT) == (16 - 3 - 2) // 4
+    assert gpu_check.workers(["fused"]) == 16
+    assert gpu_check.workers(["facts"]) == 16
+    assert every["contract"].arguments[-2:] == ["5", "tests/contract"]
+    archive = tmp_path / "kernels.tar.xz"
+    archive.with_suffix(".txt").write_text("tests/contract/test_a.py::test_b[x y]\n")
+    told = steps_of(gpu_check, gpu_check.DEFAULT, kernels=archive)
+    assert told["contract"].arguments[-1] == "tests/contract/test_a.py::test_b[x y]"
+    assert "-k" not in told["contract"].arguments
+    assert "--compiled" in told["benchmark"].arguments
+
+
+def test_rivals_are_compiled_beforehand(benchmark_modules, monkeypatch):
+    """One call for each graph, the first that is timed before the others; of contrasts one for each shape."""
+    import gpu
+    import gpu_contrast
+
+    for program in (gpu, gpu_contrast):
+        monkeypatch.setattr(program, "embeddings", lambda case, **_: [torch.empty(case.B, 1)] * case.k)
+
+    def told(calls: Iterator[Any]) -> list[tuple[str, int, int]]:
+        return [(x.func.__self__.name, len(x.args[0][0]), len(x.args[0])) for x in calls]
+
+    found = told(gpu.compiled_rivals(gpu.work(gpu.contenders(False), False), "cpu"))
+    names = list(dict.fromkeys(name for name, *_ in found))
+    assert len(names) == 2
+    assert found[:4] == [(name, B, 4) for name in names for B in (64, 1024)]
+    assert len(found) == len(set(found)) == 2 * 2 * 4  # names, small and large, k = 3, 4, 6, 8
+    shapes = [(B, 16, 3) for B in gpu_contrast.BATCHES[:2]]
+    calls = list(gpu_contrast.compiled_rivals(gpu_contrast.contenders(False), shapes, "cpu"))
+    assert {(B, k) for _, B, k in told(iter(calls))} == {(300, 4), (256, 3), (1024, 3)}
+    assert len(calls) == 6
+
+
+def test_kernels_that_come_along_are_put_where_they_were(benchmark_modules, tmp_path):
+    import gpu_check
+
+    def archive(*names: str) -> Path:
+        path = tmp_path / "kernels.tar.xz"
+        with tarfile.open(path, "w:xz") as tar:
+            for name in names:
+                entry = tarfile.TarInfo(str((tmp_path / name).relative_to("/")))
+                entry.size = 3
+                tar.addfile(entry, io.BytesIO(b"abc"))
+        return path
+
+    assert gpu_check.unpack(archive("cache/a/x.cubin", "cache/b/y.json")) == tmp_path / "cache"
+    assert (tmp_path / "cache" / "b" / "y.json").read_bytes() == b"abc"
+    with pytest.raises(SystemExit, match=r"with .*elsewhere/x\.cubin, wanted files of one cache alone, .*/cache"):
+        gpu_check.unpack(archive("cache/a/x.cubin", "elsewhere/b/elsewhere/x.cubin"))
+    with pytest.raises(SystemExit, match="with nothing in it"):
+        gpu_check.unpack(archive())
+
+
+SIDE_BY_SIDE = """
+import sys, time
+from pathlib import Path
+name, folder = sys.argv[1], Path(sys.argv[2])
+(folder / f"{name}.begun").touch()
+if name == "timed":
+    cue = Path(sys.argv[3])
+    while not cue.exists():
+        time.sleep(0.01)
+    cue.with_suffix(".ready").touch()
+    while not (told := cue.read_text()):
+        time.sleep(0.01)
+    print("told", told, "after", *sorted(x.stem for x in folder.glob("*.ended")))
+else:
+    other = {"one": "other", "other": "one"}[name]
+    while not all((folder / f"{x}.begun").exists() for x in (other, "timed")):
+        time.sleep(0.01)
+(folder / f"{name}.ended").touch()
+sys.exit(name == "other")
+"""
+
+
+def test_steps_run_side_by_side_and_then_what_is_timed_alone(benchmark_modules, tmp_path, capsys):
+    """Each of these waits for the others to begin. A failure of one is told, and keeps nobody from running."""
+    import gpu_check
+
+    output = tmp_path / "output"
+    output.mkdir()
+
+    def step(name: str, *more: str, beside: bool) -> Any:
+        return gpu_check.Step(["-c", SIDE_BY_SIDE, name, str(tmp_path), *more], 1.0, beside)
+
+    chosen = {"one": step("one", beside=True), "other": step("other", beside=True)}
+    chosen["timed"] = step("timed", gpu_check.CUE, beside=False)
+    report = gpu_check.run_all(chosen, 100.0, os.environ, output)
+    assert report.failed == ["other"]
+    assert report.last() == 1
+    log = (output / "gpu-check.log").read_text()
+    assert re.search(r"told (\d+)\.\d+ after one other", log)
+    assert 70 < float(re.search(r"told (\S+)", log)[1]) <= 85
+    assert re.findall(r"(?m)^== (\w+): (\w+)", log)[-1] == ("timed", "passed")
+    assert {path.name for path in output.iterdir()} == {"gpu-check.log"}
+    assert "failed: other; " in capsys.readouterr().out
 
 
 @pytest.mark.slow  # a rival is compiled

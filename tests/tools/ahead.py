@@ -2,7 +2,7 @@
 
     python tests/tools/ahead.py kernels.tar.xz                                # benchmarks, tuning, tests on a GPU
     python tests/tools/ahead.py kernels.tar.xz --only contract --one-in 16    # and one test in so many of the contract
-    tar xJf kernels.tar.xz -C / && export TRITON_CACHE_DIR=/tmp/kernels-ahead        # where the GPU is
+    make gpu-check ARGS="--kernels kernels.tar.xz"                            # where the GPU is
 
 A card that is lent by the minute need not wait for compilers then. Needs the Python, torch and Triton of that machine,
 whose versions are in the names that Triton gives, and the tests' requirements; launches are recorded instead of made,
