@@ -118,7 +118,7 @@ def _dtype(query: Tensor, batch: Batch) -> torch.dtype:
 
 def _check_area(score: str, batch: Batch) -> None:
     if score == "area2" and (batch.k != 2 or batch.mask is not None):
-        name, got, wanted = ("mask", "one", "none") if batch.k == 2 else ("candidates", f"k = {batch.k}", "k = 2")
+        name, got, wanted = ("mask", "one", "none") if batch.k == 2 else ("candidates", f"{batch.k} modalities", "2")
         raise ValueError(f"{name}: got {got}, wanted {wanted}: score='area2' is of two modalities that are all there")
 
 

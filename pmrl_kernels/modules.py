@@ -219,7 +219,7 @@ class PMRLLoss(_Spread):
     ``group="world"`` can, and can be made before ``init_process_group``; a ``state_dict()`` always can.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: a bad argument, when the module is made.
+        TypeError, ValueError: a bad argument, when the module is made.
 
     Source: PMRL (arXiv 2507.17343), section 3; docs/mathematics.md.
 

@@ -317,7 +317,7 @@ def retrieval_ranks(
         and the volumes the best of all: leave out rows whose query is missing.)
 
     Memory:
-        About 40 MiB beside the inputs at d = 512 and k = 3 for any Nq and Ng, and a few numbers for each query and
+        About 20 MiB beside the inputs at d = 512 and k = 3 for any Nq and Ng, and a few numbers for each query and
         each candidate; with ``cosine`` and ``mip`` a normalised copy of the queries too.
 
     Gradient: none; nothing is recorded.

@@ -11,9 +11,10 @@ set(PMRL_CUDA_ARCHITECTURES "" CACHE STRING "Compute capabilities, such as 80;90
 set(PMRL_CUDA_MODALITIES "2;3;4;5;6;7;8" CACHE STRING "The numbers of modalities that kernels are compiled for")
 set(PMRL_NVCC_HINTS "" CACHE STRING "Where else an nvcc may be, after CUDA_HOME, the PATH and /usr/local/cuda")
 set(PMRL_PTXAS "" CACHE STRING "Assemblers in place of nvcc 13's own: the first one of CUDA 12.8 or 12.9 is taken")
-# A newer minor number runs the code of an older one: 8.9 that of 8.6, 10.3 that of 10.0, 12.1 that of 12.0. What is of no
-# major number here, and newer than 9.0, gets what its driver makes of the PTX. 8.6 has code of its own for what its float64
-# is slow in (sums.cuh). Each costs the library about as much as the PTX does.
+# A newer minor number runs the code of an older one: 8.9 that of 8.6, 12.1 that of 12.0. What is of no major number here,
+# and newer than 9.0, would get what its driver makes of the PTX. But a card whose float64 is slow runs nothing that sums
+# in it, as code for 8.0, 9.0 and 10.0 does (sums.cuh): driver.cpp refuses that for 10.3 and 11.0. Each costs the library
+# about as much as the PTX does.
 set(cuda_wanted 75 80 86 90 100 120)
 set(cuda_ptx_architecture 90)
 

@@ -526,7 +526,7 @@ def test_errors_name_the_argument():
         joint_scores(t, {"video": C[:, 0], "audio": C[:, 1].long()})
     with pytest.raises(ValueError, match="candidates: got k = 33 modalities, wanted at most 31"):
         joint_scores(t, torch.randn(5, 33, 4))
-    with pytest.raises(ValueError, match="candidates: got k = 3, wanted k = 2: score='area2'"):
+    with pytest.raises(ValueError, match="candidates: got 3 modalities, wanted 2: score='area2'"):
         joint_scores(t, torch.randn(5, 3, 4), score="area2")
     with pytest.raises(ValueError, match="mask: got one, wanted none: score='area2'"):
         joint_scores(t, C, score="area2", mask=torch.ones(5, 2, dtype=torch.bool))
