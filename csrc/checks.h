@@ -167,7 +167,7 @@ inline void check_everyone(const std::vector<Tensor>& everyone, size_t count) {
 
 // Whether rows [start, start + n) are within everyone's N.
 inline void check_place(int64_t start, int64_t n, int64_t N) {
-  STD_TORCH_CHECK(start >= 0 && start + n <= N, "pmrl_kernels: rows must lie within everyone's");
+  STD_TORCH_CHECK(start >= 0 && start <= N - n, "pmrl_kernels: rows must lie within everyone's");
 }
 
 // The losses of all processes.

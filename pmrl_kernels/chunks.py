@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -42,13 +43,14 @@ def in_chunks(function: Callable[..., Any], chunk_size: int, *, shared: Collecti
 
     Returns:
         A function that returns what ``function`` does: a tensor (B, ...), or a dict, tuple, list or dataclass of such
-        (the model outputs of transformers are dicts). What is no tensor there must be equal in all chunks. An output
-        that the loss does not use is concatenated too, and takes memory: return embeddings, not hidden states.
+        (the model outputs of transformers are dicts), joined by key. What is no tensor there must be equal in all
+        chunks, and so must keys and kinds of containers. An output that the loss does not use is concatenated too, and
+        takes memory: return embeddings, not hidden states.
 
     Raises:
         TypeError, ValueError: a bad argument. By the call: no tensor to take rows of, tensors whose numbers of rows
             differ (ValueError); an output with another number of rows than its chunk (ValueError), or that cannot be
-            concatenated, such as a cache of keys and values (TypeError).
+            concatenated, such as a cache of keys and values, or with other keys for one chunk (TypeError).
 
     Until ``backward()`` has run, ``function`` has to stay what it was, since it is called again: variables that it
     reads (a name bound by a loop, say, in a lambda), parameters, ``train()`` or ``eval()``. PyTorch does not notice if
@@ -189,18 +191,31 @@ def _check_rows(rows: Sequence[tuple[str, Tensor]]) -> None:
 
 def _joined(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """What the function returned for chunks of these sizes, as one."""
-    found = [_leaves(output, "output") for output in outputs]
+    first, *others = found = [_by_place(output) for output in outputs]
+    for number, other in enumerate(others, 1):
+        for place in {**first, **other}:
+            wanted, got = (_kind(x[place]) if place in x else "nothing" for x in (first, other))
+            if got != wanted:
+                raise TypeError(
+                    f"{_named(place)}: got {got} of chunk {number}, and of the first {wanted}, wanted the same of all "
+                    "chunks"
+                )
     columns = []
-    for leaves in zip(*found, strict=True):
-        name, parts = leaves[0][0], [x for _, x in leaves]
-        if all(isinstance(x, Tensor) for x in parts):
-            for x, size in zip(parts, sizes, strict=True):
+    for place, value in first.items():
+        name, parts = _named(place), [x[place] for x in found]
+        if isinstance(value, Tensor):
+            for number, (x, size) in enumerate(zip(parts, sizes, strict=True)):
                 if x.dim() == 0 or len(x) != size:
                     raise ValueError(f"{name}: got the shape {tuple(x.shape)} of {size} rows, wanted one row for each")
+                if x.shape[1:] != value.shape[1:]:
+                    raise TypeError(
+                        f"{name}: got the shape {tuple(x.shape)} of chunk {number}, and of the first "
+                        f"{tuple(value.shape)}, wanted the same but for rows"
+                    )
             columns.append(parts)
-        elif not all(isinstance(x, _PLAIN) and x == parts[0] for x in parts):
+        elif _parts(value) is None and not all(isinstance(x, _PLAIN) and x == value for x in parts):
             raise TypeError(
-                f"{name}: got {type(parts[0]).__name__}, wanted tensors, or what is equal in all chunks: None, "
+                f"{name}: got {type(value).__name__}, wanted tensors, or what is equal in all chunks: None, "
                 "a number, a string"
             )
     if len(outputs) == 1:
@@ -236,6 +251,22 @@ def _leaves(value: Any, name: str, shared: tuple[str, ...] = ()) -> list[tuple[s
         if not (isinstance(key, str) and key in shared):
             found += _leaves(part, _name(name, key), shared)
     return found
+
+
+def _by_place(value: Any, place: tuple[Hashable, ...] = ()) -> dict[tuple[Hashable, ...], Any]:
+    """A container, and everything in it to any depth, by the keys that lead there, in the order of :func:`_leaves`."""
+    found = {place: value}
+    for key, part in _parts(value) or ():
+        found |= _by_place(part, (*place, key))
+    return found
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else "Tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _named(place: tuple[Hashable, ...]) -> str:
+    return functools.reduce(_name, place, "output")
 
 
 def _name(container: str, key: Hashable) -> str:

@@ -288,12 +288,21 @@ def _check_kind(id: Any, name: str, place: tuple[int, ...], kinds: dict[tuple[in
     # As a key a tensor is equal to itself alone, and so is NaN.
     if isinstance(id, Tensor):
         refuse("a hashable, as a string or a tuple (tensors of ids are passed as one tensor)")
-    if isinstance(id, numbers.Real) and not isinstance(id, numbers.Rational):  # NumPy's, too
+    if isinstance(id, numbers.Complex) and not isinstance(id, numbers.Rational):  # NumPy's, too
         refuse("a string, an integer or a tuple of such: floats that should be equal need not be")
+    if not _is_itself(id):
+        refuse("what is equal to itself")
     if isinstance(id, tuple):
         for at, part in enumerate(id):
             if part is not None:
                 _check_kind(part, name, (*place, at), kinds)
+
+
+def _is_itself(id: Any) -> bool:
+    try:
+        return bool(id == id)
+    except Exception:  # what is missing, in pandas, is neither equal nor not
+        return False
 
 
 def _unhashable(ids: Sequence[Any]) -> int | None:

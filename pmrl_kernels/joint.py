@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -149,7 +150,8 @@ def _vector(batch: Batch, score: str, normalize: bool, backend: str | None, dtyp
         zs = _spectral(batch, batch.tensors, batch.mask, Z, normalize, backend, dtype)
         if batch.mask is not None:
             zs = tuple(torch.where(there[:, None], z, 1.0) for there, z in zip(batch.mask.unbind(1), zs, strict=True))
-        found = torch.stack(zs).prod(0)
+        # One by one: the gradient of prod() divides by factors, and where all of them make next to nothing is off.
+        found = functools.reduce(torch.mul, zs)
         if batch.mask is not None:
             found = torch.where(batch.mask.any(1, keepdim=True), found, 0.0)
     return found

@@ -36,7 +36,7 @@ def by_id(embeddings: Mapping[str, Tensor], ids: Mapping[str, Tensor | Sequence[
             integer tensors, (B_m,) or (B_m, c), where a row of c numbers is one id, such as (data set, example). Any
             signed or uint8 dtypes, all on one device, which may be another than that of the embeddings;
             sequences of B_m hashables of one type, strings or tuples, say, which are the same id if they are equal; in
-            each place of tuples of one type, too, or None. Floats and tensors are none.
+            each place of tuples of one type, too, or None. Floats, tensors and what is not equal to itself are none.
             In a modality no id may come twice.
 
     Returns:

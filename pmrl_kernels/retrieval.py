@@ -9,6 +9,7 @@ exactly. What comes out is the order of those.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -551,5 +552,5 @@ def recall_at(ranks: Tensor, at: Sequence[int] = (1, 5, 10)) -> Recall:
     ranks = ranks[ranks >= 0]
     if len(ranks) == 0:
         return Recall(dict.fromkeys(wanted, math.nan), math.nan, math.nan)
-    recall = {K: float((ranks < K).double().mean()) for K in wanted}
+    recall = {K: float((ranks < min(K, sys.maxsize)).double().mean()) for K in wanted}
     return Recall(recall, float(ranks.median()) + 1, float(ranks.double().mean()) + 1)

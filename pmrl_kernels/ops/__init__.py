@@ -194,8 +194,9 @@ def resolve(op: Op, requested: str | None, device: torch.device, dtype: torch.dt
         RuntimeError: a known backend that cannot run here, with the reason.
     """
     key = op.name, requested, device, dtype, k, d
-    # A compiler must see what the choice depends on. (And sizes may be symbols there, which are no keys.)
-    compiling = torch.compiler.is_compiling()
+    # A compiler must see what the choice depends on. And sizes may be symbols there, or where something else traces,
+    # which are no keys.
+    compiling = torch.compiler.is_compiling() or type(k) is not int or type(d) is not int
     if not compiling and type(requested) in (str, NoneType):
         found = _resolved.get(key)
         if found is not None:

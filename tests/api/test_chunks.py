@@ -540,6 +540,50 @@ def test_errors(call, error, told):
         call()
 
 
+def test_outputs_are_joined_by_key():
+    """Not by place: a dict may come in another order."""
+    x = torch.arange(4.0)[:, None]
+    found = in_chunks(lambda a: {"a": a, "b": [10 * a]} if a[0] == 0 else {"b": [10 * a], "a": a}, 2)(x)
+    assert list(found) == ["a", "b"]
+    assert torch.equal(found["a"], x)
+    assert torch.equal(found["b"][0], 10 * x)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "told"),
+    [
+        (
+            lambda x: {"video": x},
+            lambda x: {"audio": x},
+            r"output\['video'\]: got nothing of chunk 1, and of the first",
+        ),
+        (lambda x: {"a": x, "b": x}, lambda x: {"a": x}, r"output\['b'\]: got nothing of chunk 1, and of the first"),
+        (
+            lambda x: {"a": x},
+            lambda x: {"a": x, "b": x},
+            r"output\['b'\]: got Tensor of chunk 1, and of the first nothing, ",
+        ),
+        (lambda x: {"a": x}, lambda x: {"a": None}, r"output\['a'\]: got None of chunk 1, and of the first Tensor, "),
+        (lambda x: (x,), lambda x: [x], "output: got list of chunk 1, and of the first tuple, wanted the same of all"),
+        (
+            lambda x: x,
+            lambda x: {"a": x},
+            "output: got dict of chunk 1, and of the first Tensor, wanted the same of all",
+        ),
+        (
+            lambda x: [x],
+            lambda x: [torch.cat([x, x], 1)],
+            r"output\[0\]: got the shape \(2, 2\) of chunk 1, and of the first \(2, 1\), wanted the same but for rows",
+        ),
+        (lambda x: [x, 1], lambda x: [x, 2], r"output\[1\]: got int, wanted tensors, or what is equal in all chunks"),
+    ],
+)
+def test_chunks_whose_outputs_are_of_different_kinds(first, other, told):
+    """An encoder of what there is in a chunk, say: nothing may be put under another name."""
+    with pytest.raises(TypeError, match=told):
+        in_chunks(lambda x: (first if x[0] == 0 else other)(x), 2)(torch.arange(4.0)[:, None])
+
+
 def test_the_module_travels():
     """Its encoder by name in a state, and equal after a copy."""
     module = Chunked(nn.Linear(9, D), 4, shared=["places"])

@@ -601,3 +601,18 @@ def test_products_beyond_float32(dtype, backend):
     assert found.dtype == torch.float32
     assert found.isfinite().all()
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6 * wanted.abs().median().item())
+
+
+@pytest.mark.parametrize("entry", [1.4e-45, 1e-40, 0.0])
+def test_gradients_of_products_that_are_nearly_nothing(backend, entry):
+    """Of each factor it is the product of the others, however small the whole product is."""
+    torch.manual_seed(0)
+    t, a, b = torch.nn.functional.normalize(torch.randn(3, 1, 8), dim=2)
+    a[0, 0] = entry
+    xs = [x.clone().requires_grad_() for x in (t, a, b)]
+    found = torch.autograd.grad(joint_scores(*xs, score="mip", backend=backend).sum(), xs)
+    ys = [x.double().requires_grad_() for x in (t, a, b)]
+    unit = [y / y.norm() for y in ys]
+    expected = torch.autograd.grad((unit[0] * unit[1] * unit[2]).sum(), ys)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import hypothesis.strategies as st
@@ -388,6 +389,19 @@ BAD: dict[str, tuple[Any, Any, type[Exception], tuple[str, ...]]] = {
     "kinds mixed in one": (tensors(2), numbers(["1", 2]), TypeError, ("ids['text'][1]", "got int", "wanted str")),
     "floats": (tensors(2), numbers([1.0, 2.0]), TypeError, ("ids['text'][0]", "got float", "wanted a string, an int")),
     "floats of NumPy": (tensors(1), numbers([np.float32(1)]), TypeError, ("ids['text'][0]", "got float32", "floats")),
+    "complex numbers": (tensors(1), numbers([0.3 + 0j]), TypeError, ("ids['text'][0]", "got complex", "floats")),
+    "what is not equal to itself": (
+        tensors(2),
+        numbers([Decimal("0.3"), Decimal("nan")]),
+        TypeError,
+        ("ids['text'][1]", "got Decimal", "wanted what is equal to itself"),
+    ),
+    "no time": (
+        tensors(1),
+        numbers([np.datetime64("NaT")]),
+        TypeError,
+        ("ids['text'][0]", "got datetime64", "wanted what is equal to itself"),
+    ),
     "floats in tuples": (tensors(1), numbers([("a", 1.0)]), TypeError, ("ids['text'][0][1]", "got float", "floats")),
     "tensors in tuples": (
         tensors(1, 1),

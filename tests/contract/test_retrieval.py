@@ -474,6 +474,7 @@ def test_recall_by_hand():
     assert found == Recall({1: 2 / 6, 5: 4 / 6, 10: 5 / 6}, 4.0, (0 + 0 + 3 + 9 + 40 + 4) / 6 + 1)
     assert recall_at(torch.tensor([2]), at=[2, 3]) == Recall({2: 0.0, 3: 1.0}, 3.0, 3.0)
     assert recall_at(torch.tensor([2]), at=range(2, 4)) == Recall({2: 0.0, 3: 1.0}, 3.0, 3.0)
+    assert recall_at(torch.tensor([2]), at=[10**30]).recall == {10**30: 1.0}
     empty = recall_at(torch.tensor([-1]))
     assert all(map(math.isnan, (*empty.recall.values(), *empty[1:])))
     assert tuple(empty.recall) == (1, 5, 10)

@@ -242,6 +242,8 @@ def contrast_slopes(t=t, C=C, rows=rows, state=of_contrast, grad=torch.ones(()),
         t, [C], None, here, own, 0, True, 0.1, None, 0.1, rows, columns, state, grad, False, list(needed))
 """
 NONSENSE = {
+    "rows beyond everyone's": "OPS.paired_forward([t], [0, 0], [True], None, [t], None, 1, None, 0.5)",
+    "rows beyond all integers": "OPS.paired_forward([t], [0, 0], [True], None, [t], None, 2**63 - 1, None, 0.5)",
     "no embeddings": "forward([])",
     "other rows": "forward([x[0], x[1][:5], x[2]])",
     "other columns": "forward([x[0], x[1][:, :5], x[2]])",

@@ -67,3 +67,16 @@ def test_traces_of_the_alignment_term(backend):
     torch.testing.assert_close(traced(*xs), dominant_sv_loss(*xs))
     with pytest.raises(RuntimeError, match="list of bool"):
         torch.jit.trace(Model("leading", backend), xs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tracing_with_symbols_of_every_size(name, backend, device):
+    """Outside ``torch.compile`` too, where nobody says that something compiles: what comes out takes other batches."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = Model(name, backend)
+    xs = [torch.randn(8, 6, device=device) for _ in range(3)]
+    traced = make_fx(lambda *xs: model(*xs), tracing_mode="symbolic")(*xs)
+    for B in (8, 5):
+        others = [torch.randn(B, 6, device=device) for _ in range(3)]
+        torch.testing.assert_close(traced(*others), model(*others))
