@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pmrl_kernels import instance_contrastive_loss, pmrl_loss
+from pmrl_kernels import dominant_singular_triplet, instance_contrastive_loss, losses, pmrl_loss
+from pmrl_kernels.ops.contrast import spec
 from tests.tools import oracle
 from tests.tools import tolerances as tol
 from tests.tools.functions import CONTRASTS, DTYPES, EVERY_CONTRAST, any_bytes, finite, grads, leaves
@@ -207,3 +208,65 @@ def test_masks_of_any_bytes_for_rows(backend, device, normalize):
     one, other = (instance_contrastive_loss(u, mask=m, **options) for m in (any_bytes(mask), mask))
     assert torch.equal(one, other)
     assert torch.equal(*(grads(loss, [u])[0] for loss in (one, other)))
+
+
+@pytest.mark.parametrize("contrast", ["pairs", "modality", "leave_one_out"])
+def test_gradients_of_losses_far_below_rounding(backend, device, contrast):
+    """Positives are pulled by as much as all others push, though 1 - exp(-1e-9) is nothing in float32."""
+    torch.manual_seed(0)
+    rows = torch.eye(6, 12)[:, None] + 0.05 * torch.randn(6, 3, 12)
+    x = rows.to(device).requires_grad_()
+    (exact,) = oracle.upcast([x])
+    options = {"contrast": contrast, "instance_temperature": 0.05, "alignment_weight": 0.0}
+    loss, truth = pmrl_loss(x, backend=backend, **options), pmrl_loss(exact, backend="reference", **options)
+    assert 1e-11 < truth.item() < 1e-6
+    torch.testing.assert_close(loss.cpu().double(), truth, rtol=1e-4, atol=0)
+    (g,), (h,) = grads(loss, [x]), grads(truth, [exact])
+    torch.testing.assert_close(g.cpu().double(), h, rtol=0, atol=1e-4 * float(h.abs().max()))
+
+
+def test_zeros_are_candidates_of_the_contrast_of_modalities(backend, device):
+    """And have a loss: only instances without a leading vector are left out."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(5, 3, 8, dtype=torch.float64), dim=2)
+    x[1, 0] = 0
+    u = dominant_singular_triplet(x, backend="reference").u
+    s = [x[:, m] @ u.T / 0.2 for m in range(3)]
+    rows = torch.arange(5)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = sum(cross_entropy(y, rows) + cross_entropy(y.T, rows) for y in s) / 6
+    options = {"contrast": "modality", "instance_temperature": 0.2, "alignment_weight": 0.0}
+    found = pmrl_loss(x.float().to(device), backend=backend, **options)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=0)
+
+
+def test_what_is_compared_with_nothing_makes_no_contrast_of_pairs_nan(backend, device):
+    """One embedding is all there is."""
+    x = torch.randn(2, 3, 4, device=device)
+    x[0, 1] = torch.nan
+    mask = torch.zeros(2, 3, dtype=torch.bool, device=device)
+    mask[0, 1] = True
+    loss = pmrl_loss(x, mask=mask, contrast="pairs", alignment_weight=0.0, backend=backend)
+    assert loss == 0
+
+
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
+def test_masks_of_any_bytes_of_every_contrast(backend, device, contrast):
+    x, mask = torch.randn(7, 3, 5, device=device), torch.rand(7, 3, device=device) < 0.6
+    losses = [pmrl_loss(x, mask=m, contrast=contrast, backend=backend) for m in (mask, any_bytes(mask))]
+    assert torch.equal(*losses)
+
+
+def test_which_op_a_contrast_is_of():
+    """What is of any norm has kernels on fewer backends."""
+    assert spec.op(spec.RAW, False) is spec.op(spec.kind("pairs", 3), False) is spec.OF_ANY_NORM
+    assert spec.op(spec.kind("leading", 3), False) is spec.op(spec.kind("pairs", 3), True) is spec.PAIRED
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("contrast", EVERY_CONTRAST)
+def test_the_op_that_a_loss_asks_for(monkeypatch, contrast, normalize):
+    asked, resolve = [], losses.resolve
+    monkeypatch.setattr(losses, "resolve", lambda op, *rest: asked.append(op) or resolve(op, *rest))
+    pmrl_loss(torch.randn(4, 3, 5), contrast=contrast, normalize=normalize)
+    assert asked[1] is spec.op(spec.kind(contrast, 3), normalize)

@@ -616,3 +616,15 @@ def test_gradients_of_products_that_are_nearly_nothing(backend, entry):
     expected = torch.autograd.grad((unit[0] * unit[1] * unit[2]).sum(), ys)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", [*spec.SCORES, "cosine", "mip"])
+@pytest.mark.parametrize("wide", [0, 1, 2, 3])
+def test_one_of_float64_is_enough(score, wide, backend):
+    """For results in it, wherever it is."""
+    n = 3 if score == "area2" else 4
+    xs = [torch.randn(4, 6, dtype=FLOAT64 if m == wide % n else torch.float32) for m in range(n)]
+    found = joint_scores(*xs, score=score, backend=backend)
+    assert found.dtype == FLOAT64
+    exact = joint_scores(*(x.double() for x in xs), score=score, backend="reference")
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)

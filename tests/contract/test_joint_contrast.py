@@ -389,6 +389,15 @@ def test_what_may_be_asked_for():
         g.sum().backward()
 
 
+def test_label_smoothing_is_at_most_1(backend):
+    """Where every candidate is as right as any other."""
+    x = torch.nn.functional.normalize(torch.randn(3, 6, 5), dim=2)
+    loss = joint_contrastive_loss(*x, score="cosine", temperature=0.5, label_smoothing=1.0, backend=backend)
+    s = joint_scores(*x, score="cosine", backend=backend) / 0.5
+    expected = -(s.log_softmax(1).mean() + s.log_softmax(0).mean()) / 2
+    torch.testing.assert_close(loss, expected)
+
+
 def test_compiled(backend):
     torch.compiler.reset()  # of one function it compiles eight graphs at most
     t, C, mask = embeddings(3, "masks")
