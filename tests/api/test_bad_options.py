@@ -201,3 +201,18 @@ def test_known_backend_that_is_not_available(function, no_kernels, monkeypatch):
     monkeypatch.setattr(ops, "unavailable_reasons", {"native": "no compiler was found"})
     with pytest.raises(RuntimeError, match="'native' is not available: no compiler was found"):
         getattr(pmrl_kernels, function)(x(), backend="native")
+
+
+def test_the_alignment_has_temperatures_that_contrasts_have_not():
+    xs = modalities()
+    for value in (1e-40, 1e39):
+        found = pmrl_loss(xs, temperature=value, return_components=True).alignment
+        tau = torch.tensor(value, dtype=torch.float64)
+        assert torch.equal(found, pmrl_loss(xs, temperature=tau, return_components=True).alignment)
+
+
+def test_ends_of_what_float32_has():
+    x = torch.randn(4, 5)
+    for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max):
+        assert torch.equal(instance_contrastive_loss(x, np.float32(value)), instance_contrastive_loss(x, float(value)))
+    assert pmrl_loss(x, x, instance_weight=torch.finfo(torch.float32).max, alignment_weight=0.0).isfinite()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pmrl_kernels import dominant_singular_triplet, instance_contrastive_loss, losses, pmrl_loss
+from pmrl_kernels.distributed import Group
 from pmrl_kernels.ops.contrast import spec
 from tests.tools import oracle
 from tests.tools import tolerances as tol
@@ -270,3 +271,39 @@ def test_the_op_that_a_loss_asks_for(monkeypatch, contrast, normalize):
     monkeypatch.setattr(losses, "resolve", lambda op, *rest: asked.append(op) or resolve(op, *rest))
     pmrl_loss(torch.randn(4, 3, 5), contrast=contrast, normalize=normalize)
     assert asked[1] is spec.op(spec.kind(contrast, 3), normalize)
+
+
+def test_temperature_gradient_beside_similarities_of_minus_infinity(backend, device):
+    x = torch.tensor([[1e20, 0.0], [0.0, 1.0]], device=device, requires_grad=True)
+    y = torch.tensor([[0.0, 1.0], [-1e20, 1.0]], device=device, requires_grad=True)
+    tau = torch.tensor(0.5, device=device, requires_grad=True)
+    options = {"contrast": "pairs", "normalize": False, "alignment_weight": 0.0, "backend": backend}
+    *rows, slope = grads(pmrl_loss(x, y, instance_temperature=tau, **options), [x, y, tau])
+    assert all(g.isfinite().all() for g in rows)
+    wide = [t.detach().double().requires_grad_() for t in (x, y, tau)]
+    exact = grads(pmrl_loss(*wide[:2], instance_temperature=wide[2], **options), wide)
+    torch.testing.assert_close(slope.double(), exact[2], rtol=1e-5, atol=0)
+
+
+def test_everyone_s_mask_is_read_by_processes_without_one():
+    theirs = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    everyone = torch.cat([torch.randn(3, 3 * 4), theirs], 1)
+    for rank, sizes in ((0, (2, 1)), (1, (1, 2))):
+        contrast = spec.Contrast(None, spec.kind("modality", 2), 0.1, Group(None, sizes, rank))
+        present = contrast._arguments(None, [torch.randn(2, 4) for _ in range(3)], everyone)[5]
+        assert torch.equal(present, theirs.bool())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_dtype_of_the_instance_contrast(backend, device, dtype, normalize):
+    u = torch.randn(6, 5, device=device).to(dtype)
+    loss = instance_contrastive_loss(u, normalize=normalize, backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    same = instance_contrastive_loss(u.float(), normalize=normalize, backend=backend).to(loss.dtype)
+    torch.testing.assert_close(loss, same, rtol=1e-5, atol=1e-6)
+
+
+def test_default_temperature_of_instances():
+    u = torch.randn(6, 5)
+    assert torch.equal(instance_contrastive_loss(u), instance_contrastive_loss(u, 0.1))

@@ -470,3 +470,20 @@ def test_the_library_refuses_losses_and_states_of_other_batches():
     ):
         with pytest.raises(RuntimeError, match="pmrl_kernels"):
             ops.modality_forward(*arguments, None, 0, False, None, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_processes_of_one_row_of_any_norm(backend, dtype):
+    """Their products round otherwise than those of many rows, and a similarity may exceed the logsumexp of all."""
+    ops = Calls(by_dtype(backend), any_norm=True)
+    B, tau, one = 130, 1e-4, torch.ones(())
+    for scale in (1e3, 1e9):
+        z = case(1, B, 257, dtype).z[0] * scale
+        u = z.roll(1, 0).contiguous()  # each is nearest to another one's
+        parts = [slice(0, 1), slice(1, 2), slice(2, B)]
+        shares = [([z[r]], u[r], None, [u, z], None, r.start, True, None, tau) for r in parts]
+        found = [ops.modality_forward(*share) for share in shares]
+        losses = torch.cat([x for _, x, _ in found], 2)
+        for share, (_, _, state) in zip(shares, found, strict=True):
+            (H,), h, _ = ops.modality_backward(*share, losses, state, one)
+            assert float(torch.maximum(H.abs().max(), h.abs().max())) <= 3 * scale / tau

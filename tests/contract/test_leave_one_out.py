@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -302,3 +303,38 @@ def test_below_the_floor_nothing_need_agree():
     assert low < 0.01
     for contrast in NEW:
         assert instance(xs, contrast, instance_temperature=floor / 5) > 1
+
+
+def test_the_floor_of_small_batches(monkeypatch, recwarn):
+    """Of two instances there is none, of the default temperature and of tensors nothing is said."""
+
+    def warned(B: int, k: int = 2, **options: Any) -> list[str]:
+        monkeypatch.setattr(losses, "_warned_of_floor", False)
+        recwarn.clear()
+        warnings.simplefilter("always")
+        loss = pmrl_loss([torch.randn(B, 8) for _ in range(k)], contrast="modality", **options)
+        assert loss.isfinite()
+        return [str(w.message) for w in recwarn if "instance_temperature" in str(w.message)]
+
+    for B in (1, 2):
+        assert not warned(B, instance_temperature=0.1)
+    (message,) = warned(3, instance_temperature=1.0)
+    assert "= 1.020 with" in message
+    assert "k = 2, B = 3" in message
+    assert warned(4, instance_temperature=0.643)
+    assert not warned(4, instance_temperature=0.644)
+    assert not warned(8), "the default, though the floor is 0.363"
+    assert not warned(3, instance_temperature=torch.tensor(0.5)), "which nobody reads"
+    assert warned(8, instance_temperature=0.1)
+    pmrl_loss([torch.randn(8, 8)] * 2, contrast="modality", instance_temperature=0.1)
+    assert len(recwarn) == 1, "on another line no second one"
+
+
+def test_compiled_code_does_not_warn_of_the_floor(monkeypatch):
+    monkeypatch.setattr(losses, "_warned_of_floor", False)
+    torch.compiler.reset()
+    xs = [torch.randn(8, 4) for _ in range(2)]
+    call = torch.compile(
+        lambda *xs: pmrl_loss(*xs, contrast="modality", instance_temperature=0.1), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(call(*xs), pmrl_loss(*xs, contrast="modality", instance_temperature=torch.tensor(0.1)))

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmrl_kernels import Recall, dominant_singular_triplet, joint_scores, recall_at, retrieval, retrieval_ranks
+from pmrl_kernels import (
+    Recall,
+    dominant_singular_triplet,
+    joint_contrastive_loss,
+    joint_scores,
+    recall_at,
+    retrieval,
+    retrieval_ranks,
+)
 from pmrl_kernels import retrieval_topk as topk
 from pmrl_kernels.joint import NAMES
 from pmrl_kernels.ops.joint import spec
@@ -597,3 +605,30 @@ def test_errors_name_the_argument():
         recall_at(torch.tensor([0]), at=b"1")
     with pytest.raises(ValueError, match="ranks: got device meta"):
         recall_at(torch.tensor([0], device="meta"))
+
+
+def test_what_joint_functions_refuse():
+    q, c, p = torch.randn(3, 4), torch.randn(5, 2, 4), torch.tensor([0, 1, 4])
+    with pytest.raises(ValueError, match="query: got device meta, wanted cpu"):
+        joint_scores(q.to("meta"), c)
+    with pytest.raises(ValueError, match="query: got device cpu, wanted meta"):
+        joint_scores(q, c.to("meta"))
+    for call in (joint_contrastive_loss, retrieval_ranks):
+        with pytest.raises(ValueError, match="positives: got None with 7 queries and 5 candidates"):
+            call(torch.randn(7, 4), c)
+        with pytest.raises(ValueError, match="positives: got device meta, wanted cpu"):
+            call(q, c, positives=p.to("meta"))
+        with pytest.raises(TypeError, match=r"positives: got a torch\.sparse_coo tensor"):
+            call(q, c, positives=p.to_sparse())
+    with pytest.raises(TypeError, match=r"ranks: got dtype torch\.int32"):
+        recall_at(p.int())
+    with pytest.raises(ValueError, match=r"ranks: got shape \(\), wanted \(N,\)"):
+        recall_at(p[0])
+    with pytest.raises(TypeError, match=r"ranks: got a torch\.sparse_coo tensor"):
+        recall_at(p.to_sparse())
+    with pytest.raises(TypeError, match="k: got bool"):
+        topk(q, c, k=True)
+    with pytest.raises(TypeError, match="at: got bool"):
+        recall_at(p, at=(True,))
+    with pytest.raises(ValueError, match=r"label_smoothing: got -0\.1, wanted a number from 0 to 1"):
+        joint_contrastive_loss(q, c, positives=p, label_smoothing=-0.1)
