@@ -20,7 +20,7 @@ from torch import Tensor
 from pmrl_kernels import ops
 from pmrl_kernels.ops.spectral import spec
 from tests.tools import cuda_door as cuda
-from tests.tools import cuda_resources, ptx
+from tests.tools import cuda_resources, kept, ptx
 from tests.tools.installation import COMPILER
 from tests.tools.samples import draw
 
@@ -210,8 +210,8 @@ def test_incoming_gradients_that_pairs_have_no_numbers_for(rows, incoming, norma
     call = xs, None, None, 0.3, normalize, True, wanted
     door, reference = cuda.door(8, 12, architecture=SLOW_FLOAT64), ops.available["reference"].pairs["spectral"]
     outputs, state = door.forward(*call)
-    for kept in (range(1), range(1, 4), range(4, 7), range(7)):
-        grads = [incoming * torch.randn(x.shape) if at in kept else None for at, x in enumerate(outputs)]
+    for those in (range(1), range(1, 4), range(4, 7), range(7)):
+        grads = [incoming * torch.randn(x.shape) if at in those else None for at, x in enumerate(outputs)]
         found = door.backward(*call, state, grads, [True] * 3)
         for x, y in zip(found, reference.backward(*call, reference.forward(*call)[1], grads, [True] * 3), strict=True):
             x, y = (rows / incoming * t.double()[5:] for t in (x, y))  # those before are degenerate
@@ -391,6 +391,25 @@ def replaced(folder: Path, old: str, new: str) -> Path:
     assert text.count(old) == 1
     source.write_text(text.replace(old, new))
     return folder / "csrc"
+
+
+def test_what_is_kept_is_of_these_sources(tmp_path, monkeypatch):
+    """Or mistakes would not be seen: of other ones, or with other options, it is made anew."""
+    monkeypatch.setattr(kept, "PLACE", tmp_path / "place")
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "found").touch()
+
+    old, new, *_ = next(iter(MISTAKES.values()))
+    places = {kept.kept("some", make, csrc=folder) for folder in (ROOT / "csrc", replaced(tmp_path, old, new)) * 2}
+    assert len(places) == len(made) == 2
+    assert kept.kept("some", make, "-g") not in places
+    assert all((place / "found").exists() for place in places)
+    with pytest.raises(ZeroDivisionError):
+        kept.kept("none", lambda folder: 1 / 0)
+    assert not list((tmp_path / "place").glob("none-*"))
 
 
 @pytest.mark.slow

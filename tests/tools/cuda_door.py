@@ -60,6 +60,7 @@ def compiled(k: int, architecture: str) -> str:
     folder = kept(
         f"ptx-{architecture}-{k}",
         lambda folder: driver.run_compiler([*command(k, architecture, "-ptx", "-o"), folder / "kernels.ptx"]),
+        csrc=CSRC,
     )
     return (folder / "kernels.ptx").read_text()
 

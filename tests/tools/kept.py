@@ -22,15 +22,16 @@ UNUSED_FOR = 7 * 24 * 3600  # seconds, and then it goes
 
 
 @functools.cache
-def _made_of() -> str:
-    """Of sources, of the tools that say how they are compiled, and of compilers. A path has its length before it."""
+def _made_of(csrc: Path) -> str:
+    """Of sources, those of tests among them, of the tools that say how they are compiled, and of compilers."""
     found = hashlib.sha256()
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    tools = [TOOLS / "cuda_door.py", TOOLS / "driver.py"]
     for name in ("*.c", "*.cpp", "*.cu"):
-        sources += (ROOT / "tests").rglob(name)
-    for path in sorted([*sources, TOOLS / "cuda_door.py", TOOLS / "driver.py"]):
-        content = path.read_bytes()
-        found.update(f"{path.relative_to(ROOT)} {len(content)} ".encode() + content)
+        tools += (ROOT / "tests").rglob(name)
+    for folder, paths in ((csrc, csrc.rglob("*")), (ROOT, tools)):
+        for path in sorted(path for path in paths if path.is_file()):
+            content = path.read_bytes()
+            found.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
     for compiler in (COMPILER, shutil.which("cc"), shutil.which("nvcc")):
         if compiler is not None:
             found.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
@@ -38,13 +39,14 @@ def _made_of() -> str:
     return found.hexdigest()
 
 
-def kept(name: str, make: Callable[[Path], None], *options: str) -> Path:
+def kept(name: str, make: Callable[[Path], None], *options: str, csrc: Path = ROOT / "csrc") -> Path:
     """The folder of that name which ``make`` fills, with what ``options`` say, unless a process has done it already.
 
-    Others that want it at the same time wait. ``make`` may skip a test, or fail, and then there is none."""
+    Of the sources in ``csrc``: tests put mistakes into copies of them. Who wants the same at the same time waits.
+    ``make`` may skip a test, or fail, and then there is none."""
     import fcntl  # on Windows none of it compiles
 
-    key = hashlib.sha256("\0".join([_made_of(), *options]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([_made_of(csrc), *options]).encode()).hexdigest()[:16]
     folder = PLACE / f"{name}-{key}"
     PLACE.mkdir(parents=True, exist_ok=True)
     with (PLACE / f"{name}.lock").open("w") as lock:
