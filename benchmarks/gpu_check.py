@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT, CUE = "{seconds left}", "{file}"
+CUE = "{file}"
 TESTS = ("fused", "gpu", "contract", "contract-cuda")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DEFAULT = ("facts", *TESTS, "memcheck", "racecheck", "synccheck", "benchmark", "contrasts")
@@ -50,7 +50,7 @@ OUR_KERNELS = (
 
 class Step(NamedTuple):
     arguments: list[str]
-    """Of Python. LEFT stands for the seconds it may take, CUE for a file that will hold them when it is its turn."""
+    """Of Python. CUE stands for a file that will hold the time by which it has to end, when it is its turn."""
     share: float
     """Of the time that is left, beside those of steps to come. Those that run side by side have one together."""
     beside: bool = False
@@ -86,9 +86,7 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "20")
         return Step([*sanitized, *more], 1.0, True, command, apart)
 
-    timed = [*results, "--limit", LEFT]
-    if any(name in (*TESTS, *SANITIZERS) for name in options.only):
-        timed = [*results, "--on-cue", CUE]
+    timed = [*results, "--on-cue", CUE]
     if options.kernels is not None:
         timed += ["--compiled"]
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
@@ -158,17 +156,15 @@ def unpack(archive: Path) -> Path:
 class Running:
     """A step's process. What it prints goes to a file, ``{name}.running`` of a folder, while it runs."""
 
-    def __init__(self, name: str, step: Step, seconds: float, environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, name: str, step: Step, environment: Mapping[str, str], folder: Path) -> None:
         self.path = folder / f"{name}.running"
         self.cue = folder / f"{name}.cue"
-        # A step that keeps to a limit itself has a last call to end, and a report to print.
-        words = {LEFT: str(max(1, int(0.85 * seconds))), CUE: str(self.cue)}
         # A shell's job in the background would pass on that it is deaf.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.began = time.monotonic()
         with self.path.open("w") as out:
             self.process = subprocess.Popen(
-                [*step.under, sys.executable, *(words.get(word, word) for word in step.arguments)],
+                [*step.under, sys.executable, *(str(self.cue) if word == CUE else word for word in step.arguments)],
                 cwd=ROOT,
                 env={**environment, **dict(step.settings)},
                 stdout=out,
@@ -181,8 +177,9 @@ class Running:
         self._tell("")
 
     def begin(self, seconds: float) -> None:
+        """It has so many, of which its last call and its report take some."""
         self.began = time.monotonic()
-        self._tell(str(seconds))
+        self._tell(str(time.time() + 0.85 * seconds))
 
     def _tell(self, text: str) -> None:
         half = self.cue.with_suffix(".half")
@@ -230,7 +227,7 @@ def finish(running: Mapping[str, Running], seconds: float) -> dict[str, tuple[in
 def run(step: Step, seconds: float, environment: Mapping[str, str]) -> tuple[int, str]:
     """Alone: exit status and what was printed."""
     with tempfile.TemporaryDirectory() as folder:
-        return finish({"one": Running("one", step, seconds, environment, Path(folder))}, seconds)["one"][:2]
+        return finish({"one": Running("one", step, environment, Path(folder))}, seconds)["one"][:2]
 
 
 class Report:
@@ -265,26 +262,26 @@ def run_all(chosen: Mapping[str, Step], limit: float, environment: Mapping[str, 
     stages = [name for name in chosen if name not in beside[1:]]
     waiting: dict[str, Running] = {}
 
-    def started(names: Iterable[str], seconds: float) -> dict[str, Running]:
-        return {name: Running(name, chosen[name], seconds, environment, folder) for name in names}
+    def started(names: Iterable[str]) -> dict[str, Running]:
+        return {name: Running(name, chosen[name], environment, folder) for name in names}
 
     try:
         for at, name in enumerate(stages):
             left = limit - (time.monotonic() - report.begin)
             seconds = max(1.0, left * chosen[name].share / sum(chosen[later].share for later in stages[at:]))
             if name in beside:
-                waiting = started([name for name, step in chosen.items() if CUE in step.arguments], seconds)
-                report.add(finish(started(beside, seconds), seconds))
+                waiting = started(name for name, step in chosen.items() if CUE in step.arguments)
+                report.add(finish(started(beside), seconds))
                 for one in waiting.values():
                     one.hush()
                 begin = time.monotonic()
                 while not all(one.quiet() for one in waiting.values()) and time.monotonic() < begin + READY:
                     time.sleep(0.2)
-            elif name in waiting:
-                waiting[name].begin(0.85 * seconds)
-                report.add(finish({name: waiting.pop(name)}, seconds))
-            else:
-                report.add(finish(started([name], seconds), seconds))
+                continue
+            one = waiting.pop(name, None) or started([name])[name]
+            if CUE in chosen[name].arguments:
+                one.begin(seconds)
+            report.add(finish({name: one}, seconds))
     finally:
         for one in waiting.values():
             one.end()

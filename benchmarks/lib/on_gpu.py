@@ -35,14 +35,14 @@ def parser(doc: str | None, output: str) -> argparse.ArgumentParser:
     made.add_argument("--compiled", action="store_true", help="our kernels are in Triton's cache: compile none ahead")
     made.add_argument(
         "--on-cue", type=Path, metavar="FILE",
-        help="have rivals compiled until there is such a file, and begin when it holds a number, which is the --limit",
+        help="have rivals compiled until there is such a file; begin when it holds the time to end at (time.time())",
     )  # fmt: skip
     return made
 
 
 def wait_for(cue: Path, getting_ready: Iterable[Callable[[], object]]) -> float:
     """Makes these calls until the file ``cue`` is there, says by a file beside it that no more is done, and waits for
-    the number in it."""
+    the time in it. How many seconds are left then."""
     for call in getting_ready:
         if cue.exists():
             break
@@ -54,7 +54,7 @@ def wait_for(cue: Path, getting_ready: Iterable[Callable[[], object]]) -> float:
     cue.with_suffix(".ready").touch()
     while not (cue.exists() and (told := cue.read_text())):
         time.sleep(0.1)
-    return float(told)
+    return float(told) - time.time()
 
 
 def on_all_cores(prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:

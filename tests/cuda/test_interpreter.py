@@ -28,7 +28,7 @@ T = 64  # two warps
 @pytest.fixture(scope="module")
 def modules() -> dict[str, str]:
     """PTX by architecture."""
-    folder = kept("interpreted", compile_modules, *FLAGS)
+    folder = kept("interpreted", compile_modules, *FLAGS, *ARCHITECTURES)
     return {name: (folder / f"{name}.ptx").read_text() for name in ARCHITECTURES}
 
 
