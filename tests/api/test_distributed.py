@@ -175,6 +175,12 @@ def test_a_loss_called_beside_its_sharded_model(world):
         assert found["refusals"]["sharded"].startswith("RuntimeError: log_excess: got a shard of it, wanted the whole")
 
 
+def test_the_least_temperature_is_that_of_the_whole_batch(world, single):
+    (expected,) = single["warning"]
+    assert f"B = {worker.B}" in expected
+    assert all(found["warning"] == [expected] for found in world)
+
+
 def test_processes_may_differ_in_what_does_not_go_round(world):
     """The number of modalities beside leading vectors (as if masked), and dtypes whose results are of one dtype."""
     if len(world) == 1:

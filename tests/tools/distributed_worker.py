@@ -33,6 +33,7 @@ from pmrl_kernels import (
     effective_rank,
     instance_contrastive_loss,
     joint_contrastive_loss,
+    losses,
     ops,
     pmrl_loss,
     uniformity,
@@ -283,6 +284,15 @@ def allowed(rows: slice, odd: int, **where: Any) -> list[Tensor]:
     return [fewer, short, raw.double()]
 
 
+def warned(xs: list[Tensor], **where: Any) -> list[str]:
+    """Of a temperature below what the modality contrast asks for."""
+    losses._warned_of_floor = False
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        pmrl_loss(xs, contrast="modality", instance_temperature=0.08, **where)
+    return [str(one.message) for one in heard if "sqrt(k)" in str(one.message)]
+
+
 def everything(rows: slice, group: Any, local_sizes: list[int] | None) -> dict[str, Any]:
     where = {} if group is None else {"group": group}
     by_name = {} if group is None else {"group": "world"}
@@ -310,6 +320,7 @@ def everything(rows: slice, group: Any, local_sizes: list[int] | None) -> dict[s
     xs, mask = batch()
     mine = [x[rows] for x in xs]
     found["alone"] = [pmrl_loss(mine, mask=mask[rows], group=None)]
+    found["warning"] = warned(mine, **where)
     for name, function in DIAGNOSTICS.items():
         found[name] = [function(mine, mask=mask[rows], **these) for these in (where, by_name)]
     if world > 1:
