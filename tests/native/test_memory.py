@@ -19,8 +19,14 @@ class Allocations:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.result = function()
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+            torch.autograd._enable_record_function(False)  # of what is no allocation
+            try:
+                self.result = function()
+            finally:
+                torch.autograd._enable_record_function(True)
+        recorded, profile.profiler = profile.profiler, None  # refers to itself: a long time until somebody collects it
+        events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+        recorded.kineto_results = None
         sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         self.peak = max(np.cumsum([0, *sizes]))
         self.sizes = sorted(size for size in sizes if size > 0)
