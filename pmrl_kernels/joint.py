@@ -13,6 +13,7 @@ from . import inputs
 from .inputs import Batch, Embeddings, Mask
 from .ops import function, resolve
 from .ops.joint.spec import DOT, JOINT, JOINT_CONTRAST, NAMES, SCORES, Joint, JointContrast, Product
+from .ops.reference import read_mask
 from .ops.spectral.spec import SPECTRAL, Spectral, U, Z
 
 if TYPE_CHECKING:
@@ -148,12 +149,13 @@ def _vector(batch: Batch, score: str, normalize: bool, backend: str | None, dtyp
     else:
         dtype = dtype if normalize else torch.float64
         zs = _spectral(batch, batch.tensors, batch.mask, Z, normalize, backend, dtype)
-        if batch.mask is not None:
-            zs = tuple(torch.where(there[:, None], z, 1.0) for there, z in zip(batch.mask.unbind(1), zs, strict=True))
+        mask = None if batch.mask is None else read_mask(batch.mask)
+        if mask is not None:
+            zs = tuple(torch.where(there[:, None], z, 1.0) for there, z in zip(mask.unbind(1), zs, strict=True))
         # One by one: the gradient of prod() divides by factors, and where all of them make next to nothing is off.
         found = functools.reduce(torch.mul, zs)
-        if batch.mask is not None:
-            found = torch.where(batch.mask.any(1, keepdim=True), found, 0.0)
+        if mask is not None:
+            found = torch.where(mask.any(1, keepdim=True), found, 0.0)
     return found
 
 
@@ -244,7 +246,7 @@ def joint_contrastive_loss(
         index, present, tensors = SCORES.index(score), batch.mask, batch.tensors
     else:
         k, index, tensors = 2, DOT, (_vector(batch, score, normalize, backend, dtype),)
-        present = None if batch.mask is None else batch.mask.any(1, keepdim=True)
+        present = None if batch.mask is None else read_mask(batch.mask).any(1, keepdim=True)
         wide = tensors[0].dtype
     spread = inputs.spread_pairs(
         group, local_sizes, query.shape[0], batch._replace(dtype=wide), score, numbers is not None

@@ -232,7 +232,7 @@ class _Scoring:
             of.scores(exact_rows(self.query[some], None, self.normalize), others)
             for some, others in zip(i.split(chunk), j.split(chunk), strict=True)
         ]
-        return torch.cat(parts) if parts else self.size.new_empty(0)
+        return torch.cat(parts)
 
     def positive_scores(self, i: Tensor, j: Tensor) -> Tensor:
         """Of queries i with candidates j, which are decomposed for each of these pairs."""
@@ -240,7 +240,7 @@ class _Scoring:
         for some, others in zip(i.split(self.width), j.split(self.width), strict=True):
             numbers = torch.arange(len(some), device=some.device)
             parts.append(self.exact_scores(some, self.exact(others), numbers))
-        return torch.cat(parts) if parts else self.size.new_empty(0)
+        return torch.cat(parts)
 
     def merit(self, scores: Tensor) -> Tensor:
         """Of scores in float64: exact ones are compared by this."""
@@ -343,8 +343,8 @@ def retrieval_ranks(
         own = inputs.positives(positives, Nq, scoring.batch)
         own = torch.arange(Nq, device=scoring.query.device) if own is None else own
         positives = torch.where((own >= 0) & (own < Ng), own, -1)
-        if Nq == 0 or Ng == 0:
-            return positives.new_full((Nq if by_query else Ng,), -1)
+        if Ng == 0:
+            return positives.new_full((Nq if by_query else 0,), -1)
         merit, own = _references(scoring, positives, by_query)
         found = torch.zeros_like(own)
         for J in scoring.candidate_blocks():

@@ -49,6 +49,20 @@ def read_temperature(tensor: Tensor | None, value: float, contrast: bool = False
     return torch.where(good, tau, torch.nan)
 
 
+def exponents_of(peak: Tensor) -> Tensor:
+    """Powers of two that bring what is of this size to order 1, where squares stay in range."""
+    # The exponent of an Inf or NaN is unspecified; such a row is NaN in the end, whatever its scale.
+    return torch.frexp(peak.nan_to_num(nan=1.0, posinf=1.0)).exponent
+
+
+def scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x·2^exponent, exactly. In two steps: 2^1074, which lifts the least subnormal, is no float64."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    for part in (half, exponent - half):
+        x = x * ((part.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return x
+
+
 _WORKSPACE = 1 << 30
 """Bytes for cuSOLVER to work in, about."""
 

@@ -116,20 +116,24 @@ def test_normalized_rows_of_any_dtype(score, dtype, backend):
             assert off(x.double(), y) < max(100 * eps, 2 * torch.finfo(dtype).eps)
 
 
-def test_scores_of_one_product(backend):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scores_of_one_product(normalize, backend):
     t, C, mask = embeddings(4, "masks")
+    if not normalize:
+        t, C = t * (0.5 + torch.rand(len(t), 1)), C * (0.5 + torch.rand(*C.shape[:2], 1))
     t, C = (x.requires_grad_() for x in (t, C))
     W = torch.randn(len(t), len(C), dtype=FLOAT64)
-    u = dominant_singular_triplet(C, mask=mask).u
+    u = dominant_singular_triplet(C, mask=mask, normalize=normalize).u
     product = torch.where(mask[:, :, None], C, 1.0).prod(1) * mask.any(1, keepdim=True)
     for score, expected in (("cosine", t @ u.T), ("mip", t @ product.T)):
-        found = joint_scores(t, C, score=score, mask=mask, backend=backend)
+        found = joint_scores(t, C, score=score, mask=mask, normalize=normalize, backend=backend)
         assert off(found, expected) < 1e-13
         wanted = gradients(expected, W, t, C)
-        if score == "mip":  # C is of unit vectors, which are divided by their norms: nothing comes along them
-            wanted = tuple(g - (g * x).sum(-1, keepdim=True) * x for g, x in zip(wanted, (t, C), strict=True))
-        else:
-            wanted = wanted[0] - (wanted[0] * t).sum(-1, keepdim=True) * t, wanted[1]
+        if normalize:  # by norms, along which there is nothing; t @ u.T has that of C already
+            along = (t, C) if score == "mip" else (t, None)
+            wanted = tuple(
+                g if x is None else g - (g * x).sum(-1, keepdim=True) * x for g, x in zip(wanted, along, strict=True)
+            )
         for x, y in zip(gradients(found, W, t, C), wanted, strict=True):
             assert off(x, y) < 1e-12
         assert not found[:, 3].any()
@@ -600,6 +604,10 @@ def test_products_beyond_float32(dtype, backend):
     wanted = torch.einsum("id,jd->ij", wide[0], wide[1].prod(1))
     assert found.dtype == torch.float32
     assert found.isfinite().all()
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6 * wanted.abs().median().item())
+    t, c = (1e-30 * torch.randn(5, 16)).to(dtype), (1e30 * torch.randn(5, 16)).to(dtype)  # c c is beyond it, too
+    found = joint_scores(t, c, c, score="mip", normalize=False, backend=backend)
+    wanted = t.double() @ c.double().square().T
     torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6 * wanted.abs().median().item())
 
 

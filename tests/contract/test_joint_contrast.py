@@ -180,6 +180,27 @@ def test_presets_are_the_published_losses(half, backend):
         assert off(as_they_begin, wanted) < 1e-13
         for x, y in zip(torch.autograd.grad(found, (t, C, tau)), torch.autograd.grad(wanted, (t, C, tau)), strict=True):
             assert off(x, y) < 1e-11
+    t, C, mask = embeddings(4, "masks")
+    options = {"mask": mask, "positives": torch.arange(20) % 17, "backend": backend}
+    wanted = joint_contrastive_loss(t, C, score="volume", label_smoothing=0.1, **options)
+    assert torch.equal(gram_loss(t, C, **options), wanted)
+    t, C, _ = embeddings(3, "random")
+    options = {"positives": torch.arange(20) % 17, "backend": backend}
+    wanted = joint_contrastive_loss(t, C, score="area2", label_smoothing=0.1, **options)
+    assert torch.equal(triangle_loss(t, C, **options), wanted)
+
+
+@pytest.mark.parametrize("loss", [gram_loss, triangle_loss])
+def test_presets_hand_everything_on(loss):
+    x = torch.randn(4, 3, 8)
+    for options, message in (
+        ({"backend": "fast"}, "backend: got 'fast'"),
+        ({"local_sizes": [4]}, "local_sizes: got"),
+        ({"group": "everyone"}, "group: got 'everyone'"),
+        ({"label_smoothing": 2.0}, "label_smoothing: got 2.0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss(*x.unbind(1), **options)
 
 
 @each_score
@@ -375,6 +396,7 @@ def test_what_may_be_asked_for():
         ({"positives": torch.full((17,), 17)}, ValueError, "positives: got 17, wanted numbers below 17"),
         ({"half_gradient": 1}, TypeError, "half_gradient: got int"),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
+        ({"temperature": 1e-40}, ValueError, "temperature: got 1e-40"),
         ({"local_sizes": [17]}, ValueError, "local_sizes: got"),
         ({"score": "area2", "mask": torch.ones(17, 2).bool()}, ValueError, "mask: got one, wanted none: score='area2'"),
     ):

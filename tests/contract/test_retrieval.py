@@ -26,6 +26,7 @@ from pmrl_kernels.ops.joint import spec
 from pmrl_kernels.ops.joint.exact import ExactCandidates, exact_rows
 from pmrl_kernels.ops.joint.reference import ordered_sum
 from tests.native.test_memory import Allocations
+from tests.tools.functions import any_bytes
 
 FLOAT64 = torch.float64
 SMALLEST_FIRST = ("volume", "volume2", "sine", "area2")
@@ -55,8 +56,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "_PAIRS", 501 * 32 * 5)
 
 
-def merits(t: Tensor, C: Tensor, score: str, mask: Tensor | None = None, normalize: bool = True) -> Tensor:
-    """(Nq, Ng): all exact scores, turned so that the largest is best. No score is -Inf."""
+def merits(
+    t: Tensor, C: Tensor, score: str, mask: Tensor | None = None, normalize: bool = True, backend: str | None = None
+) -> Tensor:
+    """(Nq, Ng): all exact scores, turned so that the largest is best. No score is -Inf. No backend computes them."""
     index = spec.SCORES.index(score) if score in spec.SCORES else score
     of = ExactCandidates([C], mask, index, normalize, FLOAT64 in (t.dtype, C.dtype))
     rows = exact_rows(t, None, normalize)
@@ -188,7 +191,16 @@ def test_ranks_are_those_of_a_stable_sort_of_many(score, k):
         check_topk(t, C, score, 10)
 
 
-HARD = ("near copies", "in the span", "nearly dependent", "a few directions", "any norm")
+HARD = (
+    "near copies",
+    "in the span",
+    "nearly dependent",
+    "a few directions",
+    "any norm",
+    "short queries",
+    "short candidates",
+)
+ANY_NORM = HARD[-3:]
 
 
 def hard(case: str, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -196,7 +208,7 @@ def hard(case: str, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     t, C, _ = clips(50, 50, k, 32)
     t, C = t.double(), C.double()
     near = 10.0 ** -torch.linspace(2, 9, 50, dtype=FLOAT64)
-    if case == "near copies":
+    if case in ("near copies", "short queries", "short candidates"):
         C = C[:1] + near[:, None, None] * torch.randn(50, k - 1, 32)
     if case == "in the span":
         t = C.sum(1) + near[:, None] * torch.randn(50, 32)
@@ -207,6 +219,10 @@ def hard(case: str, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         t, C = e[torch.randint(3, (50,))], e[torch.randint(3, (50, k - 1))]
     if case == "any norm":
         t, C = t * 10.0 ** (4 * torch.rand(50, 1) - 2), C * 10.0 ** (4 * torch.rand(50, k - 1, 1) - 2)
+    if case == "short queries":
+        t, C = 1e-6 * t, 1e-3 * C
+    if case == "short candidates":
+        t, C = 1e-3 * t, 1e-6 * C
     return t.to(dtype), C.to(dtype)
 
 
@@ -215,8 +231,8 @@ def test_ranks_where_scores_hardly_differ(case):
     for k, dtype in ((3, torch.float32), (4, FLOAT64)):
         t, C = hard(case, k, dtype)
         for score in scores_with(k):
-            check_ranks(t, C, torch.arange(50), score, TIES[:1], normalize=case != "any norm")
-            check_topk(t, C, score, 5, normalize=case != "any norm")
+            check_ranks(t, C, torch.arange(50), score, TIES[:1], normalize=case not in ANY_NORM)
+            check_topk(t, C, score, 5, normalize=case not in ANY_NORM)
 
 
 @pytest.mark.parametrize("case", HARD)
@@ -225,7 +241,7 @@ def test_every_backend_keeps_the_margins(backend, device, case):
     for k, dtype in itertools.product((2, 3, 4, 6), (torch.float32, FLOAT64)):
         t, C = (x.to(device) for x in hard(case, k, dtype))
         for score in scores_with(k):
-            scoring = retrieval._Scoring(t, (C,), score, None, case != "any norm", backend)
+            scoring = retrieval._Scoring(t, (C,), score, None, case not in ANY_NORM, backend)
             everyone = slice(0, 50)
             of = scoring.exact(everyone)
             fast, margin = scoring.fast_merits(everyone, everyone, of)
@@ -237,11 +253,14 @@ def test_every_backend_keeps_the_margins(backend, device, case):
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (FLOAT64,) * 2, (torch.float32, FLOAT64)]
+    "dtypes",
+    [(torch.bfloat16,) * 2, (torch.float16,) * 2, (FLOAT64,) * 2, (torch.float32, FLOAT64), (FLOAT64, torch.float32)],
 )
 def test_every_dtype(dtypes):
     t, C, positives = clips(60, 80, 3, 32)
     t, C = t.to(dtypes[0]), C.to(dtypes[1])
+    C[:20, 1] = C[:20, 0]
+    C[:20, 0, 0] += 3e-7 * torch.rand(20, dtype=C.dtype)  # volumes that are 0 where no embedding is float64
     for score in NAMES:
         check_ranks(t, C, positives, score, TIES[:1])
         check_topk(t, C, score, 7)
@@ -278,10 +297,10 @@ def test_everything_is_a_copy(small_blocks):
 def test_no_graph_and_no_autocast():
     t, C, positives = clips(60, 80, 3, 32)
     for score in ("cosine", "mip", "gain", "volume"):
-        expected = retrieval_ranks(t, C, score=score, positives=positives), topk(t, C, k=3, score=score)
+        expected = retrieval_ranks(t, C, score=score, positives=positives), topk(t, C, k=30, score=score)
         t.requires_grad_(), C.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            found = retrieval_ranks(t, C, score=score, positives=positives), topk(t, C, k=3, score=score)
+            found = retrieval_ranks(t, C, score=score, positives=positives), topk(t, C, k=30, score=score)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1].indices, expected[1].indices)
         assert not found[1].scores.requires_grad
@@ -308,6 +327,18 @@ def test_what_is_not_finite_comes_last_of_any_norm(score, bad, backend):
     assert best.indices[[0, 2, 4], 4].tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("score", ["volume", "volume2", "sine"])
+def test_spans_that_rounding_decides_on(score, backend):
+    """A third singular value at the least that counts: a backend need not find it above that where the exact one is."""
+    least = 3**0.5 * torch.finfo(FLOAT64).eps ** 0.5  # of the largest
+    for scale in (1.0, 1e4):
+        C = scale * torch.linalg.qr(torch.randn(150, 8, 3, dtype=FLOAT64)).Q.mT
+        C[:, 2] *= least * (0.8 + 0.4 * torch.rand(150, 1).double())
+        t = scale * torch.randn(150, 8, dtype=FLOAT64)
+        check_ranks(t, C, torch.arange(150), score, TIES[:1], normalize=False, backend=backend)
+        check_topk(t, C, score, 100, normalize=False, backend=backend)
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_dependent_modalities_of_any_norm(scale):
     """All volumes are 0, so all candidates tie."""
@@ -327,6 +358,25 @@ def test_squares_below_float64(score, of_t, of_C):
     options = {"score": score, "normalize": False, "positives": torch.arange(30)}
     assert not retrieval_ranks(t, C, ties="optimistic", **options).any()
     assert (retrieval_ranks(t, C, ties="pessimistic", **options) == 39).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-600, 2.0**600, 2.0**1000])
+def test_leading_vectors_of_any_norm(scale):
+    """Whose squares float64 does not have: scores are as those of other candidates."""
+    t, C, positives = clips(40, 50, 3, 32)
+    mask = torch.rand(40, 2) < 0.8
+    t, C = t.double(), C.double()
+    options: dict[str, Any] = {"score": "cosine", "normalize": False, "mask": mask}
+    found, wanted = (joint_scores(t, x, **options) for x in (scale * C, C))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    for direction in ("query", "candidate"):
+        found, wanted = (
+            retrieval_ranks(t, x, positives=positives, direction=direction, **options) for x in (scale * C, C)
+        )
+        assert torch.equal(found, wanted)
+    found, wanted = (topk(t, x, k=40, **options) for x in (scale * C, C))
+    assert torch.equal(found.indices, wanted.indices)
+    assert torch.equal(found.scores.nan_to_num(7.0), wanted.scores.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("score", ["volume", "volume2"])
@@ -440,8 +490,9 @@ def test_scores_that_overflow():
     """In float32, where they do not in float64; and in float64."""
     t, C, positives = clips(40, 50, 3, 32)
     for score in NAMES:
-        check_ranks(1e15 * t, 1e15 * C, positives, score, TIES[:1], normalize=False)
-        check_topk(1e15 * t, 1e15 * C, score, 5, normalize=False)
+        for scale in (1e15, 1.43e19):  # of the latter some eigenvalues do, and others do not
+            check_ranks(scale * t, scale * C, positives, score, TIES[:1], normalize=False)
+            check_topk(scale * t, scale * C, score, 5, normalize=False)
         check_ranks(1e-15 * t, 1e-15 * C, positives, score, TIES[:1], normalize=False)
         retrieval_ranks(1e200 * t.double(), 1e200 * C.double(), score=score, positives=positives, normalize=False)
 
@@ -456,6 +507,31 @@ def test_nothing_to_rank():
         assert retrieval_ranks(t[:0], C, score=score, positives=none[:0]).shape == (0,)
         assert retrieval_ranks(t[:0], C, score=score, positives=none[:0], direction="candidate").tolist() == [-1] * 5
         assert topk(t[:0], C, score=score, k=2).indices.shape == (0, 2)
+        assert retrieval_ranks(t, C, score=score, positives=none - 100).tolist() == [-1] * 3
+
+
+@each_score
+def test_a_row_that_is_more_than_a_tile(score, monkeypatch):
+    for name, value in {"_QUERIES": 64, "_CANDIDATES": 7, "_PAIRS": 7, "_TILE": 1, "_BEST": 7}.items():
+        monkeypatch.setattr(retrieval, name, value)
+    t, C, positives = clips(10, 15, 3, 32)
+    check_ranks(t, C, positives, score, TIES[:1])
+    check_topk(t, C, score, 10)
+
+
+@pytest.mark.parametrize("score", ["cosine", "mip", "gain"])
+def test_masks_of_any_bytes(score, backend):
+    """A bool view of an image's mask, where present is 255."""
+    t, C, positives = clips(60, 70, 4, 16)
+    mask = torch.rand(60, 3) < 0.6
+    options: dict[str, Any] = {"score": score, "backend": backend}
+    for call in (
+        lambda mask: joint_scores(t, C, mask=mask, **options),
+        lambda mask: retrieval_ranks(t, C, positives=positives, mask=mask, **options),
+        lambda mask: topk(t, C, k=60, mask=mask, **options).indices,
+        lambda mask: joint_contrastive_loss(t, C, positives=positives, mask=mask, **options),
+    ):
+        assert torch.equal(call(any_bytes(mask)).nan_to_num(7.0), call(mask).nan_to_num(7.0))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -577,8 +653,9 @@ def test_errors_name_the_argument():
             call(score="det")
         with pytest.raises(ValueError, match="mask: got one, wanted none: score='area2'"):
             call(score="area2", mask=torch.ones(5, 2, dtype=torch.bool))
-        with pytest.raises(ValueError, match="backend: got 'fast'"):
-            call(backend="fast")
+        for score_ in ("gain", "cosine"):
+            with pytest.raises(ValueError, match="backend: got 'fast'"):
+                call(score=score_, backend="fast")
     with pytest.raises(
         ValueError, match="k: got 6, wanted an int of at least 1 and at most 5, the number of candidates"
     ):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import constants
-from ..reference import read_mask
+from ..reference import exponents_of, read_mask, scale_by_power_of_two
 from . import spec
 from .reference import Basis, Edge, basis_of, edge_of, gain_of, gram_eigenpairs, ordered_sum, unit_rows
 
@@ -62,6 +62,8 @@ class ExactCandidates:
             product = functools.reduce(torch.mul, C.unbind(1))
             self.vector = torch.where(self.there[:, None], product, 0.0)
         else:
+            if score == "cosine" and not normalize:  # u₁ is of length 1, whatever C is of
+                C = scale_by_power_of_two(C, -exponents_of(C.abs().amax((1, 2), keepdim=True)))
             self.eigenvalues, V = _exactly_decomposed(C, present)
             if score == "cosine":
                 self.vector = _leading(C, self.eigenvalues, V, float64_input)

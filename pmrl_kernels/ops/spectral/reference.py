@@ -20,7 +20,16 @@ from torch import Tensor
 
 from .. import constants
 from ..operators import Operators, Pair
-from ..reference import NAME, NAMESPACE, eigenpairs, read_mask, read_temperature, rejects
+from ..reference import (
+    NAME,
+    NAMESPACE,
+    eigenpairs,
+    exponents_of,
+    read_mask,
+    read_temperature,
+    rejects,
+    scale_by_power_of_two,
+)
 from . import spec
 
 _HOST_BLOCK = 1 << 19  # float64 elements of embeddings held at a time: 4 MiB, about a core's cache
@@ -30,14 +39,6 @@ _DEVICE_BLOCK = 1 << 24  # elsewhere launches cost more than memory
 # ------------------------------------------------------------------------------------------------
 # Reading embeddings
 # ------------------------------------------------------------------------------------------------
-
-
-def _scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
-    """x·2^exponent, exactly. In two steps: 2^1074, which lifts the least subnormal, is no float64."""
-    half = torch.div(exponent, 2, rounding_mode="floor")
-    for part in (half, exponent - half):
-        x = x * ((part.to(torch.int64) + 1023) << 52).view(torch.float64)
-    return x
 
 
 class _Blocks:
@@ -67,7 +68,7 @@ class _Blocks:
             if self.mask is not None:
                 block.masked_fill_(~self.mask[rows, :, None], 0.0)
             if self.exponent is not None:
-                block = _scale_by_power_of_two(block, -self.exponent[rows, :, None])
+                block = scale_by_power_of_two(block, -self.exponent[rows, :, None])
             if self.rows == self.B:
                 self._whole = block
             yield rows, block
@@ -83,8 +84,7 @@ def _exponents(xs: Sequence[Tensor], mask: Tensor | None, normalize: bool) -> Te
         peak[rows] = block.abs().amax(-1)
     if not normalize:
         peak = peak.amax(1, keepdim=True).expand(-1, len(xs))
-    # The exponent of an Inf or NaN is unspecified; such a row is NaN in the end, whatever its scale.
-    return torch.frexp(peak.nan_to_num(nan=1.0, posinf=1.0)).exponent
+    return exponents_of(peak)
 
 
 class _Batch:
@@ -237,7 +237,7 @@ def _softmax_weights(
     """Gaps (σ₁ − σ_j)/τ and exp(−gaps), both (B, k), the latter 0 at j = 1 and where there is no logit."""
     gaps = sigma[:, :1] - sigma
     if exponent is not None:
-        gaps = _scale_by_power_of_two(gaps, exponent)
+        gaps = scale_by_power_of_two(gaps, exponent)
     gaps = gaps / tau
     others = logits & (torch.arange(sigma.shape[1], device=sigma.device) > 0)
     return gaps, torch.exp(-gaps).masked_fill(~others, 0.0)
@@ -348,7 +348,7 @@ def forward(
     if wanted & spec.SIGMA:
         shown = sigma[:, : min(batch.d, batch.k)]
         if batch.shared_exponent is not None:
-            shown = _scale_by_power_of_two(shown, batch.shared_exponent)
+            shown = scale_by_power_of_two(shown, batch.shared_exponent)
         outputs.append(shown.to(batch.dtype, copy=True))
     u, z, w = _vectors(batch, v, sigma, inverse_norms, others, wanted)
     if wanted & spec.U:
@@ -371,7 +371,7 @@ def _leading_alignment(batch: _Batch, G: Tensor, eigenvalues: Tensor) -> Tensor:
     rest = (trace - eigenvalues[:, 0]).clamp_min(0.0)
     alignment = rest * _reciprocal(trace.sqrt() + eigenvalues[:, 0].sqrt())
     if batch.shared_exponent is not None:
-        alignment = _scale_by_power_of_two(alignment, batch.shared_exponent[:, 0])
+        alignment = scale_by_power_of_two(alignment, batch.shared_exponent[:, 0])
     return alignment
 
 
@@ -410,7 +410,7 @@ def _vectors(
         for m, z_m in enumerate(z):
             found = X[:, m] * scale[rows, m, None]
             if batch.shared_exponent is not None:
-                found = _scale_by_power_of_two(found, batch.shared_exponent[rows])
+                found = scale_by_power_of_two(found, batch.shared_exponent[rows])
             z_m[rows] = found.to(dtype)
         if want_w:
             directions = torch.bmm(W[rows].mT, X)
@@ -516,11 +516,11 @@ def backward(
             # N and c are 2^-exponent times these, M is not. Up or down, the factor goes where nothing
             # overflows before the sum is formed: on N and c, or on M now and on the gradient at the end.
             up = batch.shared_exponent.clamp_min(0)
-            N = _scale_by_power_of_two(N, -up[:, :, None])
-            c = _scale_by_power_of_two(c, -up)
-            D = None if D is None else _scale_by_power_of_two(D, -up[:, :, None])
+            N = scale_by_power_of_two(N, -up[:, :, None])
+            c = scale_by_power_of_two(c, -up)
+            D = None if D is None else scale_by_power_of_two(D, -up[:, :, None])
             last_exponents = -batch.shared_exponent.clamp_max(0)
-            A = _scale_by_power_of_two(A, -last_exponents[:, :, None])
+            A = scale_by_power_of_two(A, -last_exponents[:, :, None])
         A = A + N
 
     C = A
@@ -662,7 +662,7 @@ def _apply(
             if H is not None and normalize:
                 dx = dx + H[rows].double() * inverse_norms[rows, m, None]
             if last_exponents is not None:
-                dx = _scale_by_power_of_two(dx, last_exponents[rows, m if normalize else 0, None])
+                dx = scale_by_power_of_two(dx, last_exponents[rows, m if normalize else 0, None])
             if H is not None and not normalize:
                 dx = dx + H[rows].double()
             if batch.mask is not None:
