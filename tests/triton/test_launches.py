@@ -350,6 +350,33 @@ for one in launches if sys.argv[1] == "forwards" else reversed(launches):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_vectors_whose_gradient_nobody_has_count_as_zeros(stacked, monkeypatch):
+    """Instead of a None among others: Triton 3.6 does not compile `is not None` of a tuple that has one in it."""
+    taken: list[Any] = []
+    monkeypatch.setattr(runtime, "run", taken.append)
+    B, k, d = 6, 3, 16
+    xs = [torch.randn(B, k, d)] if stacked else list(torch.randn(k, B, d).unbind(0))
+    wanted = spec.ALIGNMENT_MEAN | spec.Z | spec.W
+    outputs, state = launch.forward(xs, None, None, 0.05, True, True, wanted)
+    given = list(torch.randn(2 * k, B, d).unbind(0))
+    for absent in ([1], [k + 2], [0, 2, k, k + 1], range(k), range(2 * k)):
+        grads = [None if i in absent else x for i, x in enumerate(given)]
+        launch.backward(xs, None, None, 0.05, True, True, wanted, state, [outputs[0], *grads], [True] * len(xs))
+        z, w = taken[-1].arguments[7:9]
+        for rows, some in ((z, grads[:k]), (w, grads[k:])):
+            if not any(x is not None for x in some):
+                assert rows is None
+                continue
+            for x, offset, stride in zip(some, rows.offsets, rows.strides, strict=True):
+                assert offset is not None
+                at = rows.pointer.data_ptr() + offset * rows.pointer.element_size()
+                if x is not None:
+                    assert (at, stride) == (x.data_ptr(), d)
+                else:
+                    assert stride == 0
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("architecture", [*runtime.SHARED, "gfx942"])
 def test_two_loads_at_least_fit_shared_memory(architecture, precision, monkeypatch):

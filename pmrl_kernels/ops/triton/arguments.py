@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     many elements after it the first row is, and how many lie between rows."""
 
     pointer: Any
-    offsets: tuple[Any, ...]  # None: no such tensor
+    offsets: tuple[int, ...]
     strides: tuple[int, ...]
 
 
@@ -33,7 +33,7 @@ class Targets(NamedTuple):
     """As ``Rows``, to be written: all with rows as far apart."""
 
     pointer: Any
-    offsets: tuple[Any, ...]
+    offsets: tuple[Any, ...]  # None: no such tensor
     stride: int
 
 
@@ -154,16 +154,15 @@ def rows(tensors: Sequence[Tensor], d: int) -> tuple[Rows, int]:
 
 
 def some_rows(tensors: Sequence[Tensor | None], d: int) -> tuple[Rows | None, int]:
-    """As ``rows``, of k of which some are None."""
+    """As ``rows``, of k of which some may be None, and then count as zeros; None if all are. (Not of the others alone:
+    Triton 3.6 compiles no ``is not None`` of a tuple that has a None in it.)"""
     there = [x for x in tensors if x is not None]
     if not there:
         return None, 1
-    found, multiple = rows(there, d)
     if len(there) < len(tensors):
-        offsets, strides = iter(found.offsets), iter(found.strides)
-        chosen = tuple([None if x is None else next(offsets) for x in tensors])
-        found = Rows(found.pointer, chosen, tuple([0 if x is None else next(strides) for x in tensors]))
-    return found, multiple
+        zeros = there[0].new_zeros(d).expand(there[0].shape)
+        there = [zeros if x is None else x for x in tensors]
+    return rows(there, d)
 
 
 def targets(tensors: Sequence[Tensor | None], d: int) -> tuple[Targets, int]:

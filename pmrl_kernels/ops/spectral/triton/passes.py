@@ -135,13 +135,9 @@ def load_others(records, there, MODE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def load_incoming_other(grad_w, m: tl.constexpr, at, cols, inside):
-    """One chunk of ∂L/∂w_m of R instances, as it is: also where modality m is absent, since w_m is not its own. Zeros
-    where nothing comes in."""
-    if grad_w.offsets[m] is None:
-        return tl.zeros(inside.shape, grad_w.pointer.dtype.element_ty)
-    else:
-        pointers = grad_w.pointer + grad_w.offsets[m] + at.index[:, None] * grad_w.strides[m] + cols[None, :]
-        return tl.load(pointers, mask=inside, other=0.0)
+    """One chunk of ∂L/∂w_m of R instances, as it is: also where modality m is absent, since w_m is not its own."""
+    pointers = grad_w.pointer + grad_w.offsets[m] + at.index[:, None] * grad_w.strides[m] + cols[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -385,9 +381,8 @@ def add_dots(sums, rows, scales, mask, grad_u, grad_z, at, cols, d, MODE: tl.con
         if grad_u is not None:
             sums = put(sums, m, plus_dot(sums[m], row, h, STEP, True))
         if grad_z is not None:
-            if grad_z.offsets[m] is not None:
-                H = load_incoming_row(grad_z, m, mask, at, cols, inside, MODE)
-                sums = put(sums, k + m, plus_dot(sums[k + m], row, H, STEP, True))
+            H = load_incoming_row(grad_z, m, mask, at, cols, inside, MODE)
+            sums = put(sums, k + m, plus_dot(sums[k + m], row, H, STEP, True))
     return sums
 
 
@@ -405,10 +400,9 @@ def add_dots_of_others(
     Y = combined(xs, others.shares, MODE)
     for m in tl.static_range(k):
         sums = put(sums, first + m, plus_dot_of_sum(sums[first + m], R, xs[m], STEP))
-        if grad_w.offsets[m] is not None:
-            g = lifted(grads[m], MODE.double_float)
-            sums = put(sums, first + k + m, plus_dot(sums[first + k + m], xs[m], g, STEP, True))
-            sums = put(sums, first + 2 * k + m, plus_dot_of_sum(sums[first + 2 * k + m], Y, g, STEP))
+        g = lifted(grads[m], MODE.double_float)
+        sums = put(sums, first + k + m, plus_dot(sums[first + k + m], xs[m], g, STEP, True))
+        sums = put(sums, first + 2 * k + m, plus_dot_of_sum(sums[first + 2 * k + m], Y, g, STEP))
     return sums
 
 
@@ -464,19 +458,16 @@ def apply_chunk(rows, linear, scales, mask, grad_u, grad_z, grad_w, out, at, col
                 g = lifted(load_incoming_other(grad_w, m, at, cols, inside), MODE.double_float)
                 rest = plus_multiple(R, linear.others.inverses[m], -g)
                 total = plus_multiple_of_sum(total, linear.others.shares[m], rest)
-            incoming = ()
             if grad_z is not None:
-                if grad_z.offsets[m] is not None:
-                    incoming = (load_incoming_row(grad_z, m, mask, at, cols, inside, MODE),)
-            if len(incoming) > 0:
+                H = load_incoming_row(grad_z, m, mask, at, cols, inside, MODE)
                 if MODE.normalize:
-                    total = plus_multiple(total, linear.factors[m], incoming[0])
+                    total = plus_multiple(total, linear.factors[m], H)
             dx = rounded(total)
             if MODE.scaled:
                 dx = times_power(dx, linear.powers[m])
-            if len(incoming) > 0:
+            if grad_z is not None:
                 if not MODE.normalize:
-                    dx += incoming[0]
+                    dx += H
             dx = tl.where(presence(mask, at.index, m, at.there, k)[:, None], dx, 0.0)
             if out.pointer.dtype.element_ty != tl.float64:
                 dx = dx.to(tl.float32)
@@ -544,8 +535,7 @@ def load_tile(x, tile, cols, d, scale):
 def load_incoming_tile(grad_z, tile, cols, d, MODE: tl.constexpr):
     """∂L/∂z of the k modalities, [K, BLOCK] in float64."""
     at = gathered(grad_z.offsets, MODE.k, MODE.K) + tile.instance * gathered(grad_z.strides, MODE.k, MODE.K)
-    there = which(grad_z.offsets, MODE.k, MODE.K) & tile.present
-    inside = there[:, None] & (cols < d)[None, :]
+    inside = tile.present[:, None] & (cols < d)[None, :]
     return to_float64(tl.load(grad_z.pointer + at[:, None] + cols[None, :], mask=inside, other=0.0))
 
 
@@ -553,7 +543,7 @@ def load_incoming_tile(grad_z, tile, cols, d, MODE: tl.constexpr):
 def load_incoming_others_tile(grad_w, tile, cols, d, MODE: tl.constexpr):
     """∂L/∂w of the k modalities, [K, BLOCK] in float64; also of absent ones."""
     at = gathered(grad_w.offsets, MODE.k, MODE.K) + tile.instance * gathered(grad_w.strides, MODE.k, MODE.K)
-    inside = which(grad_w.offsets, MODE.k, MODE.K)[:, None] & (cols < d)[None, :]
+    inside = (tl.arange(0, MODE.K) < MODE.k)[:, None] & (cols < d)[None, :]
     return to_float64(tl.load(grad_w.pointer + at[:, None] + cols[None, :], mask=inside, other=0.0))
 
 
