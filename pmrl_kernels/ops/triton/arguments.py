@@ -153,16 +153,15 @@ def rows(tensors: Sequence[Tensor], d: int) -> tuple[Rows, int]:
     return Rows(first, offsets, strides), 1 if together % 16 else 16 // size
 
 
-def some_rows(tensors: Sequence[Tensor | None], d: int) -> tuple[Rows | None, int]:
-    """As ``rows``, of k of which some may be None, and then count as zeros; None if all are. (Not of the others alone:
-    Triton 3.6 compiles no ``is not None`` of a tuple that has a None in it.)"""
+def filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Of k tensors (B, d) of which some may be None, all, with zeros for those; none if all are. (Not left to kernels:
+    Triton 3.6 compiles no ``is not None`` of a tuple that has a None in it.) To be kept until the launch: ``Rows`` hold
+    on to their first tensor alone."""
     there = [x for x in tensors if x is not None]
-    if not there:
-        return None, 1
-    if len(there) < len(tensors):
-        zeros = there[0].new_zeros(d).expand(there[0].shape)
+    if 0 < len(there) < len(tensors):
+        zeros = there[0].new_zeros(there[0].shape[1]).expand(there[0].shape)
         there = [zeros if x is None else x for x in tensors]
-    return rows(there, d)
+    return there
 
 
 def targets(tensors: Sequence[Tensor | None], d: int) -> tuple[Targets, int]:

@@ -19,9 +19,9 @@ from ...triton.arguments import (
     bits,
     canonical,
     dense,
+    filled,
     mode,
     rows,
-    some_rows,
     targets,
     values,
 )
@@ -375,7 +375,8 @@ def _launch_backward(
     mean: bool,
 ) -> None:
     xs, B, _, d, p, MODE = call
-    grad_alignment, grad_sigma, grad_u, grad_v, grad_z, grad_w = incoming
+    grad_alignment, grad_sigma, grad_u, grad_v, some_z, some_w = incoming
+    grad_z, grad_w = filled(some_z), filled(some_w)
     x, multiple = rows(xs, d)
     out, out_multiple = targets(to, d)
     u, z, w, u_multiple, z_multiple, w_multiple = None, None, None, 1, 1, 1
@@ -383,9 +384,9 @@ def _launch_backward(
         (_, _, strides), u_multiple = rows([grad_u], d)
         u = Values(grad_u, strides)
     if grad_z:
-        z, z_multiple = some_rows(grad_z, d)
+        z, z_multiple = rows(grad_z, d)
     if grad_w:
-        w, w_multiple = some_rows(grad_w, d)
+        w, w_multiple = rows(grad_w, d)
     if multiple == 1:
         u_multiple = z_multiple = w_multiple = out_multiple = 1
     alignment = None
