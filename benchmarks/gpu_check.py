@@ -29,13 +29,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CUE = "{file}"
-TESTS = ("fused", "gpu", "contract", "contract-cuda")
+TESTS = {"fused": 2, "gpu": 4, "contract": 3, "contract-cuda": 2}  # and their shares of the cores
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 DEFAULT = ("facts", *TESTS, "memcheck", "racecheck", "synccheck", "benchmark", "contrasts")
 SHOWN = 60  # last lines of a step that are printed; all of them are in the log
@@ -69,7 +69,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     # pytest-benchmark warns in every process that it does nothing there. (Without it, its name is nobody's.)
     plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest = ["-m", "pytest", "-q", *plugins, "--tb=short", "--show-capture=stderr", "--maxfail=30", "--durations=10"]
-    parallel = ["-n", str(workers(options.only))] if importlib.util.find_spec("xdist") and not dry else []
+    xdist = importlib.util.find_spec("xdist") is not None and not dry
+    parallel = {name: ["-n", str(workers(name, options.only))] if xdist else [] for name in TESTS}
     fused = ["tests/triton/test_contrasts.py", "tests/triton/test_joint.py", *(["--every", "24"] if dry else [])]
     on_gpus = ["tests/triton/test_gpu.py", "tests/cuda/test_gpu.py", *(["--every", "4"] if dry else [])]
     # On a CPU the operators for CUDA run behind a door of tests/tools, with an interpreter of PTX.
@@ -93,11 +94,13 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     counting = ("ncu", "--clock-control", "none", "-k", OUR_KERNELS, *sections)
     return {
         "facts": Step(["-m", "pmrl_kernels.info"], 0.1),
-        "fused": Step([*pytest, *parallel, *fused], 1.0, True),
-        "gpu": Step([*pytest, *parallel, *on_gpus], 1.0, True),
-        "contract": Step([*pytest, *parallel, *contract], 1.0, True),
+        "fused": Step([*pytest, *parallel["fused"], *fused], 1.0, True),
+        "gpu": Step([*pytest, *parallel["gpu"], *on_gpus], 1.0, True),
+        "contract": Step([*pytest, *parallel["contract"], *contract], 1.0, True),
         "contract-cuda": Step(
-            [*pytest, *parallel, *behind, "tests/contract", "-k", f"cuda-{where} and not oracle"], 1.0, True
+            [*pytest, *parallel["contract-cuda"], *behind, "tests/contract", "-k", f"cuda-{where} and not oracle"],
+            1.0,
+            True,
         ),
         "memcheck": checked("memcheck"),
         "racecheck": checked("racecheck"),
@@ -114,11 +117,10 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     }
 
 
-def workers(chosen: list[str]) -> int:
-    """Processes for each step of tests: what sanitizers and benchmarks that wait leave of the cores, evenly."""
-    taken = sum(name in (*SANITIZERS, "benchmark", "contrasts") for name in chosen)
-    among = sum(name in TESTS for name in chosen)
-    return max(1, ((os.cpu_count() or 1) - taken) // max(1, among))
+def workers(step: str, chosen: Sequence[str]) -> int:
+    """Processes for a step of tests: its share of the cores that sanitizers and benchmarks that wait leave."""
+    left = (os.cpu_count() or 1) - sum(name in (*SANITIZERS, "benchmark", "contrasts") for name in chosen)
+    return max(1, left * TESTS[step] // max(1, sum(share for name, share in TESTS.items() if name in chosen)))
 
 
 # ------------------------------------------------------------------------------------------------
