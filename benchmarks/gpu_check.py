@@ -74,9 +74,11 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     fused = ["tests/triton/test_contrasts.py", "tests/triton/test_joint.py", *(["--every", "24"] if dry else [])]
     on_gpus = ["tests/triton/test_gpu.py", "tests/cuda/test_gpu.py", *(["--every", "4"] if dry else [])]
     # On a CPU the operators for CUDA run behind a door of tests/tools, with an interpreter of PTX.
-    where, behind = ("cpu", ["-p", "tests.tools.cuda_door", "--every", "2000"]) if dry else ("cuda", [])
-    share = options.one_in or (100 if dry else 5)
+    where, behind = ("cpu", ["-p", "tests.tools.cuda_door"]) if dry else ("cuda", [])
+    every = str(2000 if dry else options.one_in or 12)
+    share = options.one_in or (100 if dry else 16)
     contract = ["-k", f"triton and {where} and not oracle", "--one-in", str(share), "tests/contract"]
+    of_cuda = [*behind, "--every", every, "tests/contract", "-k", f"cuda-{where} and not oracle"]
     if (names := names_beside(options.kernels)) is not None:
         contract = names.read_text().split("\n")[:-1]
     sanitized = [*pytest, "tests/triton/test_gpu.py", "-k", SANITIZED]
@@ -88,6 +90,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         return Step([*sanitized, *more], 1.0, True, command, apart)
 
     timed = [*results, "--on-cue", CUE]
+    # While tests run beside it PyTorch's compiler is not to take all cores, as it would.
+    modest = (("TORCHINDUCTOR_COMPILE_THREADS", "2"),)
     if options.kernels is not None:
         timed += ["--compiled"]
     sections = tuple(word for section in SECTIONS for word in ("--section", section))
@@ -97,18 +101,14 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         "fused": Step([*pytest, *parallel["fused"], *fused], 1.0, True),
         "gpu": Step([*pytest, *parallel["gpu"], *on_gpus], 1.0, True),
         "contract": Step([*pytest, *parallel["contract"], *contract], 1.0, True),
-        "contract-cuda": Step(
-            [*pytest, *parallel["contract-cuda"], *behind, "tests/contract", "-k", f"cuda-{where} and not oracle"],
-            1.0,
-            True,
-        ),
+        "contract-cuda": Step([*pytest, *parallel["contract-cuda"], *of_cuda], 1.0, True),
         "memcheck": checked("memcheck"),
         "racecheck": checked("racecheck"),
         "initcheck": checked("initcheck", "--unpoisoned"),
         "synccheck": checked("synccheck"),
         "wheel": Step(["tests/tools/environments.py", str(options.wheel)], 0.5),
-        "benchmark": Step(["benchmarks/gpu.py", *timed], 1.0),
-        "contrasts": Step(["benchmarks/gpu_contrast.py", *timed], 0.5),
+        "benchmark": Step(["benchmarks/gpu.py", *timed], 1.0, settings=modest),
+        "contrasts": Step(["benchmarks/gpu_contrast.py", *timed], 0.5, settings=modest),
         "tune": Step(["benchmarks/tune.py", *results], 1.0),
         "tune-contrasts": Step(["benchmarks/tune_contrast.py", *results], 1.0),
         "counters": Step(["benchmarks/gpu.py", "--once", "65536", "512", "4"], 0.5, under=counting),
@@ -297,7 +297,7 @@ def main() -> int:
         "--output", type=Path, default=ROOT / "output" / "gpu-check", help="folder for the log and results"
     )
     parser.add_argument("--only", nargs="+", default=DEFAULT, help="names of steps")
-    parser.add_argument("--one-in", type=int, help="of Triton's part of the contract, one test in so many; default: 5")
+    parser.add_argument("--one-in", type=int, help="of the contract, one test in so many; default: 16, for CUDA 12")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--kernels", type=Path, help="compiled ahead by tests/tools/ahead.py: its archive")
     parser.add_argument("--wheel", type=Path, default=None, help="for the step of that name")

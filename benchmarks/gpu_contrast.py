@@ -149,9 +149,16 @@ def _of_ours(contender: Contender) -> bool:
     return contender.name.removesuffix(", high") == "instance" or contender.name.startswith("pmrl")
 
 
+def gate_embeddings(case: Case) -> list[Tensor]:
+    """With a part that all instances share, as trained ones have. Gradients of independent ones are what is left of
+    sums that cancel: by ``F.cross_entropy`` in float32, on a CPU, off by 1e-4 of the largest entry at B = 16384."""
+    part = torch.randn(case.d, generator=torch.Generator().manual_seed(1)).to(case.device)
+    return [(x.detach() + 0.7 * part).requires_grad_() for x in embeddings(case)]
+
+
 def gate(candidates: Sequence[Contender], device: str) -> tuple[list[Contender], list[str]]:
     """Those whose gradients are float64's, and what is said of the others, which are not timed."""
-    first, *others = [embeddings(Case(*shape, device)) for shape in _gate_shapes(device)]
+    first, *others = [gate_embeddings(Case(*shape, device)) for shape in _gate_shapes(device)]
     names = ("leading", "leave_one_out", "modality", "pairs")
     exact: dict[str, Loss] = {f"pmrl, {c}": functools.partial(_pmrl, contrast=c, backend="reference") for c in names}
     exact["instance"] = exact["F.cross_entropy"] = functools.partial(_instance, backend="reference")
@@ -223,7 +230,7 @@ def main() -> None:
     if not options.compiled:
         on_all_cores(_prepare, jobs[:1] if dry else jobs)
     if options.on_cue:
-        deadline = time.monotonic() + on_gpu.wait_for(options.on_cue, compiled_rivals(candidates, shapes, clock.device))
+        deadline = on_gpu.wait_for(options.on_cue, compiled_rivals(candidates, shapes, clock.device))
     rows: list[Row] = []
     refused: list[str] = []
     results = {"conditions": run.on_a_gpu(clock.device), "refused": refused, "time": rows}

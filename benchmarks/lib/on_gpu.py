@@ -42,7 +42,7 @@ def parser(doc: str | None, output: str) -> argparse.ArgumentParser:
 
 def wait_for(cue: Path, getting_ready: Iterable[Callable[[], object]]) -> float:
     """Makes these calls until the file ``cue`` is there, says by a file beside it that no more is done, and waits for
-    the time in it. How many seconds are left then."""
+    the time in it, which it returns by ``time.monotonic()``."""
     for call in getting_ready:
         if cue.exists():
             break
@@ -54,7 +54,7 @@ def wait_for(cue: Path, getting_ready: Iterable[Callable[[], object]]) -> float:
     cue.with_suffix(".ready").touch()
     while not (cue.exists() and (told := cue.read_text())):
         time.sleep(0.1)
-    return float(told) - time.time()
+    return time.monotonic() + float(told) - time.time()
 
 
 def on_all_cores(prepare: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
@@ -104,7 +104,7 @@ def times(wanted: Iterable[Work], clock: Clock, deadline: float, order: int = 1)
                 seconds, elements = last.get(name, (0.0, 1))
                 expected = seconds * max(1.0, (B * d * k / elements) ** order)
                 many = k > (contender.most or k)
-                if large or many or (k > 8 and contender.rival == "compiled"):
+                if large or many:
                     continue
                 if time.monotonic() > deadline:
                     yield row | {"not_run": "no time was left"}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from pmrl_kernels import ops
+from pmrl_kernels import instance_contrastive_loss, ops
 from tests import ROOT
 from tests.conftest import CPU_BACKENDS
 
@@ -413,7 +413,8 @@ def test_the_profiler_is_told_the_names_of_kernels(benchmark_modules):
     pattern = gpu_check.OUR_KERNELS.removeprefix("regex:")
     table = (ROOT / "tests" / "data" / "cuda-resources.txt").read_text()
     compiled = {line.split()[2] for line in table.splitlines() if not line.startswith("#")}
-    of_alignment = {"forward_4", "stream_4", "backward_4_float32", "backward_4_bfloat16", "vectors_4_float32", "total"}
+    each = [f"{name}_4_{dtype}" for name in ("forward", "stream", "backward") for dtype in ("float32", "bfloat16")]
+    of_alignment = {*each, "vectors_4_float32", "total"}
     assert of_alignment <= compiled
     names = of_alignment | {f"{name}_kernel" for name in ("gram", "solve", "vectors", "forward", "reduce", "backward")}
     assert not [name for name in names if not re.fullmatch(pattern, name)]
@@ -437,7 +438,10 @@ def test_steps_of_the_check_on_a_gpu(benchmark_modules, monkeypatch, tmp_path):
     assert [gpu_check.workers(name, gpu_check.DEFAULT) for name in gpu_check.TESTS] == [2, 4, 3, 2]
     assert sum(gpu_check.TESTS.values()) == left
     assert gpu_check.workers("fused", ["fused"]) == 16
-    assert every["contract"].arguments[-2:] == ["5", "tests/contract"]
+    shares = {name: step.arguments for name, step in every.items() if name.startswith("contract")}
+    assert shares["contract"][-3:] == ["--one-in", "16", "tests/contract"]
+    assert shares["contract-cuda"][-5:-3] == ["--every", "12"]
+    assert steps_of(gpu_check, ["contract-cuda"], one_in=1)["contract-cuda"].arguments[-5:-3] == ["--every", "1"]
     archive = tmp_path / "kernels.tar.xz"
     archive.with_suffix(".txt").write_text("tests/contract/test_a.py::test_b[x y]\n")
     told = steps_of(gpu_check, gpu_check.DEFAULT, kernels=archive)
@@ -461,7 +465,7 @@ def test_rivals_are_compiled_beforehand(benchmark_modules, monkeypatch):
     names = list(dict.fromkeys(name for name, *_ in found))
     assert len(names) == 2
     assert found[:4] == [(name, B, 4) for name in names for B in (64, 1024)]
-    assert len(found) == len(set(found)) == 2 * 2 * 4  # names, small and large, k = 3, 4, 6, 8
+    assert len(found) == len(set(found)) == 2 * 2 * 3  # names, small and large, k = 3, 4, 6
     shapes = [(B, 16, 3) for B in gpu_contrast.BATCHES[:2]]
     calls = list(gpu_contrast.compiled_rivals(gpu_contrast.contenders(False), shapes, "cpu"))
     assert {(B, k) for _, B, k in told(iter(calls))} == {(300, 4), (256, 3), (1024, 3)}
@@ -533,6 +537,36 @@ def test_steps_run_side_by_side_and_then_what_is_timed_alone(benchmark_modules, 
     assert "failed: other; " in capsys.readouterr().out
     alone = gpu_check.run_all({"timed": chosen["timed"]}, 20.0, os.environ, output)
     assert not alone.failed, "nobody is there to wait for"
+
+
+def test_what_is_exact_to_float32_passes_the_gate_of_contrasts(benchmark_modules):
+    """At batches as large as on a GPU, ours and PyTorch's own alike."""
+    import gpu_contrast
+    from lib import objectives
+    from lib.accuracy import doubled
+
+    xs = gpu_contrast.gate_embeddings(benchmark_modules.cases.Case(4096, 64, 2, "cpu"))
+    doubles = doubled(xs)
+    losses = [lambda xs: objectives.instance_contrast(xs[0], 0.1), lambda xs: instance_contrastive_loss(xs[0], 0.1)]
+    for loss in losses:
+        (found,), (wanted,) = (torch.autograd.grad(loss(given), given[:1]) for given in (xs, doubles))
+        assert (found.double() - wanted).abs().max() < 0.5 * gpu_contrast.TOLERANCE["highest"] * wanted.abs().max()
+
+
+def test_what_waits_for_its_turn_has_all_of_its_time(benchmark_modules, tmp_path):
+    """However long it waited."""
+    from lib import on_gpu
+
+    cue = tmp_path / "cue"
+
+    def calls() -> Iterator[Any]:
+        time.sleep(1.0)
+        cue.write_text(str(time.time() + 5.0))
+        yield lambda: pytest.fail("it is its turn")
+
+    end = on_gpu.wait_for(cue, calls())
+    assert 4.5 < end - time.monotonic() <= 5.0
+    assert cue.with_suffix(".ready").exists()
 
 
 @pytest.mark.slow  # a rival is compiled
