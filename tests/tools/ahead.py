@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import io
 import lzma
 import multiprocessing
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -147,22 +149,37 @@ def record(options: argparse.Namespace, to: Path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+def stand_in(folder: Path) -> None:
+    """The driver's library there, with what Triton's programs in C call and nothing behind it. What launches kernels
+    has to say that it needs it, or cannot be loaded where there is a driver."""
+    from triton.backends.nvidia import driver
+
+    sources = [path for path in Path(driver.__file__).parent.iterdir() if path.suffix in (".c", ".py")]
+    names = {name for path in sources for name in re.findall(r"\bcu[A-Z]\w+", path.read_text())}
+    text = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(names))  # CUDA_ERROR_NO_DEVICE
+    build = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-xc", "-"]
+    subprocess.run([*build, "-o", str(folder / "libcuda.so.1")], input=text, text=True, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+
+
 def compiled(job: Job, architecture: int) -> str | None:
-    """Into Triton's cache, what launches it too; what went wrong, if anything."""
+    """Into Triton's cache, what launches it too; what went wrong, if anything. In a process for whose parent there is a
+    driver's stand-in."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver
 
     from pmrl_kernels.ops.triton import runtime
 
     module, name, compilation = job
     try:
+        ctypes.CDLL(str(Path(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1")))  # found by its name from now on
         kernel = getattr(importlib.import_module(module), name)
         made = runtime.compile_for(GPUTarget("cuda", architecture, 32), kernel, compilation)
+        driver.CudaUtils()
+        if hasattr(driver, "make_launcher"):  # Triton 3.6: for each signature; 3.9's utilities launch all
+            driver.CudaLauncher(made.src, made.metadata)
     except Exception as error:  # whatever a compiler throws: tests launch what has to fail, too
         return f"{name}: {type(error).__name__}: {str(error).strip()[:200]}"
-    with contextlib.suppress(Exception):  # it is stored, and then cannot be loaded without a driver
-        from triton.backends.nvidia.driver import CudaLauncher
-
-        CudaLauncher(made.src, made.metadata)
     return None
 
 
@@ -243,10 +260,7 @@ def main() -> int:
             jobs |= dict.fromkeys(pickle.loads(to.read_bytes()))
             if (names := to.with_suffix(".txt")).exists():
                 options.archive.with_suffix(".txt").write_bytes(names.read_bytes())
-        # Launchers, which need a C compiler, are linked with the driver.
-        library = Path(folder) / "libcuda.so.1"
-        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-x", "c", "-o", library, os.devnull], check=True)
-        os.environ["TRITON_LIBCUDA_PATH"] = folder
+        stand_in(Path(folder))
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
         said = compile_all(list(jobs), options)
     number = pack(options.cache.resolve(), options.archive)
