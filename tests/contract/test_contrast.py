@@ -56,7 +56,7 @@ def test_similarities_whose_differences_float32_has_not(backend, device):
     y = torch.tensor([[-4e19, 0.0], [4e19, 1.0]], device=device, requires_grad=True)
     found = []
     for given in ([x, y], oracle.upcast([x, y])):
-        tau = torch.tensor(1e37, dtype=torch.float64, requires_grad=True)
+        tau = torch.tensor(1e37, dtype=torch.float64, device=device, requires_grad=True)
         options = {"contrast": "pairs", "normalize": False, "alignment_weight": 0.0, "backend": backend}
         loss = pmrl_loss(*given, instance_temperature=tau, **options)
         *of_rows, of_tau = grads(loss, [*given, tau])
