@@ -238,14 +238,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> spectral_forward(
   // All are loaded by the first call, of whatever size: another may come while a graph is captured.
   if (f.total) load(call.device, kernel(call.k(), "total", call.stream), 0, call.stream);
   if (call.may_stream()) {
-    const std::string other = call.name(b.rounds ? "forward" : "stream");
+    const std::string other = call.name_of_dtype(b.rounds ? "forward" : "stream");
     load(call.device, kernel(call.k(), other.c_str(), call.stream), b.rounds ? 0 : dynamic_of_stream(call.k()),
          call.stream);
   }
   if (b.rounds)
-    call.run_with(dynamic_of_stream(call.k()), call.name("stream"), blocks, kWarp * kStreamWarps, f);
+    call.run_with(dynamic_of_stream(call.k()), call.name_of_dtype("stream"), blocks, kWarp * kStreamWarps, f);
   else
-    call.run(call.name("forward"), blocks, threads, f);
+    call.run(call.name_of_dtype("forward"), blocks, threads, f);
   if (f.total && blocks != 1) call.run("total", 1, kReducers, f, static_cast<int>(blocks));
   if (v.u || v.z[0] || v.w[0]) {
     choose_readers(b, call.element);

@@ -1,9 +1,9 @@
 // The spectral operators on a device: X (d, k) of each instance, Z its columns over their norms (or X itself). For one
-// k = K, and some of them for one dtype T of the embeddings:
+// k = K, and those that read rows for one dtype T of the embeddings:
 //
-//   forward_K      reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
+//   forward_K_T    reads X, mask, tau; writes alignment terms, sigma, v_1, sums of each block, and the state (State)
 //                    G = X^T X, `lanes` lanes an instance; then decompositions and C, an instance in each lane
-//   stream_K       the same, for many instances: warps that read, and one that decomposes
+//   stream_K_T     the same, for many instances: warps that read, and one that decomposes
 //   vectors_K_T    reads X, mask, the state; writes u_1 = Z v_1 / sigma_1, z_m, w_m = y_m/||y_m||
 //   backward_K_T   reads X, mask, C of the state, the alignment term's incoming gradient; writes dX = X C, and dL/d tau
 //                  of each instance
@@ -16,8 +16,9 @@
 // and
 //   total, slope   add up, in a fixed order
 //
-// All but those that name a dtype are for all of them. The algebra is common/kspace.h, for one number a lane, in float64;
-// sums.cuh says what sums over rows are in.
+// The algebra is common/kspace.h, for one number a lane, in float64; sums.cuh says what sums over rows are in. Most of
+// forward_K_T and stream_K_T is that algebra, the same for each T, and yet one kernel that reads T from its parameters, at
+// twice the length, takes 5 us more, of 14 (docs/gpu-notes.md).
 #include "streams.cuh"
 
 namespace pmrl {
@@ -408,22 +409,17 @@ PMRL_ON_DEVICE void finish(const Forward& f, Sums total) {
   *f.sums = total;
 }
 
-// Of one dtype each the reading alone: most of a kernel is what follows. Instances that are out of pairs' reach, and no
-// others, whose bits must not depend on them, are read as if dtypes were mixed, in float64.
-template <int K>
-PMRL_ON_DEVICE void read_grams_of_dtype(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
-  unsigned left = 0;
-  switch (b.dtype) {
-    case Dtype::kFloat32: left = read_grams<K, float>(b, first, count, to); break;
-    case Dtype::kBFloat16: left = read_grams<K, BFloat16>(b, first, count, to); break;
-    case Dtype::kFloat16: left = read_grams<K, Float16>(b, first, count, to); break;
-    case Dtype::kFloat64: left = read_grams<K, double>(b, first, count, to); break;
-    case Dtype::kMixed: left = ~0u; break;
+// Instances that are out of pairs' reach, and no others, whose bits must not depend on them, are read again as if dtypes
+// were mixed, in float64.
+template <int K, class T>
+PMRL_ON_DEVICE void read_all_grams(const Batch& b, int64_t first, int count, double (*to)[kApart]) {
+  [[maybe_unused]] const unsigned left = read_grams<K, T>(b, first, count, to);
+  if constexpr (kInPairs<T>) {
+    if (left) read_grams<K, Mixed>(b, first, count, to, left);
   }
-  if (left) read_grams<K, Mixed>(b, first, count, to, left);
 }
 
-template <int K>
+template <int K, class T>
 PMRL_ON_DEVICE void forward(const Forward& f) {
   const Batch& b = f.batch;
   __shared__ double kept[kWarps][Kept<K>::size][kApart];
@@ -432,10 +428,10 @@ PMRL_ON_DEVICE void forward(const Forward& f) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * b.share;
   int here = b.share;
   if (here > b.B - i) here = b.B > i ? static_cast<int>(b.B - i) : 0;
-  if (here) read_grams_of_dtype<K>(b, i, here, kept[warp]);
+  if (here) read_all_grams<K, T>(b, i, here, kept[warp]);
   __syncwarp();
   Sums found{0.0, 0.0, 0.0};
-  if (lane < here) found = solve<K, true>(f, i + lane, kept[warp], lane);
+  if (lane < here) found = solve<K, Instance<K, T>::kScales>(f, i + lane, kept[warp], lane);
   __syncwarp();
   if (!f.total) return;
   found = sum_of_block<kWarps>(found, sums);
@@ -537,7 +533,7 @@ PMRL_ON_DEVICE void read_rounds(const Batch& b, const Rounds& all, double (*kept
 }
 
 // The last warp of a block decomposes a round's instances, one in each lane, while the others read the next ones.
-template <int K>
+template <int K, class T>
 PMRL_ON_DEVICE void stream(const Forward& f) {
   if constexpr (!kFastFloat64) return;  // cards that never run it
   const Batch& b = f.batch;
@@ -549,14 +545,7 @@ PMRL_ON_DEVICE void stream(const Forward& f) {
     return Rounds{first, static_cast<int>(b.B - first < instances ? b.B - first : instances), b.share};
   };
   const int warp = this_thread() / kWarp;
-  if (warp < kStreamWarps - 1) {
-    char* const mine = ring + warp * bytes_ahead(K);
-    if constexpr (has_rounds(K, 2)) {
-      if (b.dtype == Dtype::kBFloat16) return read_rounds<K, BFloat16>(b, all(), kept, mine);
-      if (b.dtype == Dtype::kFloat16) return read_rounds<K, Float16>(b, all(), kept, mine);
-    }
-    return read_rounds<K, float>(b, all(), kept, mine);
-  }
+  if (warp < kStreamWarps - 1) return read_rounds<K, T>(b, all(), kept, ring + warp * bytes_ahead(K));
   if (this_thread() % kWarp == 0) total = {0.0, 0.0, 0.0};
 #pragma unroll 1
   for (int round = 0; round * b.share < all().count; ++round) {
@@ -1187,24 +1176,31 @@ extern "C" __global__ void __launch_bounds__(kReducers) slope(const __grid_const
   *g.out = x;
 }
 
-#define PMRL_PASSES(K, T, name)                                                                   \
+#define PMRL_OF_DTYPE(K, T, name)                                                                 \
+  PMRL_FORWARD forward_##K##_##name(const __grid_constant__ Forward f) { forward<K, T>(f); }                   \
   PMRL_KERNEL(kReading<T>) vectors_##K##_##name(const __grid_constant__ Vectors f) { vectors<K, T>(f); }       \
   PMRL_KERNEL(kReading<T>) backward_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, false>(g); } \
   PMRL_KERNEL(kAdding<T>) dots_##K##_##name(const __grid_constant__ Backward g) { dots<K, T>(g); }            \
   PMRL_KERNEL(kAdding<T>) apply_##K##_##name(const __grid_constant__ Backward g) { apply<K, T, true>(g); }
 #define PMRL_KERNELS_OF(K)                                                                                     \
-  PMRL_PASSES(K, float, float32)                                                                               \
-  PMRL_PASSES(K, double, float64)                                                                              \
-  PMRL_PASSES(K, BFloat16, bfloat16)                                                                           \
-  PMRL_PASSES(K, Float16, float16)                                                                             \
-  PMRL_PASSES(K, Mixed, mixed)                                                                                 \
-  PMRL_FORWARD forward_##K(const __grid_constant__ Forward f) { forward<K>(f); }                               \
+  PMRL_OF_DTYPE(K, float, float32)                                                                               \
+  PMRL_OF_DTYPE(K, double, float64)                                                                              \
+  PMRL_OF_DTYPE(K, BFloat16, bfloat16)                                                                           \
+  PMRL_OF_DTYPE(K, Float16, float16)                                                                             \
+  PMRL_OF_DTYPE(K, Mixed, mixed)                                                                                 \
   PMRL_KERNEL(kAlgebra) decompose_##K(const __grid_constant__ Batch b, double* pairs) { decompose<K>(b, pairs); }        \
   PMRL_KERNEL(kAlgebra) coefficients_##K(const __grid_constant__ Backward g) { coefficients<K>(g); }
-#if PMRL_K == 4 || PMRL_K == 5  // as has_rounds
-#define PMRL_STREAM_OF(K) PMRL_STREAM stream_##K(const __grid_constant__ Forward f) { stream<K>(f); }
+#define PMRL_STREAM_OF(K, T, name) \
+  PMRL_STREAM stream_##K##_##name(const __grid_constant__ Forward f) { stream<K, T>(f); }
+#if PMRL_K == 4  // as has_rounds
+#define PMRL_STREAMS(K)                  \
+  PMRL_STREAM_OF(K, float, float32)      \
+  PMRL_STREAM_OF(K, BFloat16, bfloat16)  \
+  PMRL_STREAM_OF(K, Float16, float16)
+#elif PMRL_K == 5
+#define PMRL_STREAMS(K) PMRL_STREAM_OF(K, float, float32)
 #else
-#define PMRL_STREAM_OF(K)
+#define PMRL_STREAMS(K)
 #endif
-#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K) PMRL_STREAM_OF(K)
+#define PMRL_EXPANDED(K) PMRL_KERNELS_OF(K) PMRL_STREAMS(K)
 PMRL_EXPANDED(PMRL_K)

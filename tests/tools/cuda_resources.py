@@ -36,7 +36,7 @@ COUNTED = "sm_90"
 INSTANCES, D = 64, 256
 SPILLING = 8
 """From this k on registers need not hold everything."""
-LISTED = {("sm_100", "stream_4"): 16}
+LISTED = {("sm_100", f"stream_4_{dtype}"): 16 for dtype in ("float32", "bfloat16", "float16")}
 """Bytes of stack for what ptxas spills elsewhere: loop counters, once for many instances."""
 MOST_SHARED = 48 << 10
 """Bytes that a kernel may declare."""
