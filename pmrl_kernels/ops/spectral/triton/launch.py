@@ -114,7 +114,7 @@ def plan(k: int, d: int, size: int, itemsize: int, slow_float64: bool, spectrum:
         latency=size == SMALL or K >= 16,
         latency_rows=4 if together else 2 if K <= 4 and not double_float else 1,
         latency_block=latency_block,
-        latency_warps=4 if K >= 16 else 1,
+        latency_warps=2 if K >= 16 else 1,
         gram_rows=rows_of(gram_block),
         gram_block=gram_block,
         gram_warps=1,
