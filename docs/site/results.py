@@ -39,6 +39,7 @@ class Times(NamedTuple):
     shape: tuple[str, ...] = ("B", "d", "k")
     sections: str | None = None  # the key by whose values rows go to tables of their own
     beside: Mapping[str, tuple[str, ...]] = {}  # ours -> what it is compared with
+    over: Mapping[str, tuple[str, str]] = {}  # what is computed -> two whose times' ratio gets a table of its own
 
 
 class Record(NamedTuple):
@@ -136,6 +137,11 @@ RECORDS: Mapping[str, Record] = {
                     "cuda, leading": ("triton, leading",),
                     "cuda, triplet": ("triton, triplet",),
                 },
+                over={
+                    "softmax": ("triton", "cuda"),
+                    "leading": ("triton, leading", "cuda, leading"),
+                    "triplet": ("triton, triplet", "cuda, triplet"),
+                },
             ),
         },
     ),
@@ -152,7 +158,8 @@ RECORDS: Mapping[str, Record] = {
                 "contender",
                 ("B", "d", "k", "dtype"),
                 beside={
-                    "instance": ("F.cross_entropy", "F.cross_entropy, high"),
+                    "instance": ("F.cross_entropy", "F.cross_entropy, compiled", "F.cross_entropy, high"),
+                    "instance, high": ("F.cross_entropy, high", "F.cross_entropy, compiled, high"),
                     "pmrl, pairs": ("F.cross_entropy, all pairs",),
                 },
             )
@@ -258,6 +265,27 @@ def pivoted(times: Times, rows: Sequence[Row], value: str, unit: str, title: str
         yield from ("Nothing that it is compared with takes less here.", "")
 
 
+def ratios(times: Times, rows: Sequence[Row]) -> Iterator[str]:
+    """How long one of two takes in multiples of the other: for each shape what is computed, by each kind of time."""
+    kinds = [(value, unit.partition(" time")[0]) for value, unit in times.values if value.endswith("_us")]
+    found = {(*(row[key] for key in times.shape), row[times.contender]): row for row in rows}
+    header = [f"{what}: {kind}" for what in times.over for _, kind in kinds]
+    body = []
+    for shape in dict.fromkeys(tuple(row[key] for key in times.shape) for row in rows):
+        cells = []
+        for pair in times.over.values():
+            one, other = (found.get((*shape, name), {}) for name in pair)
+            cells += [
+                digits(one[value] / other[value]) if value in one and value in other else "" for value, _ in kinds
+            ]
+        if any(cells):
+            body.append([*map(str, shape), *cells])
+    if body:
+        (one, other), *_ = times.over.values()
+        yield f"**Which of two: what {one} takes in multiples of what {other} takes**"
+        yield from table([*times.shape, *header], body)
+
+
 def lists(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What a file holds, by name: lists of rows, dicts of such lists, dicts of rows, numbers."""
     for key, value in results.items():
@@ -298,6 +326,7 @@ def text(name: str, results: Mapping[str, Any]) -> str:
                 own = [row for row in rows if section is None or row[known.sections] == section]
                 for value, unit in known.values:
                     lines += pivoted(known, own, value, unit, title)
+                lines += ratios(known, own)
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ What of it needs Sphinx (whether pages render, and whether the site's links do) 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import subprocess
@@ -132,3 +133,24 @@ def test_every_result_is_on_a_page():
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "benchmarks").glob("*.md"))
     recorded = {path.name for path in (ROOT / "benchmarks/results").glob("*.json")}
     assert set(re.findall(r"\{results\} \S*?([^/\s]+\.json)", pages)) == recorded
+
+
+def test_times_of_two_backends_are_a_table(monkeypatch):
+    """Of what both of them did at a shape, and of nothing else."""
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(DOCS / "site")
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    results = importlib.import_module("results")
+    shape = {"B": 64, "d": 512, "k": 4, "dtype": "float32"}
+    rows = [
+        {**shape, "contender": "cuda", "device_us": 40.0, "wall_us": 200.0},
+        {**shape, "contender": "triton", "device_us": 20.0, "wall_us": 300.0},
+        {**shape, "contender": "cuda, triplet", "wall_us": 200.0, "no_graph": "said"},
+        {**shape, "contender": "triton, triplet", "wall_us": 600.0, "device_us": 20.0},
+        {**shape, "k": 16, "contender": "triton", "device_us": 20.0, "wall_us": 300.0},
+    ]
+    text = results.text("gpu", {"conditions": {"device": "some"}, "time": rows})
+    title, _, body = text.partition("**Which of two")[2].partition("\n")
+    assert title == ": what triton takes in multiples of what cuda takes**"
+    assert body.split("\n")[1].count("|") == 11
+    assert body.strip().split("\n")[2:] == ["| 64 | 512 | 4 | float32 | 0.5 | 1.5 |  |  |  | 3 |"]
