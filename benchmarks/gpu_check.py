@@ -75,8 +75,8 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
     on_gpus = ["tests/triton/test_gpu.py", "tests/cuda/test_gpu.py", *(["--every", "4"] if dry else [])]
     # On a CPU the operators for CUDA run behind a door of tests/tools, with an interpreter of PTX.
     where, behind = ("cpu", ["-p", "tests.tools.cuda_door"]) if dry else ("cuda", [])
-    every = str(2000 if dry else options.one_in or 12)
-    share = options.one_in or (100 if dry else 16)
+    every = str(2000 if dry else options.one_in or 24)
+    share = options.one_in or (100 if dry else 32)
     contract = ["-k", f"triton and {where} and not oracle", "--one-in", str(share), "tests/contract"]
     of_cuda = [*behind, "--every", every, "tests/contract", "-k", f"cuda-{where} and not oracle"]
     if (names := names_beside(options.kernels)) is not None:
@@ -297,7 +297,7 @@ def main() -> int:
         "--output", type=Path, default=ROOT / "output" / "gpu-check", help="folder for the log and results"
     )
     parser.add_argument("--only", nargs="+", default=DEFAULT, help="names of steps")
-    parser.add_argument("--one-in", type=int, help="of the contract, one test in so many; default: 16, for CUDA 12")
+    parser.add_argument("--one-in", type=int, help="of the contract, one test in so many; default: 32, for CUDA 24")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds for everything")
     parser.add_argument("--kernels", type=Path, help="compiled ahead by tests/tools/ahead.py: its archive")
     parser.add_argument("--wheel", type=Path, default=None, help="for the step of that name")

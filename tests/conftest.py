@@ -59,7 +59,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-in", type=int, default=1, help="of Triton's tests, one in so many; k <= 8 from 10 on")
+    parser.addoption("--one-in", type=int, default=1, help="of Triton's tests, one in so many")
+    parser.addoption("--every-k", action="store_true", help="on a CPU, too: else, from one in 10 on, no k > 8 of these")
     parser.addoption("--every", type=int, default=1, help="of all tests, one in so many")
     parser.addoption(
         "--sample", type=int, default=1, help="N: slow tests that run suites take N times fewer; of others, 1 in log2 N"
@@ -98,6 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where kernels are interpreted, or compiled for every test, a sample must do."""
     share, every, seed = (config.getoption(name) for name in ("--one-in", "--every", "--seed"))
     of_slow = max(1, config.getoption("--sample").bit_length() - 1)
+    least = "triton-latency" in ON_A_CPU and share >= 10 and not config.getoption("--every-k")
     alike = defaultdict(list)  # by the share that is drawn of them
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -111,7 +113,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and "sampled" not in item.fixturenames:
             one_in *= of_slow
         if variant in (*LAUNCHES, "triton"):
-            if repeats or (k > 8 and share >= 10):
+            if repeats or (k > 8 and least):
                 continue
             one_in *= share
         alike[one_in].append(item)

@@ -439,8 +439,8 @@ def test_steps_of_the_check_on_a_gpu(benchmark_modules, monkeypatch, tmp_path):
     assert sum(gpu_check.TESTS.values()) == left
     assert gpu_check.workers("fused", ["fused"]) == 16
     shares = {name: step.arguments for name, step in every.items() if name.startswith("contract")}
-    assert shares["contract"][-3:] == ["--one-in", "16", "tests/contract"]
-    assert shares["contract-cuda"][-5:-3] == ["--every", "12"]
+    assert shares["contract"][-3:] == ["--one-in", "32", "tests/contract"]
+    assert shares["contract-cuda"][-5:-3] == ["--every", "24"]
     assert steps_of(gpu_check, ["contract-cuda"], one_in=1)["contract-cuda"].arguments[-5:-3] == ["--every", "1"]
     archive = tmp_path / "kernels.tar.xz"
     archive.with_suffix(".txt").write_text("tests/contract/test_a.py::test_b[x y]\n")

@@ -1,7 +1,7 @@
 """Compiles Triton's kernels for a GPU that is not here: what tests and benchmarks launch, into an archive of its cache.
 
     python tests/tools/ahead.py kernels.tar.xz                                # benchmarks, tuning, tests on a GPU
-    python tests/tools/ahead.py kernels.tar.xz --only contract --one-in 16    # and one test in so many of the contract
+    python tests/tools/ahead.py kernels.tar.xz --only contract --one-in 8    # and one test in so many of the contract
     make gpu-check ARGS="--kernels kernels.tar.xz"                            # where the GPU is
 
 A card that is lent by the minute need not wait for compilers then. Needs the Python, torch and Triton of that machine,
@@ -95,7 +95,7 @@ def of_tests(options: argparse.Namespace) -> None:
 
 def of_contract(options: argparse.Namespace) -> None:
     """Those whose names, "cpu" being "cuda" there, go to ``{archive}.txt``, for pytest to be asked for."""
-    chosen = ("tests/contract", "-k", "triton and cpu and not oracle", "--one-in", str(options.one_in))
+    chosen = ("tests/contract", "-k", "triton and cpu and not oracle", "--one-in", str(options.one_in), "--every-k")
     names = _tests(*chosen, "--seed", options.seed)
     text = "".join(f"{name.replace('-cpu', '-cuda', 1)}\n" for name in names)
     options.archive.with_suffix(".txt").write_text(text)
@@ -240,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("archive", type=Path)
     parser.add_argument("--only", nargs="+", choices=WHICH, default=["benchmarks", "tests", "tuning"])
-    parser.add_argument("--one-in", type=int, default=16, help="of the contract")
+    parser.add_argument("--one-in", type=int, default=32, help="of the contract")
     parser.add_argument("--seed", default="", help="of its tests, which ones: any word")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing more is compiled")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
