@@ -21,7 +21,6 @@ import lzma
 import multiprocessing
 import os
 import pickle
-import re
 import struct
 import subprocess
 import sys
@@ -150,15 +149,11 @@ def record(options: argparse.Namespace, to: Path) -> None:
 
 
 def stand_in(folder: Path) -> None:
-    """The driver's library there, with what Triton's programs in C call and nothing behind it. What launches kernels
-    has to say that it needs it, or cannot be loaded where there is a driver."""
-    from triton.backends.nvidia import driver
+    """The driver of tests/tools/libcuda.c there, for what launches kernels to be linked with. Which has to say that it
+    needs the driver, or cannot be loaded where there is one."""
+    from tests.tools.driver import compile_driver
 
-    sources = [path for path in Path(driver.__file__).parent.iterdir() if path.suffix in (".c", ".py")]
-    names = {name for path in sources for name in re.findall(r"\bcu[A-Z]\w+", path.read_text())}
-    text = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(names))  # CUDA_ERROR_NO_DEVICE
-    build = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-xc", "-"]
-    subprocess.run([*build, "-o", str(folder / "libcuda.so.1")], input=text, text=True, check=True)
+    compile_driver(folder / "libcuda.so.1")
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
 
 

@@ -99,19 +99,29 @@ def run_compiler(command: Sequence[str | Path]) -> None:
     subprocess.run(list(map(str, command)), check=True, env=variables)
 
 
+def c_compiler() -> str:
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        pytest.skip("no C compiler, which Triton needs too")
+    return found
+
+
 def library(path: Path, *options: str | Path, compiler: str | None = None) -> None:
     """Without a compiler: by one for C."""
-    compiler = compiler or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler")
+    compiler = compiler or c_compiler()
     run_compiler([compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", *options, "-o", path])
+
+
+def compile_driver(path: Path) -> None:
+    """That of libcuda.c, which Triton's programs in C can be linked with and loaded beside, too."""
+    library(path, "-I", headers(), TOOLS / "libcuda.c")
 
 
 def compile_machine(folder: Path, pytorch: str = "libtorch_cuda.so", driver: str = "libcuda.so.1") -> None:
     """Into ``folder``: PyTorch's part for CUDA as far as driver.cpp asks for it, and the CUDA driver."""
     (folder / "torch.c").write_text(_TORCH)
     library(folder / pytorch, folder / "torch.c")
-    library(folder / driver, "-I", headers(), TOOLS / "libcuda.c")
+    compile_driver(folder / driver)
 
 
 def compile_libraries(folder: Path) -> None:

@@ -6,10 +6,6 @@ package is imported, so the tests of the backend run in processes of their own.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,14 +13,12 @@ pytest.importorskip("triton", reason="Triton has no packages for this system")
 
 import triton
 import triton.language as tl
-from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pmrl_kernels.ops.contrast.triton.kernels import triangular
 from pmrl_kernels.ops.triton import runtime
-from tests import TOOLS
-from tests.tools import ptx
+from tests.tools import driver, ptx
 from tests.tools.processes import run_compiled
 
 if runtime.INTERPRETED:
@@ -180,12 +174,7 @@ def test_compiled_kernels_agree():
 
 def test_tritons_launcher_passes_what_kernels_take(tmp_path):
     """Launched by Triton on a driver that has no card: grid, stream, shared memory and every argument."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler, which Triton's launcher needs too")
-    headers = Path(nvidia.__file__).parent / "include"
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", headers, TOOLS / "libcuda.c"]
-    subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
+    driver.compile_driver(tmp_path / "libcuda.so.1")
     which = ("tests/triton/test_gpu.py", "-k", "whatever_a_launch_takes")
     assert run_compiled(*which, TRITON_LIBCUDA_PATH=str(tmp_path)) == 4
 
